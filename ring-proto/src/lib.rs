@@ -1,0 +1,12 @@
+//! The blkif shared ring.
+#![no_std]
+extern crate alloc;
+#[cfg(any(test, loom))]
+extern crate std;
+
+pub mod abi;
+mod ids;
+mod layout;
+
+pub use ids::{DomId, GrantRef, Port};
+pub use layout::{Abi, RingLayout};
