@@ -1,1 +1,149 @@
-//! Placeholder
+//! What a hypervisor gives to the two ends of a split driver: granted pages and event channels.
+//!
+//! [`Platform`] is the whole interface. [`embedded`] implements it on any Linux machine, with a
+//! broker process in the place of Xen.
+
+pub mod embedded;
+mod error;
+mod region;
+
+use ring_proto::{DomId, GrantRef, Port, SharedMemory};
+use std::fmt::Debug;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+pub use error::Error;
+pub use region::LocalRegion;
+
+/// What this crate's operations return.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Whether a grant lets the peer write.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// The peer may read the page (`GTF_readonly`).
+    ReadOnly,
+    /// The peer may read and write the page.
+    ReadWrite,
+}
+
+/// One domain's view of its hypervisor.
+pub trait Platform: Send + Sync + Debug {
+    /// The domain this process runs in.
+    fn domid(&self) -> DomId;
+
+    /// Maps pages that `peer` granted to us, one after the other in our address space.
+    ///
+    /// # Errors
+    /// All pages or none: the error names the first grant that was refused and why.
+    fn map(&self, peer: DomId, refs: &[GrantRef], access: Access) -> Result<Arc<dyn MappedGrants>>;
+
+    /// A handle for grant copies from and to `peer`. Each thread that copies takes its own.
+    fn copier(&self, peer: DomId) -> Result<Box<dyn GrantCopier>>;
+
+    /// Allocates `pages` zeroed pages (XSA-396: never grant what was somebody else's) and grants each to `peer`.
+    fn grant(&self, peer: DomId, pages: usize, access: Access) -> Result<Box<dyn GrantedPages>>;
+
+    /// An event channel that waits for `peer` to bind the other end.
+    fn alloc_unbound(&self, peer: DomId) -> Result<Box<dyn EventChannel>>;
+
+    /// Our end of the event channel that `peer` holds under `port`.
+    fn bind_interdomain(&self, peer: DomId, port: Port) -> Result<Box<dyn EventChannel>>;
+}
+
+/// Pages of a peer, mapped. They are unmapped when the value is dropped.
+pub trait MappedGrants: SharedMemory + Debug {}
+
+/// Pages of our own that a peer may map or copy.
+pub trait GrantedPages: Send + Debug {
+    /// The pages, to be shared with the ring or with I/O.
+    fn memory(&self) -> Arc<dyn SharedMemory>;
+
+    /// A grant reference a page, in the order of the pages.
+    fn refs(&self) -> &[GrantRef];
+
+    /// Takes the grants back and frees the pages.
+    ///
+    /// Dropping the value does the same, and leaves what the peer still holds to be freed when the
+    /// peer lets go of it: such a page is never handed out again before (XSA-396, XSA-403).
+    ///
+    /// # Errors
+    /// [`Error::StillMapped`] gives the value back unchanged when the peer holds any page.
+    fn revoke(self: Box<Self>) -> std::result::Result<(), (Box<dyn GrantedPages>, Error)>;
+}
+
+/// Which way a grant copy goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum CopyDirection {
+    /// Out of the peer's page.
+    FromPeer,
+    /// Into the peer's page.
+    ToPeer,
+}
+
+/// One page's part of a grant copy.
+#[derive(Clone, Debug)]
+pub struct CopySegment {
+    /// The peer's page.
+    pub gref: GrantRef,
+    /// Where in that page, in bytes; with `len` it must stay within the page.
+    pub offset: u16,
+    /// Bytes.
+    pub len: u16,
+    /// Where in the local region, in bytes.
+    pub local: usize,
+    /// Which way.
+    pub direction: CopyDirection,
+    /// What became of it: `Ok` only once it was copied. The call succeeding says nothing (XSA-361).
+    pub status: std::result::Result<(), GrantStatus>,
+}
+
+/// Why the hypervisor refused a grant (`GNTST_*` of grant_table.h).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum GrantStatus {
+    /// Not tried yet.
+    #[error("not attempted")]
+    NotAttempted,
+    /// `GNTST_bad_gntref`: no such grant, or not for us.
+    #[error("bad grant reference")]
+    BadRef,
+    /// `GNTST_permission_denied`: we may not write it.
+    #[error("permission denied")]
+    PermissionDenied,
+    /// `GNTST_bad_domain`: the peer is gone.
+    #[error("no such domain")]
+    BadDomain,
+    /// `GNTST_bad_copy_arg`: offset and length leave the page or the local region.
+    #[error("range outside the page")]
+    BadRange,
+    /// Any other `GNTST_*` value.
+    #[error("grant status {0}")]
+    Other(i16),
+}
+
+/// Copies between a peer's granted pages and a local region, without mapping them.
+pub trait GrantCopier: Send + Debug {
+    /// Tries every segment and sets its `status`.
+    ///
+    /// # Errors
+    /// Only where the operation as a whole could not be made; then no status is to be believed.
+    fn copy(&mut self, local: &LocalRegion, segments: &mut [CopySegment]) -> Result<()>;
+}
+
+/// One end of an event channel, owned by the thread that waits on it. Closed when dropped.
+///
+/// The descriptor is readable while an event waits and the channel is unmasked.
+pub trait EventChannel: Send + AsFd + Debug {
+    /// Our port, which the peer learns through xenstore.
+    fn port(&self) -> Port;
+
+    /// Raises an event at the other end. Nothing happens if nobody is bound there.
+    fn notify(&self) -> Result<()>;
+
+    /// Takes a waiting event, without blocking: whether there was one. The channel is masked from then until [`EventChannel::unmask`].
+    fn take(&mut self) -> Result<bool>;
+
+    /// Lets the next event through. Called when the work that the last one asked for is done, so
+    /// that a peer cannot make us run faster than we work (XSA-332, XSA-391).
+    fn unmask(&mut self) -> Result<()>;
+}

@@ -1,0 +1,76 @@
+//! Memory that a peer may write at any moment.
+
+use alloc::sync::Arc;
+use core::ptr::NonNull;
+
+/// Pages shared with a peer that is not trusted.
+///
+/// # Safety
+/// `base()` must be aligned to a page and valid for reads and writes of `len()` bytes for as long
+/// as the value lives, and nobody in this process may hold a Rust reference to any of those bytes,
+/// except through atomics.
+pub unsafe trait SharedMemory: Send + Sync {
+    /// The first byte.
+    fn base(&self) -> NonNull<u8>;
+    /// Length in bytes, a multiple of [`crate::abi::PAGE_SIZE`].
+    fn len(&self) -> usize;
+    /// Whether there are no pages at all.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// A range of [`SharedMemory`], checked once against its bounds.
+#[derive(Clone)]
+pub struct Window {
+    memory: Arc<dyn SharedMemory>,
+    offset: usize,
+    len: usize,
+}
+
+impl Window {
+    /// Bytes `offset..offset + len`, or `None` where the memory does not reach.
+    pub fn new(memory: Arc<dyn SharedMemory>, offset: usize, len: usize) -> Option<Self> {
+        (offset.checked_add(len)? <= memory.len()).then_some(Self { memory, offset, len })
+    }
+
+    /// Copies out of the shared memory once. What lies there may change while it is copied; the copy does not.
+    ///
+    /// # Panics
+    /// If `to` is not as long as the window.
+    pub fn read(&self, to: &mut [u8]) {
+        assert_eq!(to.len(), self.len, "a window is read whole");
+        // SAFETY: `new` checked the range, `memory` is alive, and `to` is ours alone.
+        unsafe { copy_volatile(self.as_ptr(), to.as_mut_ptr(), self.len) }
+    }
+
+    /// Copies into the shared memory.
+    ///
+    /// # Panics
+    /// If `from` is not as long as the window.
+    pub fn write(&self, from: &[u8]) {
+        assert_eq!(from.len(), self.len, "a window is written whole");
+        // SAFETY: as in `read`, the other way round.
+        unsafe { copy_volatile(from.as_ptr(), self.as_ptr(), self.len) }
+    }
+
+    /// Where the window starts in this process.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.memory.base().as_ptr().wrapping_add(self.offset)
+    }
+}
+
+/// Copies `len` bytes of which one side may change meanwhile.
+///
+/// # Safety
+/// `from` must be valid for reads and `to` for writes of `len` bytes, and they must not overlap.
+/// Either may be written by another process at the same time.
+pub unsafe fn copy_volatile(from: *const u8, to: *mut u8, len: usize) {
+    // A plain memcpy may be split, widened or, in principle, read twice; what it must not do here is
+    // to let the compiler believe that the source still equals the copy. Passing both pointers through
+    // an opaque barrier forbids that without giving up the CPU's fast copy.
+    let from = core::hint::black_box(from);
+    let to = core::hint::black_box(to);
+    // SAFETY: the caller's obligations.
+    unsafe { core::ptr::copy_nonoverlapping(from, to, len) };
+}

@@ -1,0 +1,60 @@
+//! Errors of grants and event channels.
+
+use crate::GrantStatus;
+use ring_proto::{DomId, GrantRef, Port};
+use std::io;
+
+/// What a grant or event channel operation failed on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A grant was refused.
+    #[error("{peer}: {gref}: {status}")]
+    Grant {
+        /// The granting domain.
+        peer: DomId,
+        /// The grant.
+        gref: GrantRef,
+        /// Why.
+        #[source]
+        status: GrantStatus,
+    },
+    /// The peer still maps a page that was to be taken back.
+    #[error("{gref} is still mapped by its peer")]
+    StillMapped {
+        /// The first such grant.
+        gref: GrantRef,
+    },
+    /// The domain has no more of something.
+    #[error("out of {what} (limit {limit})")]
+    Exhausted {
+        /// Pages, grant entries, ports.
+        what: &'static str,
+        /// How many there are.
+        limit: usize,
+    },
+    /// An event channel could not be bound.
+    #[error("{peer}: {port}: {reason}")]
+    Port {
+        /// The domain that holds the other end.
+        peer: DomId,
+        /// Its port.
+        port: Port,
+        /// Why.
+        reason: &'static str,
+    },
+    /// The system call behind an operation failed.
+    #[error("{doing}: {source}")]
+    Io {
+        /// What was being done, on what.
+        doing: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// Wraps a failed system call.
+    pub fn io(doing: impl Into<String>, source: impl Into<io::Error>) -> Self {
+        Self::Io { doing: doing.into(), source: source.into() }
+    }
+}
