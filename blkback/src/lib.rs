@@ -1,1 +1,3 @@
-//! Placeholder
+//! A Xen block backend in user space.
+
+pub mod storage;

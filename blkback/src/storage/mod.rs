@@ -1,0 +1,150 @@
+//! What a virtual disk is made of.
+//!
+//! [`Storage`] is a disk, shared by every ring of its device. Each ring's thread opens a [`Queue`]
+//! of its own on it and never shares that, so that nothing on the I/O path takes a lock.
+//!
+//! An [`Op`] owns its buffers from [`Queue::submit`] until its [`Completion`] gives them back: as
+//! long as a queue holds an operation the device may be writing into its memory.
+
+mod buffer;
+
+pub use buffer::{IoVec, IoVecs};
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+use xen_platform::LocalRegion;
+
+/// What a disk tells of itself. It can change while it is in use: see [`Storage::refresh`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Geometry {
+    /// Size in 512-byte sectors.
+    pub sectors: u64,
+    /// Bytes that the device reads or writes at the least (logical block size), a power of two from 512.
+    pub sector_size: u32,
+    /// Bytes that the device writes without reading first.
+    pub physical_sector_size: u32,
+    /// Nothing may be written or discarded.
+    pub read_only: bool,
+    /// What [`OpKind::Discard`] does, if anything.
+    pub discard: Option<DiscardLimits>,
+    /// Whether [`OpKind::Flush`] has anything to do.
+    pub flush: bool,
+    /// Whether reads fill their buffers and writes look at theirs. Where they do not (`null`), data is not moved at all.
+    pub moves_data: bool,
+    /// Bytes that the address of every buffer must be a multiple of (O_DIRECT), 1 where any address will do.
+    pub buffer_alignment: u32,
+}
+
+/// How space can be given back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DiscardLimits {
+    /// Bytes that are freed at the least.
+    pub granularity: u32,
+    /// Offset in bytes of the first granule.
+    pub alignment: u32,
+    /// Whether a secure discard is possible.
+    pub secure: bool,
+}
+
+/// A disk. Opened by [`open`].
+pub trait Storage: Send + Sync {
+    /// As last read.
+    fn geometry(&self) -> Geometry;
+
+    /// Looks at the device again, for an online resize.
+    ///
+    /// # Errors
+    /// When it cannot be looked at; the geometry stays as it was.
+    fn refresh(&self) -> io::Result<Geometry>;
+
+    /// Opens a queue. Called on the thread that will use it.
+    fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn Queue>>;
+}
+
+/// What a queue needs to know of the ring that it serves.
+pub struct QueueSetup {
+    /// Operations in flight at the most; tags are below this.
+    pub depth: usize,
+    /// Memory that buffers often lie in, to be registered with the kernel where that helps.
+    pub region: Option<Arc<LocalRegion>>,
+    /// Descriptors that end [`Queue::wait`] when they become readable.
+    pub wake: Vec<OwnedFd>,
+}
+
+/// What is to be done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OpKind {
+    /// Fill the buffers.
+    Read,
+    /// Write the buffers.
+    Write {
+        /// The data is durable when the operation completes.
+        fua: bool,
+    },
+    /// Every write that completed before this was submitted is durable when it completes.
+    Flush,
+    /// Give `bytes` back to the device.
+    Discard {
+        /// Length in bytes.
+        bytes: u64,
+        /// The data must become unreadable.
+        secure: bool,
+    },
+}
+
+/// An operation on its way.
+#[derive(Debug)]
+pub struct Op {
+    /// Chosen by the caller, below [`QueueSetup::depth`], of one operation in flight at a time.
+    pub tag: u16,
+    /// What is to be done.
+    pub kind: OpKind,
+    /// Where, in bytes from the start of the disk.
+    pub offset: u64,
+    /// The memory, empty for flush and discard. The sum of its lengths is the operation's length.
+    pub buffers: IoVecs,
+}
+
+/// An operation that has ended.
+#[derive(Debug)]
+pub struct Completion {
+    /// [`Op::tag`].
+    pub tag: u16,
+    /// `Ok` only when all of it was done: a short transfer is finished or failed, never passed on.
+    pub result: io::Result<()>,
+    /// [`Op::buffers`], for the next operation to use.
+    pub buffers: IoVecs,
+}
+
+/// What a queue did so far, for statistics.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct QueueCounters {
+    /// System calls made, waits included.
+    pub system_calls: u64,
+}
+
+/// One thread's way to the disk.
+pub trait Queue {
+    /// Starts an operation. It may be held back until the next [`Queue::poll`], and completes
+    /// through `done`, now or from a later call.
+    ///
+    /// The caller checked `offset` and length against the geometry; a disk that has shrunk since completes with an error.
+    fn submit(&mut self, op: Op, done: &mut Vec<Completion>);
+
+    /// Sends what was held back to the device and takes what it has completed, without waiting.
+    ///
+    /// # Errors
+    /// When the queue is broken as a whole; no more can be done on it than to drop it.
+    fn poll(&mut self, done: &mut Vec<Completion>) -> io::Result<()>;
+
+    /// Sleeps until an operation has completed, a wake descriptor is readable or the time is up. Also sends what was held back.
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()>;
+
+    /// Operations submitted and not completed yet.
+    fn in_flight(&self) -> usize;
+
+    /// Counters since the queue was opened.
+    fn counters(&self) -> QueueCounters;
+}
