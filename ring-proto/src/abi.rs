@@ -169,8 +169,8 @@ abi!(
 );
 
 /// The ABI of a frontend built for this machine.
-#[cfg(not(target_arch = "x86"))]
-pub use x86_64 as native;
-/// The ABI of a frontend built for this machine.
 #[cfg(target_arch = "x86")]
 pub use x86_32 as native;
+/// The ABI of a frontend built for this machine.
+#[cfg(not(target_arch = "x86"))]
+pub use x86_64 as native;

@@ -1,0 +1,182 @@
+//! The backend's halves: requests come out of one, responses go into the other.
+
+use crate::codec::{decode_request, encode_response};
+use crate::request::{RawRequest, Response};
+use crate::shared::SharedRing;
+use crate::sync::{Arc, Halves, Ordering, fence};
+use crate::{RingError, RingFull, RingLayout};
+#[cfg(not(loom))]
+use crate::{RingPages, SetupError};
+
+/// Attaches to a ring that a frontend has made.
+///
+/// On a fresh ring both indices are 0. On one that served another backend before, it goes on behind
+/// the last response, as Linux's backend does (`xen_blkif_map` in drivers/block/xen-blkback/xenbus.c):
+/// requests that stand between there and `req_prod` are seen again.
+///
+/// # Errors
+/// When pages and layout do not fit, or the indices found cannot be.
+#[cfg(not(loom))]
+pub fn attach(
+    pages: RingPages,
+    layout: RingLayout,
+    order: u8,
+) -> Result<(RequestConsumer, ResponseProducer), SetupError> {
+    let ring = SharedRing::new(pages, layout, order)?;
+    let slots = ring.slots();
+    let rsp_prod = ring.rsp_prod().load(Ordering::Acquire);
+    let req_prod = ring.req_prod().load(Ordering::Acquire);
+    if req_prod.wrapping_sub(rsp_prod) > slots {
+        return Err(SetupError::Overrun { req_prod, rsp_prod, slots });
+    }
+    Ok(halves(ring, rsp_prod))
+}
+
+/// The two halves of a backend whose next request and response are both number `index`.
+pub(crate) fn halves(ring: SharedRing, index: u32) -> (RequestConsumer, ResponseProducer) {
+    let ring = Arc::new(ring);
+    let halves = Halves::starting_at(index);
+    (
+        RequestConsumer {
+            ring: ring.clone(),
+            halves: halves.clone(),
+            taken: index,
+            seen: index,
+            answered: index,
+        },
+        ResponseProducer { ring, halves, pushed: index, published: index, taken: index },
+    )
+}
+
+/// Takes requests. Owned by one thread.
+#[derive(Debug)]
+#[repr(align(128))]
+pub struct RequestConsumer {
+    ring: Arc<SharedRing>,
+    halves: Arc<Halves>,
+    /// `req_cons`
+    taken: u32,
+    /// `req_prod` as last checked: requests up to here may be taken.
+    seen: u32,
+    /// Responses pushed, as last heard from the other half.
+    answered: u32,
+}
+
+impl RequestConsumer {
+    /// Slots in the ring.
+    pub fn slots(&self) -> u32 {
+        self.ring.slots()
+    }
+
+    /// How the ring is laid out.
+    pub fn layout(&self) -> RingLayout {
+        self.ring.layout()
+    }
+
+    /// Looks for new requests, and says how many wait to be taken.
+    ///
+    /// # Errors
+    /// When `req_prod` cannot be what it is.
+    pub fn poll(&mut self) -> Result<u32, RingError> {
+        // Acquire: the requests themselves were written before the index.
+        let req_prod = self.ring.req_prod().load(Ordering::Acquire);
+        if req_prod != self.seen {
+            self.check(req_prod)?;
+            self.seen = req_prod;
+        }
+        Ok(self.seen.wrapping_sub(self.taken))
+    }
+
+    /// A frontend reuses a slot when it has taken a response, and that is at the earliest when one
+    /// was pushed: at most `slots` requests can be ahead of the responses, and none behind what was
+    /// seen before.
+    fn check(&mut self, req_prod: u32) -> Result<(), RingError> {
+        let slots = self.ring.slots();
+        if req_prod.wrapping_sub(self.answered) > slots {
+            // The other half stored this before it published the responses that `req_prod` may rest on.
+            self.answered = self.halves.responses.0.load(Ordering::Acquire);
+        }
+        let (ahead, seen) =
+            (req_prod.wrapping_sub(self.answered), self.seen.wrapping_sub(self.answered));
+        if ahead > slots || ahead < seen {
+            return Err(RingError::RequestOverrun { req_prod, rsp_prod: self.answered, slots });
+        }
+        Ok(())
+    }
+
+    /// Copies the next request out of the ring, of those that [`Self::poll`] has seen.
+    pub fn pop(&mut self) -> Option<RawRequest> {
+        if self.taken == self.seen {
+            return None;
+        }
+        let raw = decode_request(self.ring.request(self.taken), self.ring.layout());
+        self.taken = self.taken.wrapping_add(1);
+        // Release: the slot was read before the other half may write a response over it.
+        self.halves.requests.0.store(self.taken, Ordering::Release);
+        Some(raw)
+    }
+
+    /// Asks for an event with the next request, then looks once more. Only when this says `false`
+    /// is it safe to sleep (`RING_FINAL_CHECK_FOR_REQUESTS`).
+    ///
+    /// # Errors
+    /// As [`Self::poll`].
+    pub fn final_check(&mut self) -> Result<bool, RingError> {
+        self.ring.req_event().store(self.taken.wrapping_add(1), Ordering::Relaxed);
+        // Either the frontend sees our wish, or we see its request: a full fence on both sides, or
+        // both may miss and sleep for ever.
+        fence(Ordering::SeqCst);
+        Ok(self.poll()? > 0)
+    }
+}
+
+/// Pushes responses. Owned by one thread, not necessarily the one that takes requests.
+#[derive(Debug)]
+#[repr(align(128))]
+pub struct ResponseProducer {
+    ring: Arc<SharedRing>,
+    halves: Arc<Halves>,
+    /// `rsp_prod_pvt`
+    pushed: u32,
+    /// `rsp_prod` on the page.
+    published: u32,
+    /// Requests taken, as last heard from the other half.
+    taken: u32,
+}
+
+impl ResponseProducer {
+    /// Writes a response. The frontend sees it after [`Self::publish`].
+    ///
+    /// # Errors
+    /// [`RingFull`] when every request that was taken has had its response.
+    pub fn push(&mut self, response: &Response) -> Result<(), RingFull> {
+        if self.pushed == self.taken {
+            self.taken = self.halves.requests.0.load(Ordering::Acquire);
+            if self.pushed == self.taken {
+                return Err(RingFull);
+            }
+        }
+        encode_response(self.ring.response(self.pushed), self.ring.layout(), response);
+        self.pushed = self.pushed.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Shows the frontend what was pushed, and says whether it wants an event for it
+    /// (`RING_PUSH_RESPONSES_AND_CHECK_NOTIFY`).
+    #[must_use = "a frontend that asked for an event sleeps until it comes"]
+    pub fn publish(&mut self) -> bool {
+        if self.published == self.pushed {
+            return false;
+        }
+        let before = core::mem::replace(&mut self.published, self.pushed);
+        self.halves.responses.0.store(self.pushed, Ordering::Release);
+        self.ring.rsp_prod().store(self.pushed, Ordering::Release);
+        fence(Ordering::SeqCst);
+        crosses(before, self.pushed, self.ring.rsp_event().load(Ordering::Relaxed))
+    }
+}
+
+/// Whether an index that moved from `old` to `new` passed the one an event was asked for.
+pub(crate) fn crosses(old: u32, new: u32, event: u32) -> bool {
+    new.wrapping_sub(event) < new.wrapping_sub(old)
+}

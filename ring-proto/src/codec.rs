@@ -1,0 +1,138 @@
+//! Requests and responses to and from the words of a slot.
+
+use crate::abi::{Segment, op};
+use crate::layout::Fields;
+use crate::request::{Body, RawRequest, Request, Response, Status};
+use crate::sync::{AtomicU32, Ordering::Relaxed};
+use crate::{GrantRef, RingLayout, indirect_pages};
+
+/// A read beyond the slot cannot happen: the fields of a layout lie within its stride.
+fn load(slot: &[AtomicU32], word: usize) -> u32 {
+    slot.get(word).map_or(0, |w| w.load(Relaxed))
+}
+
+fn store(slot: &[AtomicU32], word: usize, value: u32) {
+    if let Some(w) = slot.get(word) {
+        w.store(value, Relaxed);
+    }
+}
+
+fn load_wide(slot: &[AtomicU32], word: usize) -> u64 {
+    u64::from(load(slot, word)) | u64::from(load(slot, word + 1)) << 32
+}
+
+fn store_wide(slot: &[AtomicU32], word: usize, value: u64) {
+    store(slot, word, value as u32);
+    store(slot, word + 1, (value >> 32) as u32);
+}
+
+/// `operation`, the byte behind it, and the half word behind that.
+fn load_head(slot: &[AtomicU32]) -> (u8, u8, u16) {
+    let [operation, detail, low, high] = load(slot, 0).to_le_bytes();
+    (operation, detail, u16::from_le_bytes([low, high]))
+}
+
+fn store_head(slot: &[AtomicU32], operation: u8, detail: u8, half: u16) {
+    let [low, high] = half.to_le_bytes();
+    store(slot, 0, u32::from_le_bytes([operation, detail, low, high]));
+}
+
+fn store_id(slot: &[AtomicU32], fields: &Fields, id: u64) {
+    if fields.wide_id {
+        store_wide(slot, fields.id, id);
+    } else {
+        store(slot, fields.id, id as u32);
+    }
+}
+
+/// Copies a request out of its slot. Each word is read once, and how many are is decided by the copy (XSA-155).
+pub(crate) fn decode_request(slot: &[AtomicU32], layout: RingLayout) -> RawRequest {
+    let fields = layout.fields();
+    let (operation, detail, half) = load_head(slot);
+    let mut raw = RawRequest { operation, detail, half, ..RawRequest::BLANK };
+    raw.id =
+        if fields.wide_id { load_wide(slot, fields.id) } else { u64::from(load(slot, fields.id)) };
+    raw.sector = load_wide(slot, fields.sector);
+    raw.room = fields.segments as u8;
+    match operation {
+        op::INDIRECT => {
+            for (k, gref) in raw.pages.iter_mut().take(indirect_pages(half)).enumerate() {
+                *gref = GrantRef(load(slot, fields.indirect_grefs + k));
+            }
+        }
+        op::DISCARD => raw.sectors = load_wide(slot, fields.body),
+        _ => {
+            let count = usize::from(detail).min(fields.segments);
+            raw.set_segments(count, |k| {
+                let gref = GrantRef(load(slot, fields.body + 2 * k));
+                let [first, last, _, _] = load(slot, fields.body + 2 * k + 1).to_le_bytes();
+                Segment::new(gref, first, last)
+            });
+        }
+    }
+    raw
+}
+
+/// Writes a request into its slot.
+pub(crate) fn encode_request(slot: &[AtomicU32], layout: RingLayout, request: &Request) {
+    let fields = layout.fields();
+    let body = fields.body;
+    let sector = match &request.body {
+        Body::Direct { transfer, sector, segments } => {
+            store_head(slot, transfer.operation(), segments.len() as u8, 0);
+            for (k, segment) in segments.iter().take(fields.segments).enumerate() {
+                store(slot, body + 2 * k, segment.gref.0);
+                let sects = [segment.first_sect, segment.last_sect, 0, 0];
+                store(slot, body + 2 * k + 1, u32::from_le_bytes(sects));
+            }
+            *sector
+        }
+        Body::Indirect { transfer, sector, nr_segments, pages } => {
+            store_head(slot, op::INDIRECT, transfer.operation(), *nr_segments);
+            // `handle`, which stands here and not in the head.
+            store(slot, body, 0);
+            for (k, gref) in pages.iter().take(indirect_pages(*nr_segments)).enumerate() {
+                store(slot, fields.indirect_grefs + k, gref.0);
+            }
+            *sector
+        }
+        Body::Flush { .. } => {
+            store_head(slot, request.response_operation(), 0, 0);
+            0
+        }
+        Body::Discard { sector, sectors, secure } => {
+            store_head(slot, op::DISCARD, u8::from(*secure), 0);
+            store_wide(slot, body, *sectors);
+            *sector
+        }
+    };
+    store_id(slot, fields, request.id);
+    store_wide(slot, fields.sector, sector);
+}
+
+/// Writes a response into its slot, field by field: nothing else of the slot changes, and no padding
+/// of ours reaches the peer (XSA-216).
+pub(crate) fn encode_response(slot: &[AtomicU32], layout: RingLayout, response: &Response) {
+    let [low, high] = (response.status as i16).to_le_bytes();
+    let tail = u32::from_le_bytes([response.operation, 0, low, high]);
+    match layout {
+        RingLayout::Union(_) => {
+            store_wide(slot, 0, response.id);
+            store(slot, 2, tail);
+        }
+        RingLayout::Split => {
+            store(slot, 0, response.id as u32);
+            store(slot, 1, tail);
+        }
+    }
+}
+
+/// Copies a response out of its slot.
+pub(crate) fn decode_response(slot: &[AtomicU32], layout: RingLayout) -> Response {
+    let (id, tail) = match layout {
+        RingLayout::Union(_) => (load_wide(slot, 0), load(slot, 2)),
+        RingLayout::Split => (u64::from(load(slot, 0)), load(slot, 1)),
+    };
+    let [operation, _, low, high] = tail.to_le_bytes();
+    Response { id, operation, status: Status::from_wire(i16::from_le_bytes([low, high])) }
+}

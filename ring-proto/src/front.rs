@@ -1,0 +1,169 @@
+//! The frontend's halves: requests go into one, responses come out of the other.
+
+use crate::back::crosses;
+use crate::codec::{decode_response, encode_request};
+use crate::request::{Request, Response};
+use crate::shared::SharedRing;
+use crate::sync::{Arc, Halves, Ordering, fence};
+use crate::{RingError, RingFull, RingLayout};
+#[cfg(not(loom))]
+use crate::{RingPages, SetupError};
+
+/// Makes an empty ring in pages of our own that hold nothing yet.
+///
+/// # Errors
+/// When pages and layout do not fit.
+#[cfg(not(loom))]
+pub fn create(
+    pages: RingPages,
+    layout: RingLayout,
+    order: u8,
+) -> Result<(RequestProducer, ResponseConsumer), SetupError> {
+    let ring = SharedRing::new(pages, layout, order)?;
+    ring.reset();
+    Ok(halves(ring))
+}
+
+/// The two halves of a frontend on an empty ring.
+pub(crate) fn halves(ring: SharedRing) -> (RequestProducer, ResponseConsumer) {
+    let ring = Arc::new(ring);
+    let halves = Halves::starting_at(0);
+    (
+        RequestProducer {
+            ring: ring.clone(),
+            halves: halves.clone(),
+            pushed: 0,
+            published: 0,
+            freed: 0,
+        },
+        ResponseConsumer { ring, halves, taken: 0, seen: 0, requested: 0 },
+    )
+}
+
+/// Pushes requests. Owned by one thread.
+#[derive(Debug)]
+#[repr(align(128))]
+pub struct RequestProducer {
+    ring: Arc<SharedRing>,
+    halves: Arc<Halves>,
+    /// `req_prod_pvt`
+    pushed: u32,
+    /// `req_prod` on the page.
+    published: u32,
+    /// Responses taken, as last heard from the other half: each frees a slot.
+    freed: u32,
+}
+
+impl RequestProducer {
+    /// Slots in the ring.
+    pub fn slots(&self) -> u32 {
+        self.ring.slots()
+    }
+
+    /// How the ring is laid out.
+    pub fn layout(&self) -> RingLayout {
+        self.ring.layout()
+    }
+
+    /// Slots that are free now.
+    pub fn free(&mut self) -> u32 {
+        self.freed = self.halves.responses.0.load(Ordering::Acquire);
+        self.ring.slots() - self.pushed.wrapping_sub(self.freed)
+    }
+
+    /// Writes a request. The backend sees it after [`Self::publish`].
+    ///
+    /// # Errors
+    /// [`RingFull`] when no slot is free.
+    pub fn push(&mut self, request: &Request) -> Result<(), RingFull> {
+        let full = |freed| self.pushed.wrapping_sub(freed) >= self.ring.slots();
+        if full(self.freed) {
+            let freed = self.halves.responses.0.load(Ordering::Acquire);
+            if full(freed) {
+                return Err(RingFull);
+            }
+            self.freed = freed;
+        }
+        encode_request(self.ring.request(self.pushed), self.ring.layout(), request);
+        self.pushed = self.pushed.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Shows the backend what was pushed, and says whether it wants an event for it
+    /// (`RING_PUSH_REQUESTS_AND_CHECK_NOTIFY`).
+    #[must_use = "a backend that asked for an event sleeps until it comes"]
+    pub fn publish(&mut self) -> bool {
+        if self.published == self.pushed {
+            return false;
+        }
+        let before = core::mem::replace(&mut self.published, self.pushed);
+        self.halves.requests.0.store(self.pushed, Ordering::Release);
+        self.ring.req_prod().store(self.pushed, Ordering::Release);
+        fence(Ordering::SeqCst);
+        crosses(before, self.pushed, self.ring.req_event().load(Ordering::Relaxed))
+    }
+}
+
+/// Takes responses. Owned by one thread, not necessarily the one that pushes requests.
+#[derive(Debug)]
+#[repr(align(128))]
+pub struct ResponseConsumer {
+    ring: Arc<SharedRing>,
+    halves: Arc<Halves>,
+    /// `rsp_cons`
+    taken: u32,
+    /// `rsp_prod` as last checked: responses up to here may be taken.
+    seen: u32,
+    /// Requests published, as last heard from the other half.
+    requested: u32,
+}
+
+impl ResponseConsumer {
+    /// Looks for new responses, and says how many wait to be taken.
+    ///
+    /// # Errors
+    /// When `rsp_prod` cannot be what it is.
+    pub fn poll(&mut self) -> Result<u32, RingError> {
+        // Acquire: the responses themselves were written before the index.
+        let rsp_prod = self.ring.rsp_prod().load(Ordering::Acquire);
+        if rsp_prod != self.seen {
+            let claimed = rsp_prod.wrapping_sub(self.taken);
+            if claimed > self.requested.wrapping_sub(self.taken) {
+                // The other half stored this before it published the requests that are answered here.
+                self.requested = self.halves.requests.0.load(Ordering::Acquire);
+            }
+            if claimed > self.requested.wrapping_sub(self.taken)
+                || claimed < self.seen.wrapping_sub(self.taken)
+            {
+                let (taken, pushed) = (self.taken, self.requested);
+                return Err(RingError::ResponseOverrun { rsp_prod, taken, pushed });
+            }
+            self.seen = rsp_prod;
+        }
+        Ok(self.seen.wrapping_sub(self.taken))
+    }
+
+    /// Copies the next response out of the ring, of those that [`Self::poll`] has seen, and frees its slot.
+    pub fn pop(&mut self) -> Option<Response> {
+        if self.taken == self.seen {
+            return None;
+        }
+        let response = decode_response(self.ring.response(self.taken), self.ring.layout());
+        self.taken = self.taken.wrapping_add(1);
+        // Release: the slot was read before the other half may write a request over it.
+        self.halves.responses.0.store(self.taken, Ordering::Release);
+        Some(response)
+    }
+
+    /// Asks for an event with the next response, then looks once more. Only when this says `false`
+    /// is it safe to sleep (`RING_FINAL_CHECK_FOR_RESPONSES`).
+    ///
+    /// # Errors
+    /// As [`Self::poll`].
+    pub fn final_check(&mut self) -> Result<bool, RingError> {
+        self.ring.rsp_event().store(self.taken.wrapping_add(1), Ordering::Relaxed);
+        // As in the backend's: one of the two must see what the other wrote.
+        fence(Ordering::SeqCst);
+        Ok(self.poll()? > 0)
+    }
+}

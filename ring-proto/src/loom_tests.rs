@@ -1,0 +1,1 @@
+//! Memory ordering, explored by loom: `RUSTFLAGS="--cfg loom" cargo test -p ring-proto --release`.

@@ -1,0 +1,450 @@
+//! Requests and responses as values of our own: copied, then validated, then used.
+
+use crate::GrantRef;
+use crate::abi::{
+    DISCARD_SECURE, MAX_DIRECT_SEGMENTS, MAX_INDIRECT_PAGES, SECTORS_PER_PAGE,
+    SEGMENTS_PER_INDIRECT_PAGE, Segment, op,
+};
+use core::ops::Deref;
+
+/// The segments of a direct request.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Segments {
+    list: [Segment; MAX_DIRECT_SEGMENTS],
+    len: u8,
+}
+
+impl Segments {
+    /// None yet.
+    pub const EMPTY: Self =
+        Self { list: [Segment::new(GrantRef(0), 0, 0); MAX_DIRECT_SEGMENTS], len: 0 };
+
+    /// Appends a segment; `false` when there is no room.
+    pub fn push(&mut self, segment: Segment) -> bool {
+        let Some(place) = self.list.get_mut(usize::from(self.len)) else { return false };
+        *place = segment;
+        self.len += 1;
+        true
+    }
+}
+
+impl Deref for Segments {
+    type Target = [Segment];
+    fn deref(&self) -> &[Segment] {
+        // `push` and the decoder keep `len` within the array.
+        self.list.get(..usize::from(self.len)).unwrap_or(&self.list)
+    }
+}
+
+impl core::fmt::Debug for Segments {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_list().entries(self.iter()).finish()
+    }
+}
+
+/// What a transfer does with its data.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Transfer {
+    /// From the device.
+    Read,
+    /// To the device.
+    Write,
+    /// `WRITE_BARRIER`: everything before is durable before the data is written, and the data is
+    /// durable when answered (Linux's frontend maps FUA onto it).
+    Barrier,
+    /// `FLUSH_DISKCACHE` with data: flush, then write.
+    FlushWrite,
+}
+
+impl Transfer {
+    /// The operation code.
+    pub const fn operation(self) -> u8 {
+        match self {
+            Self::Read => op::READ,
+            Self::Write => op::WRITE,
+            Self::Barrier => op::WRITE_BARRIER,
+            Self::FlushWrite => op::FLUSH_DISKCACHE,
+        }
+    }
+}
+
+/// A request whose every field was checked against [`Limits`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Request {
+    /// The frontend's tag. Only its frontend gives it a meaning; the split layout carries 32 bits of it.
+    pub id: u64,
+    /// What is asked for.
+    pub body: Body,
+}
+
+/// What a request asks for. Sectors are 512 bytes each.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Body {
+    /// Data in the pages that the request names.
+    Direct {
+        /// Which way.
+        transfer: Transfer,
+        /// First sector.
+        sector: u64,
+        /// The pages.
+        segments: Segments,
+    },
+    /// Data in pages named by segments that stand in pages of their own. Those are still to be
+    /// fetched, and then checked by [`Limits::check_segments`].
+    Indirect {
+        /// [`Transfer::Read`] or [`Transfer::Write`].
+        transfer: Transfer,
+        /// First sector.
+        sector: u64,
+        /// Segments in all.
+        nr_segments: u16,
+        /// The pages of segments; the first [`indirect_pages`] count.
+        pages: [GrantRef; MAX_INDIRECT_PAGES],
+    },
+    /// Make completed writes durable. No data.
+    Flush {
+        /// Came as a barrier: requests behind it must wait for it.
+        barrier: bool,
+    },
+    /// Give sectors back.
+    Discard {
+        /// First sector.
+        sector: u64,
+        /// How many.
+        sectors: u64,
+        /// Make them unreadable.
+        secure: bool,
+    },
+}
+
+impl Request {
+    /// The operation code that the response carries: for an indirect request the inner one, or
+    /// Linux's frontend disables the device.
+    pub const fn response_operation(&self) -> u8 {
+        match &self.body {
+            Body::Direct { transfer, .. } | Body::Indirect { transfer, .. } => transfer.operation(),
+            Body::Flush { barrier: false } => op::FLUSH_DISKCACHE,
+            Body::Flush { barrier: true } => op::WRITE_BARRIER,
+            Body::Discard { .. } => op::DISCARD,
+        }
+    }
+}
+
+/// Pages that hold `nr_segments` segments.
+pub const fn indirect_pages(nr_segments: u16) -> usize {
+    (nr_segments as usize).div_ceil(SEGMENTS_PER_INDIRECT_PAGE)
+}
+
+/// Decodes the segments in a copy of an indirect page. What they say is not checked.
+pub fn decode_segments(page: &[u8]) -> impl Iterator<Item = Segment> + '_ {
+    page.chunks_exact(size_of::<Segment>()).map(|s| {
+        let gref = u32::from_le_bytes([s[0], s[1], s[2], s[3]]);
+        Segment::new(GrantRef(gref), s[4], s[5])
+    })
+}
+
+/// Encodes a segment for an indirect page.
+pub const fn encode_segment(segment: &Segment) -> [u8; size_of::<Segment>()] {
+    let gref = segment.gref.0.to_le_bytes();
+    [gref[0], gref[1], gref[2], gref[3], segment.first_sect, segment.last_sect, 0, 0]
+}
+
+/// What this device takes at the moment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// Size of the device, in 512-byte sectors.
+    pub sectors: u64,
+    /// Every start and length must be a multiple of this many 512-byte sectors (1, or 8 with 4 KiB logical sectors).
+    pub granule: u32,
+    /// 0 where indirect requests were not offered.
+    pub max_indirect_segments: u16,
+    /// Writes and discards are refused.
+    pub read_only: bool,
+    /// Discards were offered.
+    pub discard: bool,
+}
+
+/// Why a request was refused.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Reason {
+    /// `operation`: nothing we know, or reserved.
+    #[error("operation {0} is unknown")]
+    Operation(u8),
+    /// `operation`: known, but not offered.
+    #[error("operation {0} was not offered")]
+    NotOffered(u8),
+    /// `indirect_op`: only reads and writes may be indirect.
+    #[error("indirect_op {0} is neither read nor write")]
+    IndirectOperation(u8),
+    /// `nr_segments`: 0, or more than the layout or the agreement allows.
+    #[error("nr_segments {count} is not within 1 to {max}")]
+    SegmentCount {
+        /// As asked.
+        count: u16,
+        /// As allowed.
+        max: u16,
+    },
+    /// `first_sect`, `last_sect`: the wrong way round or outside the page.
+    #[error("segment covers sectors {first} to {last} of a page of {SECTORS_PER_PAGE}")]
+    Segment {
+        /// `first_sect`
+        first: u8,
+        /// `last_sect`
+        last: u8,
+    },
+    /// `sector_number`: the range is not within the device.
+    #[error("{sectors} sectors from {sector} leave the device")]
+    PastEnd {
+        /// `sector_number`
+        sector: u64,
+        /// Length in 512-byte sectors.
+        sectors: u64,
+    },
+    /// A start or length that is no multiple of the logical sector size.
+    #[error("a range is not aligned to the logical sector size")]
+    Misaligned,
+    /// A write or discard on a read-only device.
+    #[error("the device is read-only")]
+    ReadOnly,
+}
+
+impl Reason {
+    /// How many kinds there are.
+    pub const KINDS: usize = 8;
+
+    /// Names of the kinds, by [`Reason::kind`], for statistics.
+    pub const NAMES: [&'static str; Self::KINDS] = [
+        "operation",
+        "not_offered",
+        "indirect_operation",
+        "segment_count",
+        "segment",
+        "past_end",
+        "misaligned",
+        "read_only",
+    ];
+
+    /// Which kind this is, below [`Reason::KINDS`].
+    pub const fn kind(self) -> usize {
+        match self {
+            Self::Operation(_) => 0,
+            Self::NotOffered(_) => 1,
+            Self::IndirectOperation(_) => 2,
+            Self::SegmentCount { .. } => 3,
+            Self::Segment { .. } => 4,
+            Self::PastEnd { .. } => 5,
+            Self::Misaligned => 6,
+            Self::ReadOnly => 7,
+        }
+    }
+
+    /// What the response says.
+    pub const fn status(self) -> Status {
+        match self {
+            Self::Operation(_) | Self::NotOffered(_) => Status::NotSupported,
+            _ => Status::Error,
+        }
+    }
+}
+
+/// A request that was refused, with what its response needs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("request {id:#x}: {reason}")]
+pub struct Refused {
+    /// The frontend's tag.
+    pub id: u64,
+    /// For the response.
+    pub operation: u8,
+    /// Why.
+    pub reason: Reason,
+}
+
+/// A request as it was copied from the ring. Nothing in it is to be believed: see [`RawRequest::validate`].
+#[derive(Clone, Debug)]
+pub struct RawRequest {
+    pub(crate) operation: u8,
+    /// `nr_segments`, `flag` or `indirect_op`.
+    pub(crate) detail: u8,
+    /// `handle`, or `nr_segments` of an indirect request.
+    pub(crate) half: u16,
+    pub(crate) id: u64,
+    pub(crate) sector: u64,
+    /// `nr_sectors` of a discard.
+    pub(crate) sectors: u64,
+    /// Segments of a direct request; `len` is how many were copied.
+    pub(crate) segments: Segments,
+    /// Pages of an indirect request.
+    pub(crate) pages: [GrantRef; MAX_INDIRECT_PAGES],
+    /// Segments the layout has room for.
+    pub(crate) room: u8,
+}
+
+impl RawRequest {
+    pub(crate) const BLANK: Self = Self {
+        operation: 0,
+        detail: 0,
+        half: 0,
+        id: 0,
+        sector: 0,
+        sectors: 0,
+        segments: Segments::EMPTY,
+        pages: [GrantRef(0); MAX_INDIRECT_PAGES],
+        room: 0,
+    };
+
+    pub(crate) fn set_segments(&mut self, count: usize, mut at: impl FnMut(usize) -> Segment) {
+        for (k, place) in self.segments.list.iter_mut().take(count).enumerate() {
+            *place = at(k);
+        }
+        self.segments.len = count.min(MAX_DIRECT_SEGMENTS) as u8;
+    }
+
+    /// Checks every field against the rules of blkif.h and what this device takes.
+    ///
+    /// # Errors
+    /// The first rule that is broken; the request is to be answered with that and nothing else done.
+    pub fn validate(&self, limits: &Limits) -> Result<Request, Refused> {
+        let refuse = |operation, reason| Refused { id: self.id, operation, reason };
+        let body = match self.operation {
+            op::READ | op::WRITE | op::WRITE_BARRIER | op::FLUSH_DISKCACHE => {
+                self.direct(limits).map_err(|reason| refuse(self.operation, reason))?
+            }
+            op::INDIRECT => self.indirect(limits).map_err(|reason| refuse(self.detail, reason))?,
+            op::DISCARD => self.discard(limits).map_err(|reason| refuse(op::DISCARD, reason))?,
+            unknown => return Err(refuse(unknown, Reason::Operation(unknown))),
+        };
+        Ok(Request { id: self.id, body })
+    }
+
+    fn direct(&self, limits: &Limits) -> Result<Body, Reason> {
+        let transfer = match self.operation {
+            op::READ => Transfer::Read,
+            op::WRITE => Transfer::Write,
+            op::WRITE_BARRIER => Transfer::Barrier,
+            _ => Transfer::FlushWrite,
+        };
+        if self.detail == 0 {
+            match transfer {
+                Transfer::Barrier => return Ok(Body::Flush { barrier: true }),
+                Transfer::FlushWrite => return Ok(Body::Flush { barrier: false }),
+                Transfer::Read | Transfer::Write => {}
+            }
+        }
+        if self.detail == 0 || self.detail > self.room {
+            let (count, max) = (u16::from(self.detail), u16::from(self.room));
+            return Err(Reason::SegmentCount { count, max });
+        }
+        limits.check_writable(transfer)?;
+        limits.check_segments(self.sector, &self.segments)?;
+        Ok(Body::Direct { transfer, sector: self.sector, segments: self.segments })
+    }
+
+    fn indirect(&self, limits: &Limits) -> Result<Body, Reason> {
+        let transfer = match self.detail {
+            op::READ => Transfer::Read,
+            op::WRITE => Transfer::Write,
+            other => return Err(Reason::IndirectOperation(other)),
+        };
+        let max = limits.max_indirect_segments;
+        if max == 0 {
+            return Err(Reason::NotOffered(op::INDIRECT));
+        }
+        if self.half == 0 || self.half > max {
+            return Err(Reason::SegmentCount { count: self.half, max });
+        }
+        limits.check_writable(transfer)?;
+        // The length is not known before the segments are: at least a sector each.
+        limits.check_range(self.sector, u64::from(self.half))?;
+        Ok(Body::Indirect {
+            transfer,
+            sector: self.sector,
+            nr_segments: self.half,
+            pages: self.pages,
+        })
+    }
+
+    fn discard(&self, limits: &Limits) -> Result<Body, Reason> {
+        if !limits.discard {
+            return Err(Reason::NotOffered(op::DISCARD));
+        }
+        limits.check_writable(Transfer::Write)?;
+        limits.check_range(self.sector, self.sectors)?;
+        limits.check_aligned(self.sector | self.sectors)?;
+        let secure = self.detail & DISCARD_SECURE != 0;
+        Ok(Body::Discard { sector: self.sector, sectors: self.sectors, secure })
+    }
+}
+
+impl Limits {
+    /// Checks each segment, and that all of them, from `sector`, stay within the device. Returns
+    /// their length in 512-byte sectors.
+    ///
+    /// # Errors
+    /// The first rule that is broken.
+    pub fn check_segments(&self, sector: u64, segments: &[Segment]) -> Result<u64, Reason> {
+        let mut sectors = 0u64;
+        let mut edges = sector;
+        for segment in segments {
+            let (first, last) = (segment.first_sect, segment.last_sect);
+            if first > last || last >= SECTORS_PER_PAGE {
+                return Err(Reason::Segment { first, last });
+            }
+            sectors += u64::from(segment.sectors());
+            edges |= u64::from(segment.sectors());
+        }
+        self.check_range(sector, sectors)?;
+        self.check_aligned(edges)?;
+        Ok(sectors)
+    }
+
+    fn check_range(&self, sector: u64, sectors: u64) -> Result<(), Reason> {
+        match sector.checked_add(sectors) {
+            Some(end) if end <= self.sectors => Ok(()),
+            _ => Err(Reason::PastEnd { sector, sectors }),
+        }
+    }
+
+    /// `edges` is the bitwise or of every start and length.
+    fn check_aligned(&self, edges: u64) -> Result<(), Reason> {
+        let mask = u64::from(self.granule.max(1)) - 1;
+        if edges & mask == 0 { Ok(()) } else { Err(Reason::Misaligned) }
+    }
+
+    fn check_writable(&self, transfer: Transfer) -> Result<(), Reason> {
+        if self.read_only && transfer != Transfer::Read { Err(Reason::ReadOnly) } else { Ok(()) }
+    }
+}
+
+/// How a request ended (`BLKIF_RSP_*`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(i16)]
+pub enum Status {
+    /// Done.
+    Okay = 0,
+    /// Failed.
+    Error = -1,
+    /// The backend cannot do that, and will not.
+    NotSupported = -2,
+}
+
+impl Status {
+    /// What a peer wrote; anything unknown is an error.
+    pub const fn from_wire(status: i16) -> Self {
+        match status {
+            0 => Self::Okay,
+            -2 => Self::NotSupported,
+            _ => Self::Error,
+        }
+    }
+}
+
+/// A response.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Response {
+    /// The request's tag. From a backend it is a claim to be checked against what is in flight.
+    pub id: u64,
+    /// The request's operation; the inner one of an indirect request.
+    pub operation: u8,
+    /// How it ended.
+    pub status: Status,
+}

@@ -1,0 +1,256 @@
+//! The shared pages, as words that either end may write at any time.
+//!
+//! Everything is reached through atomics, which is the one way Rust has of saying "this may change
+//! under you". All the unsafe code of the ring is in this file.
+
+use crate::RingLayout;
+use crate::abi::{MAX_RING_PAGE_ORDER, PAGE_SIZE};
+use crate::layout::{SPLIT_CONTROL_BYTES, SPLIT_RESPONSE_WORDS, UNION_HEADER_BYTES};
+use crate::memory::SharedMemory;
+use crate::sync::AtomicU32;
+use core::fmt;
+
+/// Why a ring could not be laid over some pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum SetupError {
+    /// The order is beyond what we allow.
+    #[error("ring-page-order {0} is above the limit of {MAX_RING_PAGE_ORDER}")]
+    Order(u8),
+    /// There are too few pages, or too many.
+    #[error("a ring of this layout and order takes {need} pages, not {have}")]
+    Pages {
+        /// Pages given.
+        have: usize,
+        /// Pages needed.
+        need: usize,
+    },
+    /// A ring that is being attached to claims more requests than it has slots.
+    #[error("req_prod {req_prod} is more than {slots} slots ahead of rsp_prod {rsp_prod}")]
+    Overrun {
+        /// As found on the page.
+        req_prod: u32,
+        /// As found on the page.
+        rsp_prod: u32,
+        /// Slots in the ring.
+        slots: u32,
+    },
+}
+
+/// The pages of a ring.
+#[derive(Clone)]
+pub enum RingPages {
+    /// For [`RingLayout::Union`].
+    Union(alloc::sync::Arc<dyn SharedMemory>),
+    /// For [`RingLayout::Split`]: requests, then control and responses.
+    Split(alloc::sync::Arc<dyn SharedMemory>, alloc::sync::Arc<dyn SharedMemory>),
+}
+
+/// The four indices on the shared page, in the order of `struct blkif_sring`.
+#[derive(Clone, Copy)]
+enum Index {
+    ReqProd,
+    ReqEvent,
+    RspProd,
+    RspEvent,
+}
+
+/// A ring over shared pages.
+pub(crate) struct SharedRing {
+    #[cfg(not(loom))]
+    words: RawWords,
+    #[cfg(loom)]
+    words: LoomWords,
+    layout: RingLayout,
+    mask: u32,
+    request_words: usize,
+    response_words: usize,
+}
+
+impl SharedRing {
+    pub(crate) fn layout(&self) -> RingLayout {
+        self.layout
+    }
+
+    pub(crate) fn slots(&self) -> u32 {
+        self.mask + 1
+    }
+
+    pub(crate) fn req_prod(&self) -> &AtomicU32 {
+        self.words.index(Index::ReqProd)
+    }
+
+    pub(crate) fn req_event(&self) -> &AtomicU32 {
+        self.words.index(Index::ReqEvent)
+    }
+
+    pub(crate) fn rsp_prod(&self) -> &AtomicU32 {
+        self.words.index(Index::RspProd)
+    }
+
+    pub(crate) fn rsp_event(&self) -> &AtomicU32 {
+        self.words.index(Index::RspEvent)
+    }
+
+    /// The words of the slot that request `index` stands in.
+    pub(crate) fn request(&self, index: u32) -> &[AtomicU32] {
+        self.words.request((index & self.mask) as usize, self.request_words)
+    }
+
+    /// The words of the slot that response `index` stands in.
+    pub(crate) fn response(&self, index: u32) -> &[AtomicU32] {
+        self.words.response((index & self.mask) as usize, self.response_words)
+    }
+
+    fn geometry(layout: RingLayout, order: u8) -> Result<(u32, usize, usize), SetupError> {
+        if order > MAX_RING_PAGE_ORDER {
+            return Err(SetupError::Order(order));
+        }
+        let request_words = layout.request_words();
+        let response_words = match layout {
+            // The response overwrites the request: same slot, same stride.
+            RingLayout::Union(_) => request_words,
+            RingLayout::Split => SPLIT_RESPONSE_WORDS,
+        };
+        Ok((layout.slots(order) - 1, request_words, response_words))
+    }
+}
+
+impl fmt::Debug for SharedRing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SharedRing")
+            .field("layout", &self.layout)
+            .field("slots", &self.slots())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Addresses within the pages, which `_pages` keeps alive.
+#[cfg(not(loom))]
+struct RawWords {
+    indices: [*const AtomicU32; 4],
+    requests: *const AtomicU32,
+    responses: *const AtomicU32,
+    _pages: RingPages,
+}
+
+// SAFETY: the pages outlive the pointers and are touched only through atomics, from any thread.
+#[cfg(not(loom))]
+unsafe impl Send for RawWords {}
+// SAFETY: as for Send.
+#[cfg(not(loom))]
+unsafe impl Sync for RawWords {}
+
+#[cfg(not(loom))]
+impl SharedRing {
+    /// Lays a ring over `pages`, touching none of them.
+    pub(crate) fn new(pages: RingPages, layout: RingLayout, order: u8) -> Result<Self, SetupError> {
+        let (mask, request_words, response_words) = Self::geometry(layout, order)?;
+        let (first, second) = layout.pages(order);
+        let check = |memory: &dyn SharedMemory, need: usize| {
+            let have = memory.len() / PAGE_SIZE;
+            if have == need { Ok(()) } else { Err(SetupError::Pages { have, need }) }
+        };
+        let word = |memory: &dyn SharedMemory, byte: usize| {
+            memory.base().as_ptr().wrapping_add(byte).cast::<AtomicU32>().cast_const()
+        };
+        let words = match &pages {
+            RingPages::Union(memory) => {
+                check(&**memory, first + second)?;
+                let index = |n: usize| word(&**memory, n * 4);
+                let slots = word(&**memory, UNION_HEADER_BYTES);
+                RawWords {
+                    indices: [index(0), index(1), index(2), index(3)],
+                    requests: slots,
+                    responses: slots,
+                    _pages: pages,
+                }
+            }
+            RingPages::Split(requests, control) => {
+                check(&**requests, first)?;
+                check(&**control, second)?;
+                let index = |n: usize| word(&**control, n * 64);
+                RawWords {
+                    indices: [index(0), index(1), index(2), index(3)],
+                    requests: word(&**requests, 0),
+                    responses: word(&**control, SPLIT_CONTROL_BYTES),
+                    _pages: pages,
+                }
+            }
+        };
+        Ok(Self { words, layout, mask, request_words, response_words })
+    }
+
+    /// Makes the ring empty, as a frontend does before it tells anyone of it (`SHARED_RING_INIT`).
+    pub(crate) fn reset(&self) {
+        use crate::sync::Ordering::Relaxed;
+        self.req_prod().store(0, Relaxed);
+        self.rsp_prod().store(0, Relaxed);
+        self.req_event().store(1, Relaxed);
+        self.rsp_event().store(1, Relaxed);
+    }
+}
+
+#[cfg(not(loom))]
+impl RawWords {
+    fn index(&self, which: Index) -> &AtomicU32 {
+        // SAFETY: `new` put these four aligned words inside the pages, and they are alive.
+        unsafe { &*self.indices[which as usize] }
+    }
+
+    fn request(&self, slot: usize, words: usize) -> &[AtomicU32] {
+        // SAFETY: `slot` is masked to the slots that `RingLayout::slots` fitted into the pages, whose
+        // number `new` checked; `words` is the stride. The base is 4-byte aligned. A request slot and
+        // a response slot of a union ring are the same memory: both are shared slices of atomics.
+        unsafe { core::slice::from_raw_parts(self.requests.wrapping_add(slot * words), words) }
+    }
+
+    fn response(&self, slot: usize, words: usize) -> &[AtomicU32] {
+        // SAFETY: as for `request`; `RingLayout::pages` made room for as many responses.
+        unsafe { core::slice::from_raw_parts(self.responses.wrapping_add(slot * words), words) }
+    }
+}
+
+/// The same words as loom models them: a page that no peer scribbles on.
+#[cfg(loom)]
+struct LoomWords {
+    indices: [AtomicU32; 4],
+    requests: alloc::vec::Vec<AtomicU32>,
+    responses: Option<alloc::vec::Vec<AtomicU32>>,
+}
+
+#[cfg(loom)]
+impl SharedRing {
+    /// A ring of `slots` slots; a real one has too many states for a model checker.
+    pub(crate) fn model(layout: RingLayout, slots: u32) -> Self {
+        let (_, request_words, response_words) = Self::geometry(layout, 0).unwrap_or((0, 28, 28));
+        let words = |n: usize| (0..n).map(|_| AtomicU32::new(0)).collect();
+        let indices = [0, 1, 0, 1].map(AtomicU32::new);
+        Self {
+            words: LoomWords {
+                indices,
+                requests: words(slots as usize * request_words),
+                responses: matches!(layout, RingLayout::Split)
+                    .then(|| words(slots as usize * response_words)),
+            },
+            layout,
+            mask: slots - 1,
+            request_words,
+            response_words,
+        }
+    }
+}
+
+#[cfg(loom)]
+impl LoomWords {
+    fn index(&self, which: Index) -> &AtomicU32 {
+        &self.indices[which as usize]
+    }
+
+    fn request(&self, slot: usize, words: usize) -> &[AtomicU32] {
+        &self.requests[slot * words..][..words]
+    }
+
+    fn response(&self, slot: usize, words: usize) -> &[AtomicU32] {
+        &self.responses.as_ref().unwrap_or(&self.requests)[slot * words..][..words]
+    }
+}
