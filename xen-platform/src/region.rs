@@ -1,8 +1,8 @@
 //! Page-aligned memory of this process, for bounce buffers.
 
 use crate::{Error, Result};
-use ring_proto::SharedMemory;
 use ring_proto::abi::PAGE_SIZE;
+use ring_proto::{SharedMemory, copy_volatile};
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 
@@ -48,6 +48,36 @@ impl LocalRegion {
         }
         .map_err(|e| Error::io(format!("reserve {pages} pages"), e))?;
         Ok(Self { base: base.cast(), len: len.get() })
+    }
+
+    /// Makes `len` bytes from `offset` read as zeroes and gives the pages that lie wholly in them back to the kernel.
+    ///
+    /// # Errors
+    /// When the kernel does not take them.
+    ///
+    /// # Panics
+    /// If the region does not reach so far.
+    pub fn clear(&self, offset: usize, len: usize) -> Result<()> {
+        use nix::sys::mman::{MmapAdvise, madvise};
+        static ZEROES: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
+        assert!(offset <= self.len && len <= self.len - offset, "clear within the region");
+        let end = offset + len;
+        let first_page = offset.next_multiple_of(PAGE_SIZE).min(end);
+        let last_page = (end - end % PAGE_SIZE).max(first_page);
+        for (start, end) in [(offset, first_page), (last_page, end)] {
+            let target = self.base.as_ptr().wrapping_add(start);
+            // SAFETY: checked above to lie in the mapping; both edges are shorter than a page.
+            unsafe { copy_volatile(ZEROES.as_ptr(), target, end - start) }
+        }
+        if first_page == last_page {
+            return Ok(());
+        }
+        // SAFETY: `first_page` is an offset into the mapping.
+        let start = unsafe { self.base.add(first_page) }.cast();
+        // SAFETY: whole pages of the private mapping, which nobody holds a reference into: they
+        // read as zeroes from now on.
+        unsafe { madvise(start, last_page - first_page, MmapAdvise::MADV_DONTNEED) }
+            .map_err(|e| Error::io(format!("clear {len} bytes at {offset}"), e))
     }
 }
 

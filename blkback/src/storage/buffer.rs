@@ -1,6 +1,6 @@
 //! The memory of an operation: pieces of bounce buffers or of granted pages.
 
-use ring_proto::copy_volatile;
+use ring_proto::{SharedMemory, copy_volatile};
 
 /// A piece of memory that an operation reads or writes, laid out as `struct iovec`.
 #[derive(Clone, Copy, Debug)]
@@ -69,4 +69,34 @@ impl IoVec {
         // SAFETY: `new`'s contract makes the memory readable; a peer may write it meanwhile, hence no reference.
         unsafe { copy_volatile(self.base(), to.as_mut_ptr(), to.len()) }
     }
+
+    /// Fills the memory from `from`, starting at byte `offset` there.
+    ///
+    /// # Panics
+    /// If `from` does not reach so far.
+    pub(crate) fn fill_from(&self, from: &impl SharedMemory, offset: usize) {
+        let source = piece(from, offset, self.len());
+        // SAFETY: `piece` checked the range in `from`, `new`'s contract covers ours. They are
+        // different mappings: nobody makes an IoVec of memory that serves as a disk.
+        unsafe { copy_volatile(source, self.base(), self.len()) }
+    }
+
+    /// Copies the memory to `to`, starting at byte `offset` there.
+    ///
+    /// # Panics
+    /// If `to` does not reach so far.
+    pub(crate) fn copy_into(&self, to: &impl SharedMemory, offset: usize) {
+        let target = piece(to, offset, self.len());
+        // SAFETY: as in `fill_from`, the other way round.
+        unsafe { copy_volatile(self.base(), target, self.len()) }
+    }
+}
+
+/// Address of byte `offset` of `memory`, which `len` bytes must follow.
+fn piece(memory: &impl SharedMemory, offset: usize, len: usize) -> *mut u8 {
+    assert!(
+        offset.checked_add(len).is_some_and(|end| end <= memory.len()),
+        "the piece lies within the memory"
+    );
+    memory.base().as_ptr().wrapping_add(offset)
 }

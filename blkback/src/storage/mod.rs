@@ -7,8 +7,13 @@
 //! long as a queue holds an operation the device may be writing into its memory.
 
 mod buffer;
+mod memory;
+mod null;
+mod open;
+mod waiter;
 
 pub use buffer::{IoVec, IoVecs};
+pub use open::{Direct, FaultKind, FaultRate, Faults, Limits, OpenError, Options, Target, open};
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -105,6 +110,37 @@ pub struct Op {
     pub offset: u64,
     /// The memory, empty for flush and discard. The sum of its lengths is the operation's length.
     pub buffers: IoVecs,
+}
+
+impl Op {
+    /// Length in bytes of what is read or written, 0 for flush and discard.
+    pub fn transfer(&self) -> u64 {
+        self.buffers.iter().map(|piece| piece.len() as u64).sum()
+    }
+
+    /// Why a disk of `bytes` cannot do this, as an errno. The ring checked it against the geometry,
+    /// but the disk may have shrunk since, and a write past the end of a file would grow it.
+    fn check(&self, bytes: u64, read_only: bool) -> Result<(), i32> {
+        let (length, changes) = match self.kind {
+            OpKind::Read => (self.transfer(), false),
+            OpKind::Write { .. } => (self.transfer(), true),
+            OpKind::Discard { bytes, .. } => (bytes, true),
+            OpKind::Flush => return Ok(()),
+        };
+        if changes && read_only {
+            return Err(libc::EROFS);
+        }
+        match self.offset.checked_add(length) {
+            Some(end) if end <= bytes => Ok(()),
+            _ => Err(libc::EIO),
+        }
+    }
+
+    /// Ends it. `Err` is an errno: making an [`io::Error`] of it does not allocate.
+    fn complete(self, result: Result<(), i32>) -> Completion {
+        let result = result.map_err(io::Error::from_raw_os_error);
+        Completion { tag: self.tag, result, buffers: self.buffers }
+    }
 }
 
 /// An operation that has ended.

@@ -1,0 +1,115 @@
+//! A disk in memory, that is gone with the process.
+
+use super::waiter::Waiter;
+use super::{
+    Completion, DiscardLimits, Geometry, Op, OpKind, Queue, QueueCounters, QueueSetup, Storage,
+};
+use ring_proto::abi::{PAGE_SIZE, SECTOR_SIZE};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use xen_platform::LocalRegion;
+
+/// Sparse memory. Rings read and write it at the same time without a lock, with a disk's promise: a
+/// write that races with another operation on the same sectors leaves a mixture of both.
+pub(super) struct Memory {
+    geometry: Geometry,
+    region: Arc<LocalRegion>,
+}
+
+impl Memory {
+    /// Reserves `sectors`; pages are taken as they are written.
+    pub(super) fn new(sectors: u64, read_only: bool, discard: bool) -> io::Result<Self> {
+        let pages = sectors.div_ceil((PAGE_SIZE / SECTOR_SIZE) as u64);
+        let pages = usize::try_from(pages).map_err(io::Error::other)?;
+        let region = LocalRegion::new(pages).map_err(io::Error::other)?;
+        let limits = DiscardLimits { granularity: PAGE_SIZE as u32, alignment: 0, secure: true };
+        let geometry = Geometry {
+            sectors,
+            sector_size: SECTOR_SIZE as u32,
+            physical_sector_size: SECTOR_SIZE as u32,
+            read_only,
+            discard: (discard && !read_only).then_some(limits),
+            flush: false,
+            moves_data: true,
+            buffer_alignment: 1,
+        };
+        Ok(Self { geometry, region: Arc::new(region) })
+    }
+}
+
+impl Storage for Memory {
+    fn geometry(&self) -> Geometry {
+        self.geometry.clone()
+    }
+
+    fn refresh(&self) -> io::Result<Geometry> {
+        Ok(self.geometry())
+    }
+
+    fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(MemoryQueue {
+            region: self.region.clone(),
+            bytes: self.geometry.sectors * SECTOR_SIZE as u64,
+            read_only: self.geometry.read_only,
+            waiter: Waiter::new(setup.wake),
+        }))
+    }
+}
+
+struct MemoryQueue {
+    region: Arc<LocalRegion>,
+    bytes: u64,
+    read_only: bool,
+    waiter: Waiter,
+}
+
+impl MemoryQueue {
+    fn execute(&self, op: &Op) -> Result<(), i32> {
+        op.check(self.bytes, self.read_only)?;
+        // It fits: the check bounds it by the region's length, a usize.
+        let mut at = op.offset as usize;
+        match op.kind {
+            OpKind::Read => {
+                for piece in &op.buffers {
+                    piece.fill_from(&*self.region, at);
+                    at += piece.len();
+                }
+            }
+            OpKind::Write { .. } => {
+                for piece in &op.buffers {
+                    piece.copy_into(&*self.region, at);
+                    at += piece.len();
+                }
+            }
+            OpKind::Discard { bytes, .. } => {
+                self.region.clear(at, bytes as usize).map_err(|_| libc::EIO)?;
+            }
+            OpKind::Flush => {}
+        }
+        Ok(())
+    }
+}
+
+impl Queue for MemoryQueue {
+    fn submit(&mut self, op: Op, done: &mut Vec<Completion>) {
+        let result = self.execute(&op);
+        done.push(op.complete(result));
+    }
+
+    fn poll(&mut self, _done: &mut Vec<Completion>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.waiter.wait(timeout)
+    }
+
+    fn in_flight(&self) -> usize {
+        0
+    }
+
+    fn counters(&self) -> QueueCounters {
+        QueueCounters { system_calls: self.waiter.calls() }
+    }
+}

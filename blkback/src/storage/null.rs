@@ -1,0 +1,71 @@
+//! A disk that does nothing: what is left is the cost of the ring.
+
+use super::waiter::Waiter;
+use super::{Completion, DiscardLimits, Geometry, Op, Queue, QueueCounters, QueueSetup, Storage};
+use ring_proto::abi::SECTOR_SIZE;
+use std::io;
+use std::time::Duration;
+
+/// A disk of any size that completes everything as it is submitted and moves no data.
+pub(super) struct Null {
+    geometry: Geometry,
+}
+
+impl Null {
+    pub(super) fn new(sectors: u64, read_only: bool, discard: bool) -> Self {
+        let sector = SECTOR_SIZE as u32;
+        let limits = DiscardLimits { granularity: sector, alignment: 0, secure: true };
+        Self {
+            geometry: Geometry {
+                sectors,
+                sector_size: sector,
+                physical_sector_size: sector,
+                read_only,
+                discard: (discard && !read_only).then_some(limits),
+                flush: false,
+                moves_data: false,
+                buffer_alignment: 1,
+            },
+        }
+    }
+}
+
+impl Storage for Null {
+    fn geometry(&self) -> Geometry {
+        self.geometry.clone()
+    }
+
+    fn refresh(&self) -> io::Result<Geometry> {
+        Ok(self.geometry())
+    }
+
+    fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(NullQueue { waiter: Waiter::new(setup.wake) }))
+    }
+}
+
+struct NullQueue {
+    waiter: Waiter,
+}
+
+impl Queue for NullQueue {
+    fn submit(&mut self, op: Op, done: &mut Vec<Completion>) {
+        done.push(op.complete(Ok(())));
+    }
+
+    fn poll(&mut self, _done: &mut Vec<Completion>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.waiter.wait(timeout)
+    }
+
+    fn in_flight(&self) -> usize {
+        0
+    }
+
+    fn counters(&self) -> QueueCounters {
+        QueueCounters { system_calls: self.waiter.calls() }
+    }
+}

@@ -1,0 +1,217 @@
+//! From what the configuration says to a disk.
+
+use super::Storage;
+use super::memory::Memory;
+use super::null::Null;
+use ring_proto::abi::SECTOR_SIZE;
+use std::io;
+use std::num::NonZeroU64;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What a disk is made of.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Target {
+    /// Nothing behind it.
+    Null {
+        /// Size.
+        bytes: u64,
+    },
+    /// Memory of this process.
+    Memory {
+        /// Size.
+        bytes: u64,
+    },
+    /// A raw file or a block device.
+    Path(PathBuf),
+    /// Completes no sooner than this after the inner disk did.
+    Delay(Duration, Box<Target>),
+    /// Takes no more than so much a second.
+    Limit(Limits, Box<Target>),
+    /// Fails some operations.
+    Error(Faults, Box<Target>),
+}
+
+/// What a disk takes a second, over all of its rings.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// Operations of any kind.
+    pub operations: Option<NonZeroU64>,
+    /// Bytes read and written.
+    pub bytes: Option<NonZeroU64>,
+}
+
+/// Which operations fail.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Faults {
+    /// Of this kind only.
+    pub kind: Option<FaultKind>,
+    /// How many of them.
+    pub rate: FaultRate,
+}
+
+/// Kinds of operation that can be made to fail.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FaultKind {
+    /// Reads.
+    Read,
+    /// Writes, with or without FUA.
+    Write,
+    /// Flushes.
+    Flush,
+    /// Discards, secure or not.
+    Discard,
+}
+
+/// How many operations fail.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FaultRate {
+    /// So many of a million, drawn from a sequence that is the same every time.
+    PerMillion(u32),
+    /// Every so-manieth of a ring.
+    Every(NonZeroU64),
+}
+
+/// How to open a disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Options {
+    /// Refuse writes and discards.
+    pub read_only: bool,
+    /// Whether files and devices are read past the page cache.
+    pub direct: Direct,
+    /// Offer discard where the disk can do it.
+    pub discard: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { read_only: false, direct: Direct::Auto, discard: true }
+    }
+}
+
+/// Use of O_DIRECT.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub enum Direct {
+    /// Where it works with 512-byte sectors (or the device's own); the log says where it does not.
+    #[default]
+    Auto,
+    /// Or not at all. A file then takes the sector size that O_DIRECT needs there.
+    On,
+    /// Never.
+    Off,
+}
+
+/// Why a disk cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// There is nothing at the path.
+    #[error("{path:?} does not exist: create it or correct the target")]
+    Missing {
+        /// As configured.
+        path: PathBuf,
+    },
+    /// The path is not of a disk.
+    #[error("{path:?} is {kind}: name a raw image file or a block device")]
+    Kind {
+        /// As configured.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
+    /// Access is refused.
+    #[error("{path:?}: {source}: give the daemon read{} access, or {}", if *.read_only { "" } else { " and write" }, if *.read_only { "choose another path" } else { "make the disk read-only" })]
+    Permission {
+        /// As configured.
+        path: PathBuf,
+        /// Whether only reading was asked for.
+        read_only: bool,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Somebody else holds the device.
+    #[error(
+        "{path:?} is in use (mounted, or held by another program): release it or make the disk read-only"
+    )]
+    Busy {
+        /// As configured.
+        path: PathBuf,
+    },
+    /// The disk would have no sectors.
+    #[error("{path:?} is empty: give it a size, for example with truncate -s")]
+    Empty {
+        /// As configured.
+        path: PathBuf,
+    },
+    /// The size is not a whole number of sectors.
+    #[error(
+        "{path:?} has {bytes} bytes, not a multiple of {sector_size}: make it larger with truncate -s %{sector_size}"
+    )]
+    Size {
+        /// As configured.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// Bytes of a sector.
+        sector_size: u32,
+    },
+    /// O_DIRECT was demanded and cannot be had.
+    #[error(
+        "{path:?}: O_DIRECT does not work here: {source}: allow buffered access (direct = auto)"
+    )]
+    Direct {
+        /// As configured.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A system call failed for another reason.
+    #[error("{path:?}: cannot {doing}: {source}")]
+    Io {
+        /// As configured.
+        path: PathBuf,
+        /// What was being done.
+        doing: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A null or memory disk of no or half a sector.
+    #[error("a disk of {bytes} bytes: the size must be a multiple of 512, and not 0")]
+    TargetSize {
+        /// As configured.
+        bytes: u64,
+    },
+    /// Memory cannot be reserved.
+    #[error("cannot reserve {bytes} bytes of memory: {source}: make the disk smaller")]
+    Memory {
+        /// As configured.
+        bytes: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// Opens a disk.
+///
+/// # Errors
+/// When it cannot be used; the message says what to do.
+pub fn open(target: &Target, options: Options) -> Result<Arc<dyn Storage>, OpenError> {
+    let Options { read_only, discard, .. } = options;
+    Ok(match target {
+        Target::Null { bytes } => Arc::new(Null::new(sectors(*bytes)?, read_only, discard)),
+        Target::Memory { bytes } => Arc::new(
+            Memory::new(sectors(*bytes)?, read_only, discard)
+                .map_err(|source| OpenError::Memory { bytes: *bytes, source })?,
+        ),
+        _ => return Err(OpenError::TargetSize { bytes: 0 }),
+    })
+}
+
+/// Sectors of a disk whose size the configuration gives.
+fn sectors(bytes: u64) -> Result<u64, OpenError> {
+    let sector = SECTOR_SIZE as u64;
+    if bytes == 0 || bytes % sector != 0 {
+        return Err(OpenError::TargetSize { bytes });
+    }
+    Ok(bytes / sector)
+}
