@@ -1,0 +1,269 @@
+//! The backend's end.
+
+use super::XenbusState::{self, *};
+
+/// What to do about a frontend that is `Connected` to a backend process that no longer exists.
+///
+/// The owner decides by what it reads in the frontend's directory, before it makes the machine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum StalePeer {
+    /// Go to `InitWait` and wait until the frontend offers new rings. For frontends that reissue what
+    /// was in flight, as [`super::FrontendMachine`] does.
+    Restart,
+    /// Map the rings that stand in xenstore and go on at `rsp_prod`. For Linux's frontend, which
+    /// ignores `InitWait` once it is connected (`blkback_changed` in xen-blkfront.c).
+    Attach,
+}
+
+/// What the owner of a [`BackendMachine`] has observed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BackendEvent {
+    /// The frontend's `state`; `None` when missing or absurd, which counts as `Closed`: a forced
+    /// destroy deletes the frontend's directory.
+    Frontend(Option<XenbusState>),
+    /// The backend's own `online` node; missing is `false`, as for Linux (`xenbus_dev_is_online`).
+    Online(bool),
+    /// The keys of a frontend that is connected are no longer those that were connected: it started
+    /// over between two looks at its state.
+    Rekeyed,
+    /// The backend's own directory vanished.
+    DirectoryRemoved,
+    /// The storage can be used. If the directory has a `script`, this is not before
+    /// `hotplug-status`=`connected`: until then the toolstack may still be waiting to see `InitWait`.
+    StorageReady,
+    /// The storage cannot be used (any more).
+    StorageFailed,
+    /// The size of the storage changed.
+    Resized,
+    /// [`BackendAction::Connect`] succeeded.
+    Connected,
+    /// [`BackendAction::Connect`] failed; the owner has undone its parts and written `error`.
+    ConnectFailed,
+    /// Close the device for good but leave its directory. A daemon that means to be replaced does not
+    /// ask for this: it drains, exits, and leaves `state` for its successor to find.
+    Shutdown,
+    /// The frontend was given time to close and did not.
+    GiveUp,
+}
+
+/// What the owner of a [`BackendMachine`] does next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BackendAction {
+    /// Write the offer, then `state` = `InitWait`.
+    Advertise,
+    /// Read the frontend's keys, map its rings, bind its event channels, write the device's properties;
+    /// feed [`BackendEvent::Connected`] or [`BackendEvent::ConnectFailed`].
+    Connect,
+    /// Write `state`.
+    Publish(XenbusState),
+    /// Write `sectors`, then the same `state` again, which is how a frontend learns of a new size.
+    Resize,
+    /// Stop the rings, unmap, unbind. Also ends a connect in progress, whose outcome is then not fed.
+    Disconnect,
+    /// Remove the backend's directory (in a transaction that checks that `online` is still 0: the
+    /// toolstack may be attaching the same device anew) and drop the machine.
+    Retire,
+    /// Drop the machine and leave xenstore alone.
+    Forget,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Link {
+    Down,
+    Connecting,
+    Up,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Storage {
+    Opening,
+    Ready,
+    Failed,
+}
+
+/// Decides what a backend does about its frontend, its toolstack and its storage.
+///
+/// - `Advertise` needs no storage: under xl the script that finds it runs after `InitWait`.
+/// - A frontend seen at `Initialising` is never connected before it was seen at `Initialised`, so
+///   `InitWait` stands for at least the frontend's answer.
+/// - `Connect` is never repeated without a `Disconnect` between (XSA-350).
+/// - The link stays up while the frontend is `Closing`: Linux goes on with I/O until the last user closes.
+/// - After `Retire` or `Forget` it answers nothing.
+#[derive(Clone, Debug)]
+pub struct BackendMachine {
+    stale: StalePeer,
+    /// Last observations; nothing happens before both are known.
+    frontend: Option<XenbusState>,
+    online: Option<bool>,
+    storage: Storage,
+    link: Link,
+    published: XenbusState,
+    /// We gave up on this frontend until it starts over.
+    refused: bool,
+    shutdown: bool,
+    ended: bool,
+}
+
+impl BackendMachine {
+    /// A machine that has seen nothing and published nothing.
+    pub fn new(stale: StalePeer) -> Self {
+        Self {
+            stale,
+            frontend: None,
+            online: None,
+            storage: Storage::Opening,
+            link: Link::Down,
+            published: Initialising,
+            refused: false,
+            shutdown: false,
+            ended: false,
+        }
+    }
+
+    /// The state this end has asked its owner to publish last.
+    pub fn state(&self) -> XenbusState {
+        self.published
+    }
+
+    /// Whether rings are mapped.
+    pub fn is_connected(&self) -> bool {
+        self.link == Link::Up
+    }
+
+    /// Whether the machine has answered [`BackendAction::Retire`] or [`BackendAction::Forget`].
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Takes an observation and says what to do.
+    pub fn handle(&mut self, event: BackendEvent) -> Vec<BackendAction> {
+        let mut actions = Vec::new();
+        if self.ended {
+            return actions;
+        }
+        let rekeyed = event == BackendEvent::Rekeyed && self.link == Link::Up;
+        match event {
+            BackendEvent::Frontend(state) => self.observe(state.unwrap_or(Closed), &mut actions),
+            BackendEvent::Online(online) => self.online = Some(online),
+            BackendEvent::Rekeyed if rekeyed => self.disconnect(&mut actions),
+            BackendEvent::Rekeyed => {}
+            BackendEvent::DirectoryRemoved => {
+                self.disconnect(&mut actions);
+                self.end(BackendAction::Forget, &mut actions);
+            }
+            BackendEvent::StorageReady => self.storage = Storage::Ready,
+            BackendEvent::StorageFailed => self.storage = Storage::Failed,
+            BackendEvent::Resized if self.link == Link::Up && self.published == Connected => {
+                actions.push(BackendAction::Resize);
+            }
+            BackendEvent::Resized => {}
+            BackendEvent::Connected if self.link == Link::Connecting => self.link = Link::Up,
+            BackendEvent::ConnectFailed if self.link == Link::Connecting => {
+                self.link = Link::Down;
+                self.refused = true;
+            }
+            BackendEvent::Connected | BackendEvent::ConnectFailed => {}
+            BackendEvent::Shutdown => self.shutdown = true,
+            BackendEvent::GiveUp => {
+                self.refused = true;
+                self.close(&mut actions);
+            }
+        }
+        self.decide(rekeyed, &mut actions);
+        actions
+    }
+
+    fn observe(&mut self, frontend: XenbusState, actions: &mut Vec<BackendAction>) {
+        // Back at `Initialised` from anywhere else: new rings, and we missed the states between.
+        if frontend == Initialised && self.frontend != Some(Initialised) {
+            self.disconnect(actions);
+        }
+        if matches!(frontend, Closed | Initialising | InitWait) {
+            self.refused = false;
+        }
+        self.frontend = Some(frontend);
+    }
+
+    fn decide(&mut self, rekeyed: bool, actions: &mut Vec<BackendAction>) {
+        let (Some(frontend), Some(online)) = (self.frontend, self.online) else { return };
+        if self.ended {
+            return;
+        }
+        let stop = self.shutdown || self.refused || !online || self.storage == Storage::Failed;
+        match frontend {
+            Closed => self.close(actions),
+            // A frontend that never began has nothing to finish.
+            Initialising | InitWait if stop => self.close(actions),
+            _ if stop || frontend == Closing => {
+                if self.published != Closed {
+                    self.publish(Closing, actions);
+                }
+            }
+            Initialising | InitWait => {
+                self.disconnect(actions);
+                self.advertise(actions);
+            }
+            _ => match self.link {
+                Link::Connecting => {}
+                Link::Up if self.published == Closing && frontend != Initialised => {}
+                Link::Up => self.publish(Connected, actions),
+                Link::Down if frontend == Initialised || rekeyed => self.connect(actions),
+                // Connected, but not to us.
+                Link::Down if self.published == Closing => {}
+                Link::Down if self.stale == StalePeer::Attach && self.published == Initialising => {
+                    self.attach(actions);
+                }
+                Link::Down => self.advertise(actions),
+            },
+        }
+    }
+
+    fn connect(&mut self, actions: &mut Vec<BackendAction>) {
+        self.advertise(actions);
+        self.attach(actions);
+    }
+
+    fn attach(&mut self, actions: &mut Vec<BackendAction>) {
+        if self.storage == Storage::Ready {
+            self.link = Link::Connecting;
+            actions.push(BackendAction::Connect);
+        }
+    }
+
+    fn advertise(&mut self, actions: &mut Vec<BackendAction>) {
+        if self.published != InitWait {
+            self.published = InitWait;
+            actions.push(BackendAction::Advertise);
+        }
+    }
+
+    fn publish(&mut self, state: XenbusState, actions: &mut Vec<BackendAction>) {
+        if self.published != state {
+            self.published = state;
+            actions.push(BackendAction::Publish(state));
+        }
+    }
+
+    fn disconnect(&mut self, actions: &mut Vec<BackendAction>) {
+        if self.link != Link::Down {
+            self.link = Link::Down;
+            actions.push(BackendAction::Disconnect);
+        }
+    }
+
+    /// Lets go of the frontend, and of the device if nobody wants it any more.
+    fn close(&mut self, actions: &mut Vec<BackendAction>) {
+        self.disconnect(actions);
+        self.publish(Closed, actions);
+        if self.online == Some(false) {
+            self.end(BackendAction::Retire, actions);
+        } else if self.shutdown {
+            self.end(BackendAction::Forget, actions);
+        }
+    }
+
+    fn end(&mut self, how: BackendAction, actions: &mut Vec<BackendAction>) {
+        self.ended = true;
+        actions.push(how);
+    }
+}
