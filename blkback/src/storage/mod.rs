@@ -7,9 +7,15 @@
 //! long as a queue holds an operation the device may be writing into its memory.
 
 mod buffer;
+mod delay;
+mod device;
+mod fault;
+mod file;
+mod limit;
 mod memory;
 mod null;
 mod open;
+mod ring;
 mod waiter;
 
 pub use buffer::{IoVec, IoVecs};

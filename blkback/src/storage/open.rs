@@ -1,6 +1,10 @@
 //! From what the configuration says to a disk.
 
 use super::Storage;
+use super::delay::Delay;
+use super::fault::Faulty;
+use super::file::FileDisk;
+use super::limit::Limited;
 use super::memory::Memory;
 use super::null::Null;
 use ring_proto::abi::SECTOR_SIZE;
@@ -203,7 +207,10 @@ pub fn open(target: &Target, options: Options) -> Result<Arc<dyn Storage>, OpenE
             Memory::new(sectors(*bytes)?, read_only, discard)
                 .map_err(|source| OpenError::Memory { bytes: *bytes, source })?,
         ),
-        _ => return Err(OpenError::TargetSize { bytes: 0 }),
+        Target::Path(path) => Arc::new(FileDisk::open(path, options)?),
+        Target::Delay(time, inner) => Arc::new(Delay { time: *time, inner: open(inner, options)? }),
+        Target::Limit(limits, inner) => Arc::new(Limited::new(*limits, open(inner, options)?)),
+        Target::Error(faults, inner) => Arc::new(Faulty::new(*faults, open(inner, options)?)),
     })
 }
 

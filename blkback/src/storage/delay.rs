@@ -1,0 +1,88 @@
+//! A disk that takes longer.
+
+use super::{Completion, Geometry, Op, Queue, QueueCounters, QueueSetup, Storage};
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Holds back the completions of another disk.
+pub(super) struct Delay {
+    pub(super) time: Duration,
+    pub(super) inner: Arc<dyn Storage>,
+}
+
+impl Storage for Delay {
+    fn geometry(&self) -> Geometry {
+        self.inner.geometry()
+    }
+
+    fn refresh(&self) -> io::Result<Geometry> {
+        self.inner.refresh()
+    }
+
+    fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn Queue>> {
+        let depth = setup.depth;
+        Ok(Box::new(DelayQueue {
+            time: self.time,
+            inner: self.inner.open_queue(setup)?,
+            fresh: Vec::with_capacity(depth),
+            held: VecDeque::with_capacity(depth),
+        }))
+    }
+}
+
+struct DelayQueue {
+    time: Duration,
+    inner: Box<dyn Queue>,
+    /// Scratch, empty between calls.
+    fresh: Vec<Completion>,
+    /// Soonest first, as all are held for the same time.
+    held: VecDeque<(Instant, Completion)>,
+}
+
+impl DelayQueue {
+    fn hold(&mut self) {
+        if !self.fresh.is_empty() {
+            let due = Instant::now() + self.time;
+            self.held.extend(self.fresh.drain(..).map(|completion| (due, completion)));
+        }
+    }
+}
+
+impl Queue for DelayQueue {
+    fn submit(&mut self, op: Op, _done: &mut Vec<Completion>) {
+        self.inner.submit(op, &mut self.fresh);
+        self.hold();
+    }
+
+    fn poll(&mut self, done: &mut Vec<Completion>) -> io::Result<()> {
+        self.inner.poll(&mut self.fresh)?;
+        self.hold();
+        if !self.held.is_empty() {
+            let now = Instant::now();
+            while self.held.front().is_some_and(|(due, _)| *due <= now) {
+                done.extend(self.held.pop_front().map(|(_, completion)| completion));
+            }
+        }
+        Ok(())
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.inner.wait(sooner(timeout, self.held.front().map(|(due, _)| *due)))
+    }
+
+    fn in_flight(&self) -> usize {
+        self.held.len() + self.inner.in_flight()
+    }
+
+    fn counters(&self) -> QueueCounters {
+        self.inner.counters()
+    }
+}
+
+/// The time left to whatever comes first.
+pub(super) fn sooner(timeout: Option<Duration>, due: Option<Instant>) -> Option<Duration> {
+    let due = due.map(|due| due.saturating_duration_since(Instant::now()));
+    timeout.into_iter().chain(due).min()
+}

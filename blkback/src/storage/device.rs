@@ -1,0 +1,89 @@
+//! What a block device tells of itself.
+
+use super::DiscardLimits;
+use ring_proto::abi::SECTOR_SIZE;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// From linux/fs.h.
+mod ioctl {
+    nix::ioctl_read!(blkgetsize64, 0x12, 114, usize);
+    nix::ioctl_read_bad!(blksszget, nix::request_code_none!(0x12, 104), libc::c_int);
+    nix::ioctl_read_bad!(blkpbszget, nix::request_code_none!(0x12, 123), libc::c_uint);
+}
+
+/// Properties that do not change while a device is open.
+pub(super) struct Device {
+    pub(super) sector_size: u32,
+    pub(super) physical_sector_size: u32,
+    pub(super) discard: Option<DiscardLimits>,
+}
+
+impl Device {
+    pub(super) fn probe(file: &File) -> io::Result<Self> {
+        let (mut logical, mut physical) = (0, 0);
+        // SAFETY: BLKSSZGET writes one int.
+        unsafe { ioctl::blksszget(file.as_raw_fd(), &mut logical) }?;
+        // SAFETY: BLKPBSZGET writes one unsigned int.
+        unsafe { ioctl::blkpbszget(file.as_raw_fd(), &mut physical) }?;
+        let sector_size = u32::try_from(logical).unwrap_or(0);
+        if !sector_size.is_power_of_two() || sector_size < SECTOR_SIZE as u32 {
+            return Err(io::Error::other(format!("the device claims sectors of {logical} bytes")));
+        }
+        let sysfs = Sysfs::of(file.metadata()?.rdev());
+        Ok(Self {
+            sector_size,
+            physical_sector_size: physical.max(sector_size),
+            discard: sysfs.discard(),
+        })
+    }
+}
+
+/// Size in bytes.
+pub(super) fn bytes(file: &File) -> io::Result<u64> {
+    let mut bytes = 0;
+    // SAFETY: BLKGETSIZE64 writes a u64; its number says size_t, which on every 64-bit target is one.
+    unsafe { ioctl::blkgetsize64(file.as_raw_fd(), &mut bytes) }?;
+    Ok(bytes as u64)
+}
+
+/// The directory of a device below /sys.
+struct Sysfs {
+    device: PathBuf,
+}
+
+impl Sysfs {
+    fn of(number: u64) -> Self {
+        let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
+        Self { device: format!("/sys/dev/block/{major}:{minor}").into() }
+    }
+
+    /// An attribute of the request queue, which a partition shares with its disk.
+    fn queue<T: FromStr>(&self, name: &str) -> Option<T> {
+        ["queue", "../queue"].into_iter().find_map(|queue| {
+            std::fs::read_to_string(self.device.join(queue).join(name)).ok()?.trim().parse().ok()
+        })
+    }
+
+    /// Both limits must be there: space is given back by fallocate(2), which promises zeroes.
+    fn discard(&self) -> Option<DiscardLimits> {
+        let able = |name| self.queue::<u64>(name).is_some_and(|most| most > 0);
+        if !able("discard_max_bytes") {
+            return None;
+        }
+        if !able("write_zeroes_max_bytes") {
+            tracing::info!("no discard: {} cannot promise zeroes", self.device.display());
+            return None;
+        }
+        let alignment = std::fs::read_to_string(self.device.join("discard_alignment")).ok();
+        Some(DiscardLimits {
+            granularity: self.queue("discard_granularity")?,
+            alignment: alignment.and_then(|text| text.trim().parse().ok()).unwrap_or(0),
+            secure: false,
+        })
+    }
+}

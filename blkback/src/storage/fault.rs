@@ -1,0 +1,106 @@
+//! A disk that fails.
+
+use super::{
+    Completion, FaultKind, FaultRate, Faults, Geometry, Op, OpKind, Queue, QueueCounters,
+    QueueSetup, Storage,
+};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Fails some of the operations of another disk with EIO, without starting them.
+pub(super) struct Faulty {
+    faults: Faults,
+    inner: Arc<dyn Storage>,
+    /// Queues opened so far: each draws a sequence of its own.
+    queues: AtomicU64,
+}
+
+impl Faulty {
+    pub(super) fn new(faults: Faults, inner: Arc<dyn Storage>) -> Self {
+        Self { faults, inner, queues: AtomicU64::new(0) }
+    }
+}
+
+impl Storage for Faulty {
+    fn geometry(&self) -> Geometry {
+        self.inner.geometry()
+    }
+
+    fn refresh(&self) -> io::Result<Geometry> {
+        self.inner.refresh()
+    }
+
+    fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(FaultyQueue {
+            faults: self.faults,
+            inner: self.inner.open_queue(setup)?,
+            seed: self.queues.fetch_add(1, Ordering::Relaxed) << 32,
+            seen: 0,
+        }))
+    }
+}
+
+struct FaultyQueue {
+    faults: Faults,
+    inner: Box<dyn Queue>,
+    seed: u64,
+    /// Operations of the chosen kind.
+    seen: u64,
+}
+
+impl FaultyQueue {
+    fn fails(&mut self, kind: OpKind) -> bool {
+        let kind = match kind {
+            OpKind::Read => FaultKind::Read,
+            OpKind::Write { .. } => FaultKind::Write,
+            OpKind::Flush => FaultKind::Flush,
+            OpKind::Discard { .. } => FaultKind::Discard,
+        };
+        if self.faults.kind.is_some_and(|chosen| chosen != kind) {
+            return false;
+        }
+        self.seen += 1;
+        match self.faults.rate {
+            FaultRate::Every(period) => self.seen % period == 0,
+            FaultRate::PerMillion(share) => {
+                mix(self.seed.wrapping_add(self.seen)) % 1_000_000 < share.into()
+            }
+        }
+    }
+}
+
+/// The output function of SplitMix64: as good as random, and the same every time.
+fn mix(counter: u64) -> u64 {
+    let mut z = counter.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+impl Queue for FaultyQueue {
+    fn submit(&mut self, op: Op, done: &mut Vec<Completion>) {
+        if self.fails(op.kind) {
+            done.push(op.complete(Err(libc::EIO)));
+        } else {
+            self.inner.submit(op, done);
+        }
+    }
+
+    fn poll(&mut self, done: &mut Vec<Completion>) -> io::Result<()> {
+        self.inner.poll(done)
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.inner.wait(timeout)
+    }
+
+    fn in_flight(&self) -> usize {
+        self.inner.in_flight()
+    }
+
+    fn counters(&self) -> QueueCounters {
+        self.inner.counters()
+    }
+}

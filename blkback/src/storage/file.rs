@@ -1,0 +1,206 @@
+//! Raw files and block devices.
+
+use super::device::{self, Device};
+use super::ring::RingQueue;
+use super::{Direct, DiscardLimits, Geometry, OpenError, Options, Queue, QueueSetup, Storage};
+use nix::fcntl::{FallocateFlags, OFlag, fallocate};
+use ring_proto::abi::{PAGE_SIZE, SECTOR_SIZE};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Offsets and lengths that O_DIRECT may ask for, smallest first.
+const DIRECT_UNITS: [u32; 2] = [SECTOR_SIZE as u32, PAGE_SIZE as u32];
+
+/// A raw file or a block device.
+pub(super) struct FileDisk(Arc<Backing>);
+
+/// What all queues of a disk share.
+pub(super) struct Backing {
+    pub(super) file: File,
+    /// Bytes that belong to the disk now. Queues look at every operation against it.
+    bytes: AtomicU64,
+    is_device: bool,
+    geometry: Mutex<Geometry>,
+}
+
+impl FileDisk {
+    pub(super) fn open(path: &Path, options: Options) -> Result<Self, OpenError> {
+        let failed = |source| open_error(path, options.read_only, source);
+        // Looked at before it is opened: opening a pipe would wait for its other end.
+        let metadata = std::fs::metadata(path).map_err(failed)?;
+        let kind = metadata.file_type();
+        let is_device = kind.is_block_device();
+        if !is_device && !kind.is_file() {
+            let kind = if kind.is_dir() { "a directory" } else { "not a disk" };
+            return Err(OpenError::Kind { path: path.into(), kind });
+        }
+
+        let (file, unit) = open_file(path, is_device, options)?;
+        let bytes = size_of(&file, is_device).map_err(failed)?;
+        let device = is_device.then(|| Device::probe(&file)).transpose().map_err(failed)?;
+        let sector_size = device.as_ref().map_or(SECTOR_SIZE as u32, |d| d.sector_size).max(unit);
+        if bytes == 0 {
+            return Err(OpenError::Empty { path: path.into() });
+        }
+        if bytes % u64::from(sector_size) != 0 {
+            return Err(OpenError::Size { path: path.into(), bytes, sector_size });
+        }
+
+        let discard = (options.discard && !options.read_only)
+            .then(|| match &device {
+                Some(device) => device.discard,
+                None => file_discard(&file, bytes, metadata.blksize()),
+            })
+            .flatten();
+        let direct = unit != 0;
+        let geometry = Geometry {
+            sectors: bytes / SECTOR_SIZE as u64,
+            sector_size,
+            physical_sector_size: match &device {
+                Some(device) => device.physical_sector_size,
+                // Smaller writes into a page that is not cached read it first.
+                None => PAGE_SIZE as u32,
+            },
+            read_only: options.read_only,
+            discard,
+            flush: !options.read_only,
+            moves_data: true,
+            buffer_alignment: if direct { sector_size } else { 1 },
+        };
+        tracing::debug!(?path, direct, ?geometry, "opened");
+        Ok(Self(Arc::new(Backing {
+            file,
+            bytes: AtomicU64::new(bytes),
+            is_device,
+            geometry: Mutex::new(geometry),
+        })))
+    }
+}
+
+impl Storage for FileDisk {
+    fn geometry(&self) -> Geometry {
+        self.0.geometry().clone()
+    }
+
+    fn refresh(&self) -> io::Result<Geometry> {
+        let bytes = size_of(&self.0.file, self.0.is_device)?;
+        let mut geometry = self.0.geometry();
+        // A last piece of a sector cannot be offered.
+        let bytes = bytes - bytes % u64::from(geometry.sector_size);
+        geometry.sectors = bytes / SECTOR_SIZE as u64;
+        self.0.bytes.store(bytes, Ordering::Relaxed);
+        Ok(geometry.clone())
+    }
+
+    fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(RingQueue::new(self.0.clone(), setup)?))
+    }
+}
+
+impl Backing {
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn geometry(&self) -> MutexGuard<'_, Geometry> {
+        self.geometry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Opens the file, past the page cache if that is wanted and works. Also returns the bytes that
+/// O_DIRECT moves at the least, 0 without it.
+fn open_file(path: &Path, is_device: bool, options: Options) -> Result<(File, u32), OpenError> {
+    let open = |flags: OFlag| {
+        // A device that is written must be ours alone: O_EXCL refuses one that is mounted.
+        let exclusive = is_device && !options.read_only;
+        let flags = if exclusive { flags | OFlag::O_EXCL } else { flags };
+        OpenOptions::new()
+            .read(true)
+            .write(!options.read_only)
+            .custom_flags(flags.bits())
+            .open(path)
+    };
+    let failed = |source| open_error(path, options.read_only, source);
+    if options.direct == Direct::Off {
+        return Ok((open(OFlag::empty()).map_err(failed)?, 0));
+    }
+    let refused = match open(OFlag::O_DIRECT) {
+        // A device tells its sector size itself.
+        Ok(file) if is_device => return Ok((file, 1)),
+        Ok(file) => match direct_unit(&file) {
+            Ok(unit) if unit == SECTOR_SIZE as u32 || options.direct == Direct::On => {
+                return Ok((file, unit));
+            }
+            Ok(unit) => io::Error::other(format!("it needs {unit}-byte sectors")),
+            Err(source) => source,
+        },
+        Err(source) if source.raw_os_error() == Some(libc::EINVAL) => source,
+        Err(source) => return Err(failed(source)),
+    };
+    if options.direct == Direct::On {
+        return Err(OpenError::Direct { path: path.into(), source: refused });
+    }
+    tracing::info!(?path, "using the page cache: no O_DIRECT: {refused}");
+    Ok((open(OFlag::empty()).map_err(failed)?, 0))
+}
+
+/// Bytes that O_DIRECT moves at the least, found by reading: statx tells it only of some file
+/// systems, and of some of those wrongly.
+fn direct_unit(file: &File) -> io::Result<u32> {
+    let mut memory = vec![0; 3 * PAGE_SIZE];
+    let aligned = memory.as_ptr().align_offset(PAGE_SIZE);
+    let mut outcome = Ok(0);
+    for unit in DIRECT_UNITS {
+        let length = unit as usize;
+        // Aligned to the unit and no better, as buffers will be.
+        outcome = file.read_at(&mut memory[aligned + length..][..length], 0);
+        if outcome.is_ok() {
+            return Ok(unit);
+        }
+    }
+    outcome.map(|_| 0)
+}
+
+/// Whether holes can be punched into the file, and how large.
+fn file_discard(file: &File, bytes: u64, block: u64) -> Option<DiscardLimits> {
+    // Behind the end there is nothing to lose.
+    let offset = i64::try_from(bytes).ok()?;
+    match fallocate(file, punch_hole(), offset, SECTOR_SIZE as i64) {
+        Ok(()) => Some(DiscardLimits {
+            granularity: u32::try_from(block).unwrap_or(PAGE_SIZE as u32),
+            alignment: 0,
+            secure: false,
+        }),
+        Err(reason) => {
+            tracing::info!("no discard: the file system cannot punch holes: {reason}");
+            None
+        }
+    }
+}
+
+/// Mode of fallocate(2) that gives space back. A block device takes it too, and its sectors read as
+/// zeroes afterwards.
+pub(super) fn punch_hole() -> FallocateFlags {
+    FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE
+}
+
+fn size_of(file: &File, is_device: bool) -> io::Result<u64> {
+    if is_device { device::bytes(file) } else { Ok(file.metadata()?.len()) }
+}
+
+/// Says what can be done about a failure to open.
+fn open_error(path: &Path, read_only: bool, source: io::Error) -> OpenError {
+    let path = path.to_owned();
+    match source.raw_os_error() {
+        Some(libc::ENOENT | libc::ENOTDIR) => OpenError::Missing { path },
+        Some(libc::EACCES | libc::EPERM | libc::EROFS) => {
+            OpenError::Permission { path, read_only, source }
+        }
+        Some(libc::EBUSY) => OpenError::Busy { path },
+        _ => OpenError::Io { path, doing: "open it", source },
+    }
+}
