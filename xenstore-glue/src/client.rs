@@ -1,1 +1,282 @@
-//! To come.
+//! A xenstore client on tokio.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), xenstore_glue::client::Error> {
+//! use xenstore_glue::client::{Client, Endpoint};
+//!
+//! let client = Client::connect(Endpoint::from_env()).await?;
+//! let name = client.read_string("/local/domain/1/name").await?;
+//!
+//! let mut watch = client.watch("backend/vbd").await?;
+//! loop {
+//!     let changed = watch.next().await?;
+//!     println!("{changed} changed, and {name} may care");
+//! }
+//! # }
+//! ```
+//!
+//! One task owns the connection; [`Client`]s are handles to it, cheap to clone. Replies are
+//! matched to requests by their id, and watch events are put aside for their [`Watch`], so
+//! neither ever waits for the other, however slowly events are taken (XSA-349).
+//!
+//! # When the connection is lost
+//! Requests that wait for a reply, and those made before there is a new connection, fail with
+//! [`Error::ConnectionLost`]: whether the former were carried out is unknown. The task connects
+//! again, with growing pauses, and registers every watch again, upon which xenstore fires each
+//! one once: whoever owns a watch reads anew what it covers, as on its first event.
+
+mod connection;
+mod nodes;
+mod transaction;
+mod transport;
+mod watch;
+
+use std::ops::Deref;
+use std::path::PathBuf;
+use std::{fmt, io};
+
+use tokio::sync::{mpsc, oneshot};
+
+use crate::wire::{BadPath, Errno, MessageType, Path, Reply, Request, WireError};
+use connection::{Command, Connection};
+pub use nodes::Nodes;
+pub use transaction::{Commit, Transaction};
+pub use watch::Watch;
+
+/// The most requests that wait for a reply at a time; more wait their turn here. xenstored stops
+/// reading from an unprivileged domain beyond 20 (its quota "outstanding").
+pub const MAX_OUTSTANDING: usize = 20;
+/// The most different paths that a [`Watch`] keeps while nobody takes them. Beyond, it forgets
+/// them all for one event on the watched path itself, which means "read everything again".
+pub const MAX_UNDRAINED_PATHS: usize = 1024;
+/// How often [`Client::transact`] tries before it gives up with [`Error::Conflict`]. libxl has no
+/// bound; a conflict that lasts this long is a fight that should be seen.
+pub const TRANSACTION_ATTEMPTS: u32 = 32;
+
+/// Where xenstore is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// xenstored's unix socket, in the domain that it runs in, or an embedded store's.
+    Unix(PathBuf),
+    /// The kernel's xenbus device, in every other domain: `/dev/xen/xenbus`.
+    Device(PathBuf),
+}
+
+impl Endpoint {
+    /// What libxenstore takes: the socket `$XENSTORED_PATH`, else xenstored's own socket if it
+    /// exists, else the xenbus device.
+    pub fn from_env() -> Self {
+        if let Some(path) = std::env::var_os("XENSTORED_PATH") {
+            return Self::Unix(path.into());
+        }
+        let socket = PathBuf::from("/run/xenstored/socket");
+        if socket.exists() { Self::Unix(socket) } else { Self::Device("/dev/xen/xenbus".into()) }
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) | Self::Device(path) => path.display().fmt(f),
+        }
+    }
+}
+
+/// Why something could not be had from xenstore.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There was no connection to begin with.
+    #[error("cannot reach xenstore at {endpoint}: {source}; is xenstored running?")]
+    Connect {
+        /// Where it was looked for.
+        endpoint: Endpoint,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Xenstore refused the request.
+    #[error("xenstore refused {request:?} of {subject}: {errno}")]
+    Refused {
+        /// What was asked.
+        request: MessageType,
+        /// About which path or domain.
+        subject: String,
+        /// Why not.
+        errno: Errno,
+    },
+    /// The connection went away, or is away. It is being made again; try again later.
+    #[error("the connection to xenstore was lost")]
+    ConnectionLost,
+    /// The kernel did not take the request.
+    #[error("the xenbus device refused {request:?} of {subject}: {source}")]
+    Device {
+        /// What was asked.
+        request: MessageType,
+        /// About which path or domain.
+        subject: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A path is not one.
+    #[error(transparent)]
+    Path(#[from] BadPath),
+    /// A request is too long to send, or a reply makes no sense.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// A value that should be text is not UTF-8.
+    #[error("the value of {path} is not UTF-8")]
+    NotText {
+        /// The node.
+        path: String,
+    },
+    /// A transaction met conflicting changes as often as it was tried.
+    #[error("a xenstore transaction conflicted {TRANSACTION_ATTEMPTS} times with other changes")]
+    Conflict,
+}
+
+impl Error {
+    /// Xenstore's own error, if it is one.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            Self::Refused { errno, .. } => Some(*errno),
+            _ => None,
+        }
+    }
+
+    /// Whether the node does not exist.
+    pub fn is_not_found(&self) -> bool {
+        self.errno() == Some(Errno::Enoent)
+    }
+}
+
+/// What the methods here return.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A handle to a connection to xenstore; it ends with the last handle, watch and transaction.
+///
+/// Reads and writes are in [`Nodes`], which this dereferences to, as [`Transaction`] does:
+/// what takes a `&Nodes` works in and out of transactions.
+#[derive(Clone, Debug)]
+pub struct Client {
+    nodes: Nodes,
+}
+
+impl Deref for Client {
+    type Target = Nodes;
+
+    fn deref(&self) -> &Nodes {
+        &self.nodes
+    }
+}
+
+impl Client {
+    /// Connects. Must be called in a tokio runtime, which then runs the connection's task.
+    ///
+    /// # Errors
+    /// [`Error::Connect`]. Only the first connection fails; later ones are tried until they
+    /// succeed.
+    pub async fn connect(endpoint: Endpoint) -> Result<Self> {
+        let (commands, queue) = mpsc::unbounded_channel();
+        let nodes = Nodes::new(commands, &endpoint);
+        Connection::start(endpoint, queue, nodes.commands().downgrade()).await?;
+        Ok(Self { nodes })
+    }
+
+    /// Watches a node, which need not exist, and all below it, or a special watch
+    /// (`@introduceDomain`, `@releaseDomain`). The first event is on `path` itself and comes at
+    /// once.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] (`ENOSPC`: too many watches), [`Error::ConnectionLost`],
+    /// [`Error::Path`].
+    pub async fn watch(&self, path: &str) -> Result<Watch> {
+        Watch::register(self.nodes.commands(), Path::new(path)?).await
+    }
+
+    /// Starts a transaction.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] (`ENOSPC`: too many transactions), [`Error::ConnectionLost`].
+    pub async fn transaction(&self) -> Result<Transaction> {
+        let (reply, answer) = oneshot::channel();
+        self.nodes.send(Command::Begin { reply });
+        let guard = answer.await.map_err(|_| Error::ConnectionLost)??;
+        Ok(Transaction::new(&self.nodes, guard))
+    }
+
+    /// Runs `body` in a transaction and commits it; all of it again, up to
+    /// [`TRANSACTION_ATTEMPTS`] times, when that meets a conflict. `body` must have no effect
+    /// but through the transaction.
+    ///
+    /// # Errors
+    /// What `body` returned, the transaction being dropped; what
+    /// [`transaction`](Self::transaction) and [`Transaction::commit`] return;
+    /// [`Error::Conflict`].
+    pub async fn transact<T>(&self, body: impl AsyncFn(&Transaction) -> Result<T>) -> Result<T> {
+        for _ in 0..TRANSACTION_ATTEMPTS {
+            let transaction = self.transaction().await?;
+            let value = body(&transaction).await?;
+            if transaction.commit().await? == Commit::Committed {
+                return Ok(value);
+            }
+        }
+        Err(Error::Conflict)
+    }
+
+    /// The directory of a domain, `/local/domain/<domid>`.
+    ///
+    /// # Errors
+    /// As [`Nodes::read`].
+    pub async fn domain_path(&self, domid: u16) -> Result<String> {
+        match self.nodes.call(Request::GetDomainPath(domid)).await? {
+            Reply::GetDomainPath(path) => Ok(path.to_string()),
+            other => Err(nodes::unexpected(&other)),
+        }
+    }
+
+    /// Whether xenstore knows a domain. Privileged.
+    ///
+    /// # Errors
+    /// As [`Nodes::read`].
+    pub async fn is_domain_introduced(&self, domid: u16) -> Result<bool> {
+        match self.nodes.call(Request::IsDomainIntroduced(domid)).await? {
+            Reply::IsDomainIntroduced(known) => Ok(known),
+            other => Err(nodes::unexpected(&other)),
+        }
+    }
+
+    /// Makes a domain known to xenstore, by the frame of its ring page and its event channel.
+    /// Privileged.
+    ///
+    /// # Errors
+    /// As [`Nodes::read`].
+    pub async fn introduce(&self, domid: u16, gfn: u64, port: u32) -> Result<()> {
+        self.nodes.acknowledged(Request::Introduce { domid, gfn, port }).await
+    }
+
+    /// Makes xenstore forget a domain. Privileged.
+    ///
+    /// # Errors
+    /// As [`Nodes::read`].
+    pub async fn release(&self, domid: u16) -> Result<()> {
+        self.nodes.acknowledged(Request::Release(domid)).await
+    }
+
+    /// Drops all watches and transactions that xenstore holds for this connection, those of
+    /// this client included, whose [`Watch`]es then stay silent. What a kernel does on boot.
+    ///
+    /// Over the xenbus device the connection is shared with the kernel, and this would silence
+    /// the kernel's own drivers, so it is refused there.
+    ///
+    /// # Errors
+    /// [`Error::Device`] on an [`Endpoint::Device`]; else as [`Nodes::read`].
+    pub async fn reset_watches(&self) -> Result<()> {
+        if self.nodes.is_device() {
+            return Err(Error::Device {
+                request: MessageType::ResetWatches,
+                subject: "the kernel's connection".into(),
+                source: io::ErrorKind::Unsupported.into(),
+            });
+        }
+        self.nodes.acknowledged(Request::ResetWatches).await
+    }
+}

@@ -1,0 +1,82 @@
+use std::ops::Deref;
+
+use tokio::sync::mpsc;
+
+use super::connection::{Command, TransactionId};
+use super::{Nodes, Result};
+use crate::wire::{Errno, Request};
+
+/// A transaction: reads see the store as it is, writes are seen by nobody else until
+/// [`commit`](Self::commit), which fails as a whole if anything that was read or written here
+/// was changed by others meanwhile.
+///
+/// Dropping it drops its writes. It does not survive a lost connection.
+#[derive(Debug)]
+pub struct Transaction {
+    nodes: Nodes,
+    guard: Guard,
+}
+
+/// How a commit ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "after a conflict nothing was written"]
+pub enum Commit {
+    /// All writes are in the store.
+    Committed,
+    /// None are: something that the transaction used was changed by others. Start again.
+    Conflict,
+}
+
+impl Deref for Transaction {
+    type Target = Nodes;
+
+    fn deref(&self) -> &Nodes {
+        &self.nodes
+    }
+}
+
+impl Transaction {
+    pub(super) fn new(nodes: &Nodes, guard: Guard) -> Self {
+        Self { nodes: nodes.within(guard.id), guard }
+    }
+
+    /// Ends the transaction and keeps its writes.
+    ///
+    /// # Errors
+    /// [`Error::Refused`](super::Error::Refused): `ENOSPC` or `ENOMEM`, a quota is exceeded.
+    /// [`Error::ConnectionLost`](super::Error::ConnectionLost): whether it was committed is
+    /// unknown.
+    pub async fn commit(mut self) -> Result<Commit> {
+        // The request below is queued before anything is waited for: from here on the id is
+        // spent, even if this future is dropped.
+        self.guard.armed = false;
+        match self.nodes.acknowledged(Request::TransactionEnd { commit: true }).await {
+            Ok(()) => Ok(Commit::Committed),
+            Err(error) if error.errno() == Some(Errno::Eagain) => Ok(Commit::Conflict),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Ends the transaction in xenstore when it is dropped, wherever that happens: with the
+/// [`Transaction`], or on its way to a caller that has gone.
+#[derive(Debug)]
+pub(super) struct Guard {
+    id: TransactionId,
+    commands: mpsc::UnboundedSender<Command>,
+    armed: bool,
+}
+
+impl Guard {
+    pub(super) fn new(id: TransactionId, commands: mpsc::UnboundedSender<Command>) -> Self {
+        Self { id, commands, armed: true }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if self.armed {
+            let _ = self.commands.send(Command::Abort(self.id));
+        }
+    }
+}
