@@ -122,6 +122,9 @@ impl RequestConsumer {
     /// # Errors
     /// As [`Self::poll`].
     pub fn final_check(&mut self) -> Result<bool, RingError> {
+        if self.poll()? > 0 {
+            return Ok(true);
+        }
         self.ring.req_event().store(self.taken.wrapping_add(1), Ordering::Relaxed);
         // Either the frontend sees our wish, or we see its request: a full fence on both sides, or
         // both may miss and sleep for ever.

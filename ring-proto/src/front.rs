@@ -19,24 +19,39 @@ pub fn create(
     layout: RingLayout,
     order: u8,
 ) -> Result<(RequestProducer, ResponseConsumer), SetupError> {
-    let ring = SharedRing::new(pages, layout, order)?;
-    ring.reset();
-    Ok(halves(ring))
+    create_at(pages, layout, order, 0)
 }
 
-/// The two halves of a frontend on an empty ring.
-pub(crate) fn halves(ring: SharedRing) -> (RequestProducer, ResponseConsumer) {
+/// As [`create`], with `index` for the number of the first request: a test of wrap-around need not
+/// wait for 2^32 requests. A backend that starts at 0, whatever `rsp_prod` says, cannot follow.
+///
+/// # Errors
+/// As [`create`].
+#[cfg(not(loom))]
+pub fn create_at(
+    pages: RingPages,
+    layout: RingLayout,
+    order: u8,
+    index: u32,
+) -> Result<(RequestProducer, ResponseConsumer), SetupError> {
+    let ring = SharedRing::new(pages, layout, order)?;
+    ring.reset(index);
+    Ok(halves(ring, index))
+}
+
+/// The two halves of a frontend on an empty ring whose first request is number `index`.
+pub(crate) fn halves(ring: SharedRing, index: u32) -> (RequestProducer, ResponseConsumer) {
     let ring = Arc::new(ring);
-    let halves = Halves::starting_at(0);
+    let halves = Halves::starting_at(index);
     (
         RequestProducer {
             ring: ring.clone(),
             halves: halves.clone(),
-            pushed: 0,
-            published: 0,
-            freed: 0,
+            pushed: index,
+            published: index,
+            freed: index,
         },
-        ResponseConsumer { ring, halves, taken: 0, seen: 0, requested: 0 },
+        ResponseConsumer { ring, halves, taken: index, seen: index, requested: index },
     )
 }
 
@@ -161,6 +176,9 @@ impl ResponseConsumer {
     /// # Errors
     /// As [`Self::poll`].
     pub fn final_check(&mut self) -> Result<bool, RingError> {
+        if self.poll()? > 0 {
+            return Ok(true);
+        }
         self.ring.rsp_event().store(self.taken.wrapping_add(1), Ordering::Relaxed);
         // As in the backend's: one of the two must see what the other wrote.
         fence(Ordering::SeqCst);

@@ -181,12 +181,13 @@ impl SharedRing {
     }
 
     /// Makes the ring empty, as a frontend does before it tells anyone of it (`SHARED_RING_INIT`).
-    pub(crate) fn reset(&self) {
+    pub(crate) fn reset(&self, index: u32) {
         use crate::sync::Ordering::Relaxed;
-        self.req_prod().store(0, Relaxed);
-        self.rsp_prod().store(0, Relaxed);
-        self.req_event().store(1, Relaxed);
-        self.rsp_event().store(1, Relaxed);
+        let event = index.wrapping_add(1);
+        self.req_prod().store(index, Relaxed);
+        self.rsp_prod().store(index, Relaxed);
+        self.req_event().store(event, Relaxed);
+        self.rsp_event().store(event, Relaxed);
     }
 }
 
