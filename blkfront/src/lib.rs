@@ -1,1 +1,66 @@
-//! Placeholder
+//! A Xen block frontend in user space.
+//!
+//! [`Disk::open`] connects to a disk's backend through xenstore and the rings that both share. Each
+//! vCPU (a thread of the caller's) then takes its own [`Queue`] and submits and completes I/O
+//! on it. No lock stands between vCPUs, or between submission and completion: a queue that has a ring to
+//! itself works on the ring directly, and where several queues share one, a thread owns the ring and
+//! every queue reaches it over single-producer, single-consumer queues.
+//!
+//! Blocking:
+//! ```no_run
+//! # fn f(disk: &blkfront::Disk) -> Result<(), Box<dyn std::error::Error>> {
+//! let mut queue = disk.queue(0)?;
+//! let mut sector = [0; 512];
+//! queue.read_at(0, &mut sector)?;
+//! # Ok(()) }
+//! ```
+//! Many at once:
+//! ```no_run
+//! # fn f(disk: &blkfront::Disk) -> Result<(), Box<dyn std::error::Error>> {
+//! # use blkfront::Io;
+//! let mut queue = disk.queue(0)?;
+//! let mut done = Vec::with_capacity(32);
+//! queue.plug();
+//! for n in 0..32 {
+//!     let buffer = queue.alloc(4096).ok_or("no pages left")?;
+//!     queue.submit(Io::read(n, n * 4096, buffer))?;
+//! }
+//! queue.unplug();
+//! while done.len() < 32 {
+//!     queue.wait(&mut done, None);
+//! }
+//! # Ok(()) }
+//! ```
+//!
+//! # What a backend can and cannot do
+//! It sees, and can change at any time, what is in the queues' granted buffers; that is what a disk
+//! is for. Everything else it writes is checked: response ids and operations against what is in
+//! flight, indices against the ring, every key in xenstore. A backend that breaks the protocol loses
+//! its device ([`Violation`]); what was in flight fails with [`IoError::Gone`].
+//!
+//! # Memory
+//! A disk takes, for each ring, its pages (1 to 17) and 32 bytes a slot, and for each vCPU
+//! [`Config::pool_bytes`] of data pages, a page for each indirect request that so much data can be
+//! split into, and some 200 bytes for each of [`Config::depth`] I/Os. All of it is allocated
+//! when the disk is opened: an I/O allocates nothing.
+
+mod config;
+mod disk;
+mod error;
+mod io;
+mod mapping;
+mod pool;
+mod queue;
+mod stats;
+
+pub use config::{
+    Config, DEFAULT_DEPTH, DEFAULT_INDIRECT_SEGMENTS, DEFAULT_POOL_BYTES, DEFAULT_SPIN, MAX_DEPTH,
+    MAX_POOL_BYTES, MAX_VCPUS, Waiting,
+};
+pub use disk::{Disk, Features, Geometry, Info, RingInfo};
+pub use error::{Cause, Error, IoError, Refusal, Refused, Result, Violation};
+pub use io::{Completed, Io, Op};
+pub use mapping::map_vcpus;
+pub use pool::IoBuffer;
+pub use queue::Queue;
+pub use stats::Stats;

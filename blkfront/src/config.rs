@@ -1,0 +1,89 @@
+//! How a disk is to be opened.
+
+use std::time::Duration;
+
+/// Bytes of granted data pages a vCPU gets unless [`Config::pool_bytes`] says otherwise: 128 I/Os of
+/// 64 KiB, the deepest the IOmeter mix goes on one vCPU.
+pub const DEFAULT_POOL_BYTES: usize = 8 << 20;
+/// The largest pool of a vCPU: 16384 pages, half of the 32768 grants that a Xen guest has by default.
+pub const MAX_POOL_BYTES: usize = 64 << 20;
+/// I/Os a vCPU may have submitted and not yet taken back, unless [`Config::depth`] says otherwise.
+pub const DEFAULT_DEPTH: usize = 256;
+/// The largest [`Config::depth`]; each costs some 100 bytes whether it is used or not.
+pub const MAX_DEPTH: usize = 4096;
+/// The most vCPUs, and rings, of a disk: what one process can sensibly spread a disk over.
+pub const MAX_VCPUS: u32 = 64;
+/// Segments of an indirect request unless [`Config::max_indirect_segments`] says otherwise: 128 KiB,
+/// as in Linux's frontend (`xen_blkif_max_segments`).
+pub const DEFAULT_INDIRECT_SEGMENTS: u16 = 32;
+/// The longest a thread spins for a response before it sleeps, unless it is told to
+/// [`Waiting::Poll`]: about five times what a sleep and its wake-up cost.
+pub const DEFAULT_SPIN: Duration = Duration::from_micros(50);
+
+/// How [`crate::Disk::open`] sets a disk up. Everything a backend does not offer is done without.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Queue handles: [`crate::Disk::queue`] takes 0 to `vcpus - 1`.
+    pub vcpus: u32,
+    /// Rings; one a vCPU if `None`. The backend's `multi-queue-max-queues` bounds it.
+    pub queues: Option<u32>,
+    /// Ring pages as a power of two, 0 to [`ring_proto::abi::MAX_RING_PAGE_ORDER`]. The backend's
+    /// `max-ring-page-order` bounds it.
+    pub ring_order: u8,
+    /// Offer persistent grants. The data pages are granted for good either way.
+    pub persistent: bool,
+    /// Ask for the split layout (docs/protocol.md); without it, or with a backend that does not know
+    /// it, the ring is blkif.h's.
+    pub split_ring: bool,
+    /// The most segments of an indirect request; 0 does without indirect requests. The backend's
+    /// `feature-max-indirect-segments` bounds it.
+    pub max_indirect_segments: u16,
+    /// Merge adjacent I/Os that wait together.
+    pub merge: bool,
+    /// I/Os a vCPU may have in the queue, 1 to [`MAX_DEPTH`].
+    pub depth: usize,
+    /// Bytes of granted data pages a vCPU has for its buffers, up to [`MAX_POOL_BYTES`].
+    pub pool_bytes: usize,
+    /// How a thread waits for responses.
+    pub waiting: Waiting,
+    /// How long to wait for a backend, when opening and when closing.
+    pub connect_timeout: Duration,
+    /// How long I/O waits for a backend that went away before it fails; for ever if `None`.
+    pub reconnect_timeout: Option<Duration>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            vcpus: 1,
+            queues: None,
+            ring_order: 0,
+            persistent: true,
+            split_ring: false,
+            max_indirect_segments: DEFAULT_INDIRECT_SEGMENTS,
+            merge: true,
+            depth: DEFAULT_DEPTH,
+            pool_bytes: DEFAULT_POOL_BYTES,
+            waiting: Waiting::default(),
+            connect_timeout: Duration::from_secs(10),
+            reconnect_timeout: None,
+        }
+    }
+}
+
+/// What a thread does while there is no response.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Waiting {
+    /// Spin until there is one. Takes a CPU of its own.
+    Poll,
+    /// Sleep at once.
+    Event,
+    /// Spin for a while, at most this long and less where it does not pay, then sleep.
+    Adaptive(Duration),
+}
+
+impl Default for Waiting {
+    fn default() -> Self {
+        Self::Adaptive(DEFAULT_SPIN)
+    }
+}
