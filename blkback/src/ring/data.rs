@@ -1,0 +1,369 @@
+//! How data gets from the guest's pages to the device and back: one of three strategies, chosen
+//! when the frontend connects.
+
+use super::bounce::BouncePool;
+use super::persistent::{Page, PersistentGrants};
+use crate::stats::RingStats;
+use crate::storage::{IoVec, IoVecs};
+use ring_proto::abi::{MAX_INDIRECT_PAGES, PAGE_SIZE, Segment};
+use ring_proto::{DomId, GrantRef, SharedMemory, Window, decode_segments};
+use std::ops::Range;
+use std::sync::Arc;
+use xen_platform::{
+    Access, CopyDirection, CopySegment, GrantCopier, GrantStatus, LocalRegion, MappedGrants,
+    Platform,
+};
+
+/// How a frontend's data is reached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Strategy {
+    /// Copied by the hypervisor through buffers of ours. The frontend's pages are never mapped, so
+    /// it can take a grant back at any time without harm to anybody but itself.
+    Copy,
+    /// Mapped once and kept, because the frontend promised to use the same pages again.
+    Persistent,
+    /// Mapped for a request and unmapped before its response.
+    Map,
+    /// Not reached at all: the device neither reads nor writes data.
+    Nothing,
+}
+
+/// Why a request's data could not be reached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Unreachable {
+    /// No buffer is free. Try again after a completion.
+    Busy,
+    /// A grant was refused. The request fails.
+    Refused,
+}
+
+/// What a request holds on to until its response.
+#[derive(Default)]
+struct Held {
+    segments: Vec<Segment>,
+    bounce: Option<Range<usize>>,
+    pins: Vec<GrantRef>,
+    maps: Vec<Arc<dyn MappedGrants>>,
+    refused: bool,
+}
+
+enum Via {
+    Copy(BouncePool),
+    Persistent(PersistentGrants),
+    Map,
+    Nothing,
+}
+
+/// One ring's way to the data of its requests.
+pub(super) struct Data {
+    platform: Arc<dyn Platform>,
+    copier: Box<dyn GrantCopier>,
+    peer: DomId,
+    via: Via,
+    /// By tag.
+    held: Vec<Held>,
+    /// Grant copies to be made together, and the tag that each is for.
+    copies: Vec<CopySegment>,
+    owners: Vec<u16>,
+    /// Where a page of indirect segments is copied to.
+    page: Box<[u8; PAGE_SIZE]>,
+    scratch: Arc<LocalRegion>,
+    refs: Vec<GrantRef>,
+    stats: Arc<RingStats>,
+}
+
+impl Data {
+    pub(super) fn new(
+        platform: Arc<dyn Platform>,
+        peer: DomId,
+        strategy: Strategy,
+        slots: usize,
+        direct_segments: usize,
+        indirect_segments: usize,
+        stats: Arc<RingStats>,
+    ) -> xen_platform::Result<Self> {
+        let via = match strategy {
+            Strategy::Copy => {
+                Via::Copy(BouncePool::new(slots, direct_segments, indirect_segments)?)
+            }
+            Strategy::Persistent => Via::Persistent(PersistentGrants::new()),
+            Strategy::Map => Via::Map,
+            Strategy::Nothing => Via::Nothing,
+        };
+        let copier = platform.copier(peer)?;
+        Ok(Self {
+            platform,
+            copier,
+            peer,
+            via,
+            held: (0..slots).map(|_| Held::default()).collect(),
+            copies: Vec::with_capacity(slots * direct_segments),
+            owners: Vec::with_capacity(slots * direct_segments),
+            page: Box::new([0; PAGE_SIZE]),
+            scratch: Arc::new(LocalRegion::new(1)?),
+            refs: Vec::with_capacity(indirect_segments.max(direct_segments)),
+            stats,
+        })
+    }
+
+    /// Memory that the device will read and write, where it is known beforehand.
+    pub(super) fn region(&self) -> Option<Arc<LocalRegion>> {
+        match &self.via {
+            Via::Copy(bounce) => Some(bounce.region().clone()),
+            _ => None,
+        }
+    }
+
+    /// Starts a new moment for the pool of persistent grants.
+    pub(super) fn tick(&mut self) {
+        if let Via::Persistent(pool) = &mut self.via {
+            pool.tick();
+        }
+    }
+
+    /// Gives up what a quiet ring does not need.
+    pub(super) fn purge(&mut self) {
+        if let Via::Persistent(pool) = &mut self.via {
+            pool.purge();
+            self.stats.persistent_evictions.set(pool.evictions);
+            self.stats.persistent_held.set(pool.held() as u64);
+        }
+    }
+
+    /// Fetches the segments of an indirect request, each exactly once (XSA-155), into `segments`.
+    pub(super) fn indirect(
+        &mut self,
+        pages: &[GrantRef; MAX_INDIRECT_PAGES],
+        nr_segments: u16,
+        segments: &mut Vec<Segment>,
+    ) -> Result<(), Unreachable> {
+        segments.clear();
+        let mut left = usize::from(nr_segments);
+        for &gref in pages {
+            if left == 0 {
+                break;
+            }
+            let count = left.min(PAGE_SIZE / size_of::<Segment>());
+            let bytes = count * size_of::<Segment>();
+            self.fetch_page(gref, bytes)?;
+            segments.extend(decode_segments(&self.page[..bytes]));
+            left -= count;
+        }
+        Ok(())
+    }
+
+    /// Copies the start of a granted page to `self.page`.
+    fn fetch_page(&mut self, gref: GrantRef, bytes: usize) -> Result<(), Unreachable> {
+        let page = match &mut self.via {
+            Via::Persistent(pool) => Some(pool.page(&*self.platform, self.peer, gref)),
+            Via::Copy(_) | Via::Map | Via::Nothing => None,
+        };
+        let (pinned, memory): (_, Arc<dyn SharedMemory>) = match page {
+            Some(Ok(Page::Hit(page) | Page::New(page))) => (true, page.clone()),
+            Some(Ok(Page::Transient(page))) => (false, page),
+            Some(Err(_)) => return Err(Unreachable::Refused),
+            None => {
+                self.stats.grant_copies.add(1);
+                let mut copy = [CopySegment {
+                    gref,
+                    offset: 0,
+                    len: bytes as u16,
+                    local: 0,
+                    direction: CopyDirection::FromPeer,
+                    status: Err(GrantStatus::NotAttempted),
+                }];
+                let whole = self.copier.copy(&self.scratch, &mut copy);
+                if whole.is_err() || copy[0].status.is_err() {
+                    return Err(Unreachable::Refused);
+                }
+                (false, self.scratch.clone())
+            }
+        };
+        let window = Window::new(memory, 0, bytes).ok_or(Unreachable::Refused)?;
+        window.read(&mut self.page[..bytes]);
+        if let (Via::Persistent(pool), true) = (&mut self.via, pinned) {
+            pool.unpin(gref);
+        }
+        Ok(())
+    }
+
+    /// Finds memory for the data of request `tag`, and lists it in `buffers`.
+    ///
+    /// For a write it holds the data only after [`Data::fetch`].
+    pub(super) fn prepare(
+        &mut self,
+        tag: u16,
+        write: bool,
+        segments: &[Segment],
+        buffers: &mut IoVecs,
+    ) -> Result<(), Unreachable> {
+        let held = &mut self.held[usize::from(tag)];
+        match &mut self.via {
+            Via::Copy(bounce) => {
+                let bytes = segments.iter().map(Segment::bytes).sum();
+                let range = bounce.take(bytes).ok_or(Unreachable::Busy)?;
+                // SAFETY: the range is within the region, which lives as long as `self`; the worker
+                // waits for its operations before it drops `self`. The range is this request's alone
+                // until `release`.
+                buffers.push(unsafe { IoVec::new(bounce.address(&range), bytes) });
+                if write {
+                    stage(
+                        &mut self.copies,
+                        &mut self.owners,
+                        tag,
+                        segments,
+                        range.start,
+                        CopyDirection::FromPeer,
+                    );
+                } else {
+                    held.segments.clear();
+                    held.segments.extend_from_slice(segments);
+                }
+                held.bounce = Some(range);
+            }
+            Via::Persistent(pool) => {
+                let (mut hits, mut maps) = (0, 0);
+                for segment in segments {
+                    let page = pool.page(&*self.platform, self.peer, segment.gref);
+                    let address = match page {
+                        Ok(Page::Hit(page)) => {
+                            hits += 1;
+                            held.pins.push(segment.gref);
+                            page.base().as_ptr()
+                        }
+                        Ok(Page::New(page)) => {
+                            maps += 1;
+                            held.pins.push(segment.gref);
+                            page.base().as_ptr()
+                        }
+                        Ok(Page::Transient(page)) => {
+                            maps += 1;
+                            let address = page.base().as_ptr();
+                            held.maps.push(page);
+                            address
+                        }
+                        Err(_) => {
+                            buffers.clear();
+                            self.release(tag);
+                            return Err(Unreachable::Refused);
+                        }
+                    };
+                    // SAFETY: the page stays mapped until `release` gives the pin or map back, and
+                    // validation keeps the segment within it.
+                    buffers.push(unsafe {
+                        IoVec::new(address.wrapping_add(segment.offset()), segment.bytes())
+                    });
+                }
+                self.stats.persistent_hits.add(hits);
+                if maps > 0 {
+                    self.stats.grant_maps.add(maps);
+                    self.stats.persistent_held.set(pool.held() as u64);
+                    self.stats.persistent_evictions.set(pool.evictions);
+                }
+            }
+            Via::Map => {
+                self.refs.clear();
+                self.refs.extend(segments.iter().map(|s| s.gref));
+                let access = if write { Access::ReadOnly } else { Access::ReadWrite };
+                let map = self
+                    .platform
+                    .map(self.peer, &self.refs, access)
+                    .map_err(|_| Unreachable::Refused)?;
+                let base = map.base().as_ptr();
+                for (k, segment) in segments.iter().enumerate() {
+                    let address = base.wrapping_add(k * PAGE_SIZE + segment.offset());
+                    // SAFETY: page `k` of the mapping, which `held` keeps until `release`.
+                    buffers.push(unsafe { IoVec::new(address, segment.bytes()) });
+                }
+                held.maps.push(map);
+                self.stats.grant_maps.add(segments.len() as u64);
+            }
+            Via::Nothing => {}
+        }
+        Ok(())
+    }
+
+    /// Fetches the data of every write prepared since the last call, in one operation.
+    pub(super) fn fetch(&mut self) {
+        self.copy();
+    }
+
+    /// Notes that the device has filled the buffers of read `tag`.
+    pub(super) fn filled(&mut self, tag: u16) {
+        let held = &self.held[usize::from(tag)];
+        if let (Via::Copy(_), Some(range)) = (&self.via, &held.bounce) {
+            let to = CopyDirection::ToPeer;
+            stage(&mut self.copies, &mut self.owners, tag, &held.segments, range.start, to);
+        }
+    }
+
+    /// Hands the data of every read noted since the last call to the guest, in one operation.
+    pub(super) fn deliver(&mut self) {
+        self.copy();
+    }
+
+    fn copy(&mut self) {
+        let Via::Copy(bounce) = &self.via else { return };
+        if self.copies.is_empty() {
+            return;
+        }
+        self.stats.grant_copies.add(self.copies.len() as u64);
+        let whole = self.copier.copy(bounce.region(), &mut self.copies);
+        for (copy, &tag) in self.copies.iter().zip(&self.owners) {
+            if whole.is_err() || copy.status.is_err() {
+                self.held[usize::from(tag)].refused = true;
+            }
+        }
+        self.copies.clear();
+        self.owners.clear();
+    }
+
+    /// Whether a grant copy for request `tag` was refused.
+    pub(super) fn refused(&self, tag: u16) -> bool {
+        self.held[usize::from(tag)].refused
+    }
+
+    /// Lets go of everything that request `tag` holds. What was mapped for it alone is unmapped when this returns.
+    pub(super) fn release(&mut self, tag: u16) {
+        let held = &mut self.held[usize::from(tag)];
+        held.refused = false;
+        match &mut self.via {
+            Via::Copy(bounce) => {
+                if let Some(range) = held.bounce.take() {
+                    bounce.give(&range);
+                }
+            }
+            Via::Persistent(pool) => {
+                for gref in held.pins.drain(..) {
+                    pool.unpin(gref);
+                }
+                held.maps.clear();
+            }
+            Via::Map => held.maps.clear(),
+            Via::Nothing => {}
+        }
+    }
+}
+
+/// Lists the grant copies of one request.
+fn stage(
+    copies: &mut Vec<CopySegment>,
+    owners: &mut Vec<u16>,
+    tag: u16,
+    segments: &[Segment],
+    mut local: usize,
+    direction: CopyDirection,
+) {
+    for segment in segments {
+        copies.push(CopySegment {
+            gref: segment.gref,
+            offset: segment.offset() as u16,
+            len: segment.bytes() as u16,
+            local,
+            direction,
+            status: Err(GrantStatus::NotAttempted),
+        });
+        owners.push(tag);
+        local += segment.bytes();
+    }
+}

@@ -1,0 +1,600 @@
+//! The thread of a ring.
+//!
+//! A round takes what requests there are, fetches the data of the writes among them together, starts
+//! them all, takes what the device has completed, delivers the data of the reads among that
+//! together, and answers with one push and at most one event. It sleeps only when a round found
+//! nothing, spinning did not pay, and the final check found nothing either.
+
+use super::data::{Data, Strategy, Unreachable};
+use super::spin::{Spin, Wait};
+use crate::stats::RingStats;
+use crate::storage::{Completion, IoVecs, Op, OpKind, Queue, QueueSetup, Storage};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use ring_proto::abi::{SECTOR_SIZE, Segment};
+use ring_proto::{
+    Body, DomId, Limits, Request, RequestConsumer, Response, ResponseProducer, RingError, Status,
+    Transfer,
+};
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use xen_platform::{EventChannel, Platform};
+
+/// A ring that has been quiet for so long gives up its persistent grants (`xen_blkif_pgrant_timeout`
+/// of Linux's backend).
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// So many events in a row without a request are a storm (XSA-332, XSA-391)...
+const STORM_EVENTS: u32 = 16;
+/// ...and from then on events are taken no faster than this, until one brings a request.
+const STORM_PAUSE: Duration = Duration::from_millis(1);
+
+/// What a ring's thread needs.
+pub struct RingSetup {
+    /// The hypervisor.
+    pub platform: Arc<dyn Platform>,
+    /// The frontend's domain.
+    pub peer: DomId,
+    /// The half that takes requests.
+    pub requests: RequestConsumer,
+    /// The half that pushes responses.
+    pub responses: ResponseProducer,
+    /// The ring's event channel.
+    pub channel: Box<dyn EventChannel>,
+    /// The disk.
+    pub storage: Arc<dyn Storage>,
+    /// What the device takes; its size is read from the control block.
+    pub limits: Limits,
+    /// How data is reached.
+    pub strategy: Strategy,
+    /// How the thread waits.
+    pub wait: Wait,
+    /// Counters.
+    pub stats: Arc<RingStats>,
+    /// The control plane's hand on the thread.
+    pub control: Arc<RingControl>,
+}
+
+/// What the control plane tells a ring's thread while it runs.
+#[derive(Debug)]
+pub struct RingControl {
+    stop: AtomicBool,
+    sectors: AtomicU64,
+    wake: EventFd,
+}
+
+impl RingControl {
+    /// For a device of so many 512-byte sectors.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub fn new(sectors: u64) -> io::Result<Arc<Self>> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let wake = EventFd::from_value_and_flags(0, flags)?;
+        Ok(Arc::new(Self { stop: AtomicBool::new(false), sectors: AtomicU64::new(sectors), wake }))
+    }
+
+    /// Lets the thread answer what is in flight and end.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        // Only a full counter makes this fail, and then the thread is awake already.
+        let _ = self.wake.write(1);
+    }
+
+    /// The device has a new size, in 512-byte sectors.
+    pub fn resize(&self, sectors: u64) {
+        self.sectors.store(sectors, Ordering::Relaxed);
+    }
+}
+
+/// Why a ring's thread ended on its own.
+#[derive(Debug, thiserror::Error)]
+pub enum Exit {
+    /// The frontend broke the ring.
+    #[error("the frontend broke the ring: {0}")]
+    Ring(#[from] RingError),
+    /// The storage queue failed as a whole.
+    #[error("the storage queue failed: {0}")]
+    Queue(#[from] io::Error),
+    /// A grant or event channel operation failed as a whole.
+    #[error("the hypervisor refused: {0}")]
+    Platform(#[from] xen_platform::Error),
+}
+
+/// Serves the ring until it is told to stop.
+///
+/// # Errors
+/// Why it stopped by itself; requests in flight at the device have ended, and some may not have been answered.
+pub fn run(setup: RingSetup) -> Result<(), Exit> {
+    let slots = setup.requests.slots() as usize;
+    let data = Data::new(
+        setup.platform,
+        setup.peer,
+        setup.strategy,
+        slots,
+        setup.requests.layout().max_direct_segments(),
+        usize::from(setup.limits.max_indirect_segments),
+        setup.stats.clone(),
+    )?;
+    let wake = vec![
+        setup.channel.as_fd().try_clone_to_owned()?,
+        setup.control.wake.as_fd().try_clone_to_owned()?,
+    ];
+    let queue =
+        setup.storage.open_queue(QueueSetup { depth: slots, region: data.region(), wake })?;
+    Worker {
+        requests: setup.requests,
+        responses: setup.responses,
+        channel: setup.channel,
+        limits: setup.limits,
+        control: setup.control,
+        stats: setup.stats,
+        queue,
+        data,
+        table: vec![Entry::default(); slots],
+        free: (0..slots as u16).rev().collect(),
+        in_flight: 0,
+        ready: Vec::with_capacity(slots),
+        done: Vec::with_capacity(slots),
+        ended: Vec::with_capacity(slots),
+        spare: (0..slots).map(|_| IoVecs::new()).collect(),
+        buffers: (0..slots).map(|_| IoVecs::new()).collect(),
+        segments: Vec::new(),
+        parked: None,
+        barrier: false,
+        spin: Spin::new(setup.wait),
+        epoch: Instant::now(),
+        spurious: 0,
+        quiet: false,
+        woken: None,
+    }
+    .serve()
+}
+
+/// What is known of a request between its taking and its response.
+#[derive(Clone, Copy, Default)]
+struct Entry {
+    id: u64,
+    operation: u8,
+    kind: Kind,
+    /// In bytes.
+    offset: u64,
+    /// When it was taken, and when the device was done with it, in nanoseconds since the ring began.
+    taken: u64,
+    status: Option<Status>,
+}
+
+/// What is still to be done for a request.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Write,
+    #[default]
+    Flush,
+    /// A flush, and then the write, with or without FUA.
+    FlushThenWrite {
+        fua: bool,
+    },
+    Discard {
+        bytes: u64,
+        secure: bool,
+    },
+}
+
+struct Worker {
+    requests: RequestConsumer,
+    responses: ResponseProducer,
+    channel: Box<dyn EventChannel>,
+    limits: Limits,
+    control: Arc<RingControl>,
+    stats: Arc<RingStats>,
+    // Before `data`: a queue that is dropped waits for its operations, which use the memory in `data`.
+    queue: Box<dyn Queue>,
+    data: Data,
+    /// Requests in flight, by tag.
+    table: Vec<Entry>,
+    free: Vec<u16>,
+    in_flight: usize,
+    /// Tags of requests that were prepared in this round.
+    ready: Vec<u16>,
+    /// Completions of this round.
+    done: Vec<Completion>,
+    /// Tags of requests to be answered in this round.
+    ended: Vec<u16>,
+    /// Emptied buffer lists.
+    spare: Vec<IoVecs>,
+    /// Buffer lists of requests that have not gone to the device yet, by tag.
+    buffers: Vec<IoVecs>,
+    /// Segments of the indirect request at hand.
+    segments: Vec<Segment>,
+    /// A request that was taken and cannot start yet. None is taken before it has.
+    parked: Option<Request>,
+    /// A barrier is being carried out; nothing else starts.
+    barrier: bool,
+    spin: Spin,
+    epoch: Instant,
+    spurious: u32,
+    /// The idle time-out has been seen to.
+    quiet: bool,
+    /// When the last event came, until the first requests after it are taken.
+    woken: Option<u64>,
+}
+
+impl Worker {
+    fn serve(mut self) -> Result<(), Exit> {
+        while !self.control.stop.load(Ordering::Acquire) {
+            if self.round()? {
+                self.spin.found();
+            } else if self.spin.again() {
+                std::hint::spin_loop();
+            } else if !self.requests_wait()? {
+                self.sleep()?;
+            }
+        }
+        self.drain()
+    }
+
+    /// Answers what is in flight. What is still on the ring is left for whoever comes next.
+    fn drain(&mut self) -> Result<(), Exit> {
+        // The wish to stop has been heard; from here on only the device wakes the thread.
+        let _ = self.control.wake.read();
+        while self.in_flight > 0 {
+            self.complete()?;
+            if self.in_flight > 0 {
+                self.queue.wait(Some(STORM_PAUSE))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One round; whether there was anything to do.
+    fn round(&mut self) -> Result<bool, Exit> {
+        let taken = self.take()?;
+        if !self.ready.is_empty() {
+            self.start();
+        }
+        let ended = self.complete()?;
+        Ok(taken + ended > 0)
+    }
+
+    fn now(&self) -> u64 {
+        self.epoch.elapsed().as_nanos() as u64
+    }
+
+    /// Takes requests from the ring until it is empty or one must wait. Returns how many were taken.
+    fn take(&mut self) -> Result<usize, Exit> {
+        if self.barrier {
+            return Ok(0);
+        }
+        let waiting = self.requests.poll()?;
+        if waiting == 0 && self.parked.is_none() {
+            return Ok(0);
+        }
+        let now = self.now();
+        self.limits.sectors = self.control.sectors.load(Ordering::Relaxed);
+        self.data.tick();
+        if let Some(request) = self.parked.take() {
+            self.accept(request, now);
+        }
+        let mut taken = 0;
+        while self.parked.is_none() && !self.barrier {
+            let Some(raw) = self.requests.pop() else { break };
+            taken += 1;
+            match raw.validate(&self.limits) {
+                Ok(request) => self.accept(request, now),
+                Err(refused) => {
+                    self.stats.refused[refused.reason.kind()].add(1);
+                    self.answer(refused.id, refused.operation, refused.reason.status());
+                }
+            }
+        }
+        if taken > 0 {
+            self.spurious = 0;
+            self.stats.batch.record(taken as u64, 1);
+            if let Some(woken) = self.woken.take() {
+                self.stats.ring_wait.record(now - woken, taken as u64);
+            }
+        }
+        Ok(taken)
+    }
+
+    /// Prepares a request, or parks it until it can be.
+    fn accept(&mut self, request: Request, now: u64) {
+        let barrier = matches!(
+            request.body,
+            Body::Flush { barrier: true } | Body::Direct { transfer: Transfer::Barrier, .. }
+        );
+        if barrier && self.in_flight > 0 {
+            self.parked = Some(request);
+            return;
+        }
+        // A frontend cannot have more requests unanswered than slots, and there are as many tags.
+        let Some(tag) = self.free.pop() else {
+            self.parked = Some(request);
+            return;
+        };
+        match self.prepare(tag, &request, now) {
+            Ok(()) => {
+                self.barrier = barrier;
+                self.in_flight += 1;
+                self.ready.push(tag);
+            }
+            Err(Refusal::Busy) => {
+                self.free.push(tag);
+                self.stats.oo_req.add(1);
+                self.parked = Some(request);
+            }
+            Err(Refusal::Status(status)) => {
+                self.free.push(tag);
+                self.answer(request.id, request.response_operation(), status);
+            }
+        }
+    }
+
+    /// Fills the table's entry for a request and finds memory for its data.
+    fn prepare(&mut self, tag: u16, request: &Request, now: u64) -> Result<(), Refusal> {
+        let mut entry = Entry {
+            id: request.id,
+            operation: request.response_operation(),
+            taken: now,
+            ..Entry::default()
+        };
+        match &request.body {
+            Body::Direct { transfer, sector, segments } => {
+                entry.offset = sector * SECTOR_SIZE as u64;
+                entry.kind = kind_of(*transfer);
+                self.memory(tag, *transfer, segments)?;
+            }
+            Body::Indirect { transfer, sector, nr_segments, pages } => {
+                let mut segments = std::mem::take(&mut self.segments);
+                let result =
+                    self.indirect(tag, *transfer, *sector, *nr_segments, pages, &mut segments);
+                self.segments = segments;
+                result?;
+                entry.offset = sector * SECTOR_SIZE as u64;
+                entry.kind = kind_of(*transfer);
+            }
+            Body::Flush { .. } => self.stats.f_req.add(1),
+            Body::Discard { sector, sectors, secure } => {
+                self.stats.ds_req.add(1);
+                entry.offset = sector * SECTOR_SIZE as u64;
+                entry.kind = Kind::Discard { bytes: sectors * SECTOR_SIZE as u64, secure: *secure };
+            }
+        }
+        self.table[usize::from(tag)] = entry;
+        Ok(())
+    }
+
+    fn indirect(
+        &mut self,
+        tag: u16,
+        transfer: Transfer,
+        sector: u64,
+        nr_segments: u16,
+        pages: &[ring_proto::GrantRef; ring_proto::abi::MAX_INDIRECT_PAGES],
+        segments: &mut Vec<Segment>,
+    ) -> Result<(), Refusal> {
+        self.data.indirect(pages, nr_segments, segments).map_err(|e| self.unreachable(e))?;
+        self.limits.check_segments(sector, segments).map_err(|reason| {
+            self.stats.refused[reason.kind()].add(1);
+            Refusal::Status(reason.status())
+        })?;
+        self.memory(tag, transfer, segments)?;
+        self.stats.indirect_req.add(1);
+        Ok(())
+    }
+
+    fn memory(
+        &mut self,
+        tag: u16,
+        transfer: Transfer,
+        segments: &[Segment],
+    ) -> Result<(), Refusal> {
+        let write = transfer != Transfer::Read;
+        let buffers = &mut self.buffers[usize::from(tag)];
+        self.data
+            .prepare(tag, write, segments, buffers)
+            .map_err(|e| unreachable_status(&self.stats, e))?;
+        let sectors = segments.iter().map(|s| u64::from(s.sectors())).sum();
+        if write {
+            self.stats.wr_req.add(1);
+            self.stats.wr_sect.add(sectors);
+            if matches!(transfer, Transfer::FlushWrite | Transfer::Barrier) {
+                self.stats.f_req.add(1);
+            }
+        } else {
+            self.stats.rd_req.add(1);
+            self.stats.rd_sect.add(sectors);
+        }
+        Ok(())
+    }
+
+    fn unreachable(&self, why: Unreachable) -> Refusal {
+        unreachable_status(&self.stats, why)
+    }
+
+    /// Sends what was prepared to the device.
+    fn start(&mut self) {
+        self.data.fetch();
+        let mut ready = std::mem::take(&mut self.ready);
+        for tag in ready.drain(..) {
+            if self.data.refused(tag) {
+                self.stats.grant_errors.add(1);
+                self.buffers[usize::from(tag)].clear();
+                self.end(tag, Status::Error);
+                continue;
+            }
+            let entry = self.table[usize::from(tag)];
+            let kind = match entry.kind {
+                Kind::Read => OpKind::Read,
+                Kind::Write => OpKind::Write { fua: false },
+                Kind::Flush | Kind::FlushThenWrite { .. } => OpKind::Flush,
+                Kind::Discard { bytes, secure } => OpKind::Discard { bytes, secure },
+            };
+            self.submit(tag, kind, entry.offset);
+        }
+        self.ready = ready;
+    }
+
+    fn submit(&mut self, tag: u16, kind: OpKind, offset: u64) {
+        let buffers = match kind {
+            OpKind::Read | OpKind::Write { .. } => {
+                let spare = self.spare.pop().unwrap_or_default();
+                std::mem::replace(&mut self.buffers[usize::from(tag)], spare)
+            }
+            OpKind::Flush | OpKind::Discard { .. } => IoVecs::new(),
+        };
+        self.queue.submit(Op { tag, kind, offset, buffers }, &mut self.done);
+    }
+
+    /// Takes what the device has completed, and answers. Returns how many requests were answered.
+    fn complete(&mut self) -> Result<usize, Exit> {
+        self.queue.poll(&mut self.done)?;
+        if !self.done.is_empty() {
+            self.sort_completions();
+        }
+        if self.ended.is_empty() {
+            // Refusals may have been answered all the same.
+            self.publish();
+            return Ok(0);
+        }
+        let device_done = self.now();
+        self.data.deliver();
+        let mut ended = std::mem::take(&mut self.ended);
+        let count = ended.len();
+        for tag in ended.drain(..) {
+            let entry = self.table[usize::from(tag)];
+            let mut status = entry.status.unwrap_or(Status::Error);
+            if status == Status::Okay && self.data.refused(tag) {
+                self.stats.grant_errors.add(1);
+                status = Status::Error;
+            }
+            // Unmap, then answer: a frontend that finds a grant in use when the response is there
+            // disables the device.
+            self.data.release(tag);
+            self.free.push(tag);
+            self.in_flight -= 1;
+            self.stats.device.record(device_done.saturating_sub(entry.taken), 1);
+            self.answer(entry.id, entry.operation, status);
+        }
+        self.ended = ended;
+        if self.in_flight == 0 {
+            self.barrier = false;
+        }
+        self.publish();
+        self.stats.completion.record(self.now() - device_done, count as u64);
+        Ok(count)
+    }
+
+    fn sort_completions(&mut self) {
+        // Popped one by one: a write that follows its flush may complete while it is submitted.
+        while let Some(Completion { tag, result, mut buffers }) = self.done.pop() {
+            if buffers.capacity() > 0 {
+                buffers.clear();
+                self.spare.push(buffers);
+            }
+            let Entry { kind, offset, .. } = self.table[usize::from(tag)];
+            match (result, kind) {
+                (Ok(()), Kind::FlushThenWrite { fua }) => {
+                    self.table[usize::from(tag)].kind = Kind::Write;
+                    self.submit(tag, OpKind::Write { fua }, offset);
+                }
+                (Ok(()), Kind::Read) => {
+                    self.data.filled(tag);
+                    self.end(tag, Status::Okay);
+                }
+                (Ok(()), _) => self.end(tag, Status::Okay),
+                (Err(error), _) => {
+                    self.stats.device_errors.add(1);
+                    self.buffers[usize::from(tag)].clear();
+                    self.end(tag, status_of(&error));
+                }
+            }
+        }
+    }
+
+    fn end(&mut self, tag: u16, status: Status) {
+        self.table[usize::from(tag)].status = Some(status);
+        self.ended.push(tag);
+    }
+
+    fn answer(&mut self, id: u64, operation: u8, status: Status) {
+        let pushed = self.responses.push(&Response { id, operation, status });
+        debug_assert!(pushed.is_ok(), "one response a request taken");
+    }
+
+    fn publish(&mut self) {
+        if !self.responses.publish() {
+            return;
+        }
+        self.stats.kicks.add(1);
+        if let Err(error) = self.channel.notify() {
+            tracing::warn!(%error, "could not send an event");
+        }
+    }
+
+    /// Asks for an event; whether there are requests after all.
+    fn requests_wait(&mut self) -> Result<bool, RingError> {
+        if self.parked.is_some() || self.barrier {
+            // Nothing is taken before the device has completed something: no event is wanted.
+            return Ok(false);
+        }
+        self.requests.final_check()
+    }
+
+    fn sleep(&mut self) -> Result<(), Exit> {
+        if self.spurious >= STORM_EVENTS {
+            std::thread::sleep(STORM_PAUSE);
+        }
+        self.channel.unmask()?;
+        let timeout = (!self.quiet && self.in_flight == 0).then_some(IDLE_TIMEOUT);
+        self.stats.sleeps.add(1);
+        let slept = Instant::now();
+        self.queue.wait(timeout)?;
+        if self.channel.take()? {
+            self.stats.events.add(1);
+            self.quiet = false;
+            self.woken = Some(self.now());
+            if self.requests.poll()? == 0 {
+                self.stats.spurious_events.add(1);
+                self.spurious = self.spurious.saturating_add(1);
+            }
+            self.spin.woken();
+        } else if timeout.is_some_and(|limit| slept.elapsed() >= limit) {
+            self.data.purge();
+            self.quiet = true;
+        }
+        self.stats.system_calls.set(self.queue.counters().system_calls);
+        Ok(())
+    }
+}
+
+/// Why a request does not start.
+enum Refusal {
+    Busy,
+    Status(Status),
+}
+
+fn unreachable_status(stats: &RingStats, why: Unreachable) -> Refusal {
+    match why {
+        Unreachable::Busy => Refusal::Busy,
+        Unreachable::Refused => {
+            stats.grant_errors.add(1);
+            Refusal::Status(Status::Error)
+        }
+    }
+}
+
+const fn kind_of(transfer: Transfer) -> Kind {
+    match transfer {
+        Transfer::Read => Kind::Read,
+        Transfer::Write => Kind::Write,
+        Transfer::FlushWrite => Kind::FlushThenWrite { fua: false },
+        Transfer::Barrier => Kind::FlushThenWrite { fua: true },
+    }
+}
+
+fn status_of(error: &io::Error) -> Status {
+    if error.kind() == io::ErrorKind::Unsupported { Status::NotSupported } else { Status::Error }
+}
