@@ -1,0 +1,203 @@
+//! Disks, as a ring uses them.
+
+#[path = "storage/device.rs"]
+mod device;
+#[path = "storage/model.rs"]
+mod model;
+#[path = "storage/rig.rs"]
+mod rig;
+#[path = "storage/wrappers.rs"]
+mod wrappers;
+
+use blkback::storage::{Direct, OpKind, OpenError, Options, Target, open};
+use nix::sys::eventfd::EventFd;
+use rig::{DEPTH, HUNG, Rig, SECTOR, TestFile};
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+const MIB: usize = 1 << 20;
+
+fn buffered() -> Options {
+    Options { direct: Direct::Off, ..Options::default() }
+}
+
+fn resize(file: &TestFile, bytes: usize) {
+    File::options().write(true).open(&file.0).expect("open").set_len(bytes as u64).expect("resize");
+}
+
+#[test]
+fn more_pieces_than_the_kernel_takes_are_transferred_in_turns() {
+    let file = TestFile::on_disk(MIB as u64);
+    let mut rig = Rig::new(&file.target(), buffered());
+    let data: Vec<u8> = (0..MIB).map(|i| (i / SECTOR) as u8 ^ (i % 251) as u8).collect();
+    // Uneven pieces, twice as many as UIO_MAXIOV.
+    let mut at = 0;
+    let mut pieces = Vec::new();
+    while at < MIB {
+        let len = (1 + at % 1000).min(MIB - at);
+        pieces.push(rig.piece(1, at, len));
+        at += len;
+    }
+    assert!(pieces.len() > 2048, "{} pieces", pieces.len());
+    rig.piece(1, 0, MIB).fill(&data);
+    rig.run(OpKind::Write { fua: false }, 0, pieces.clone()).expect("write");
+    assert!(std::fs::read(&file.0).expect("read") == data);
+
+    rig.piece(1, 0, MIB).fill(&vec![0; MIB]);
+    rig.run(OpKind::Read, 0, pieces).expect("read");
+    assert!(rig.bytes(1, MIB) == data);
+}
+
+#[test]
+fn a_batch_is_one_system_call_and_an_idle_poll_none() {
+    let file = TestFile::on_disk(MIB as u64);
+    let mut rig = Rig::new(&file.target(), buffered());
+    rig.read(0, MIB).expect("fill the page cache");
+    let before = rig.queue().counters().system_calls;
+    for tag in 0..DEPTH as u16 {
+        let piece = rig.piece(tag, 0, SECTOR);
+        rig.submit(tag, OpKind::Read, 0, vec![piece]);
+    }
+    assert_eq!(rig.queue().counters().system_calls, before, "submit only queues");
+    rig.finish();
+    let after = rig.queue().counters().system_calls;
+    // One, unless the cache has lost the page again.
+    assert!((1..DEPTH as u64).contains(&(after - before)), "{} system calls", after - before);
+    let mut none = Vec::new();
+    rig.queue().poll(&mut none).expect("poll");
+    assert_eq!(rig.queue().counters().system_calls, after);
+}
+
+#[test]
+fn discard_frees_blocks() {
+    let file = TestFile::on_disk(MIB as u64);
+    let mut rig = Rig::new(&file.target(), Options::default());
+    if rig.storage.geometry().discard.is_none() {
+        return eprintln!("skipped: the file system cannot punch holes");
+    }
+    rig.write(0, &vec![1; MIB]).expect("write");
+    rig.run(OpKind::Flush, 0, Vec::new()).expect("flush");
+    let blocks = || std::fs::metadata(&file.0).expect("stat").blocks();
+    let before = blocks();
+    let discard = OpKind::Discard { bytes: (MIB / 2) as u64, secure: false };
+    rig.run(discard, 0, Vec::new()).expect("discard");
+    assert!(blocks() <= before / 2 + 8, "{} of {before} blocks are left", blocks());
+    let secure = OpKind::Discard { bytes: SECTOR as u64, secure: true };
+    let refused = rig.run(secure, 0, Vec::new()).expect_err("a file system keeps what it likes");
+    assert_eq!(refused.raw_os_error(), Some(libc::EOPNOTSUPP));
+    assert_eq!(std::fs::metadata(&file.0).expect("stat").len(), MIB as u64);
+
+    let options = Options { discard: false, ..Options::default() };
+    let geometry = open(&file.target(), options).expect("open").geometry();
+    assert_eq!(geometry.discard, None);
+}
+
+#[test]
+fn a_file_is_resized_online() {
+    let file = TestFile::on_disk(MIB as u64);
+    let mut rig = Rig::new(&file.target(), Options::default());
+    assert!(rig.write(MIB, &[1; SECTOR]).is_err(), "past the end");
+    resize(&file, 2 * MIB);
+    assert_eq!(rig.storage.refresh().expect("refresh").sectors as usize * SECTOR, 2 * MIB);
+    rig.write(MIB, &[1; SECTOR]).expect("write behind the old end");
+
+    // Shrunk: an error at the new end, known or not, and no write makes the file grow again.
+    resize(&file, MIB);
+    assert!(rig.read(MIB, SECTOR).is_err(), "nothing there to read");
+    assert!(rig.read(MIB - SECTOR, 2 * SECTOR).is_err(), "half of it is there");
+    rig.storage.refresh().expect("refresh");
+    assert!(rig.write(MIB, &[1; SECTOR]).is_err(), "past the end");
+    assert_eq!(std::fs::metadata(&file.0).expect("stat").len(), MIB as u64);
+}
+
+#[test]
+fn dropping_a_queue_waits_for_its_operations() {
+    let file = TestFile::on_disk((DEPTH * MIB) as u64);
+    std::fs::write(&file.0, vec![0xa5; DEPTH * MIB]).expect("write");
+    let mut rig = Rig::new(&file.target(), Options::default());
+    for tag in 0..DEPTH as u16 {
+        let piece = rig.piece(tag, 0, MIB);
+        rig.submit(tag, OpKind::Read, u64::from(tag) * MIB as u64, vec![piece]);
+    }
+    rig.queue().wait(Some(Duration::ZERO)).expect("send them");
+    let region = rig.region.clone();
+    drop(rig);
+    let arrived = |tag: usize| {
+        use ring_proto::{SharedMemory, Window};
+        let mut bytes = vec![0; MIB];
+        assert_eq!(region.len(), DEPTH * MIB);
+        Window::new(region.clone(), tag * MIB, MIB).expect("in range").read(&mut bytes);
+        bytes.iter().all(|byte| *byte == 0xa5)
+    };
+    // Had it not waited, some of the data would be missing still.
+    assert!((0..DEPTH).all(arrived));
+}
+
+/// Every kind of queue, wrapped and not.
+fn wakeable() -> (Vec<Target>, TestFile) {
+    let file = TestFile::on_disk(MIB as u64);
+    let null = Target::Null { bytes: MIB as u64 };
+    let delay = Duration::from_secs(60);
+    let targets = vec![
+        null.clone(),
+        Target::Memory { bytes: MIB as u64 },
+        file.target(),
+        Target::Delay(delay, Box::new(null)),
+        Target::Delay(delay, Box::new(file.target())),
+    ];
+    (targets, file)
+}
+
+#[test]
+fn a_wake_descriptor_ends_a_wait_as_long_as_it_is_readable() {
+    let (targets, _file) = wakeable();
+    for target in targets {
+        let event = EventFd::new().expect("eventfd");
+        let wake: OwnedFd = event.as_fd().try_clone_to_owned().expect("dup");
+        let storage = open(&target, Options::default()).expect("open");
+        let mut rig = Rig::on(storage, true, vec![wake]);
+        let mut wait = |time| {
+            let start = Instant::now();
+            rig.queue().wait(Some(time)).expect("wait");
+            rig.queue().poll(&mut Vec::new()).expect("poll");
+            start.elapsed()
+        };
+        event.write(1).expect("write");
+        // Not read: it is a state, not an event.
+        for _ in 0..3 {
+            assert!(wait(HUNG) < HUNG, "{target:?}: readable, and slept");
+        }
+        event.read().expect("read");
+        // A poll from before may end one more wait.
+        wait(Duration::ZERO);
+        let time = Duration::from_millis(5);
+        assert!(wait(time) >= time, "{target:?}: nothing to wake up for");
+        std::thread::scope(|scope| {
+            scope.spawn(|| event.write(1).expect("write"));
+            assert!(wait(HUNG) < HUNG, "{target:?}: written to while it slept");
+        });
+    }
+}
+
+#[test]
+fn a_refusal_says_why() {
+    let check = |path: &Path, expect: &str| {
+        let error = open(&Target::Path(path.into()), Options::default()).err().expect("refused");
+        let text = error.to_string();
+        assert!(text.contains(expect) && text.contains(path.to_str().expect("UTF-8")), "{text}");
+    };
+    check(Path::new("/nonexistent/disk.img"), "does not exist");
+    check(Path::new("/dev"), "a directory");
+    check(Path::new("/dev/null"), "not a disk");
+    check(&TestFile::on_disk(0).0, "is empty");
+    check(&TestFile::on_disk(1000).0, "has 1000 bytes, not a multiple of 512");
+    for bytes in [0, 511] {
+        for target in [Target::Null { bytes }, Target::Memory { bytes }] {
+            let outcome = open(&target, Options::default());
+            assert!(matches!(outcome, Err(OpenError::TargetSize { .. })));
+        }
+    }
+}

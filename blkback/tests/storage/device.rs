@@ -1,0 +1,111 @@
+//! Block devices, where loop devices can be made.
+
+use crate::model;
+use crate::rig::{Rig, SECTOR, TestFile};
+use blkback::storage::{Direct, OpKind, OpenError, Options, Target, open};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// A loop device on a file.
+struct Loop {
+    device: PathBuf,
+    _file: TestFile,
+}
+
+impl Loop {
+    /// `None`, and says so, where that is not possible.
+    fn new(bytes: u64, sector_size: &str) -> Option<Self> {
+        let file = TestFile::on_disk(bytes);
+        let output = Command::new("losetup")
+            .args(["--find", "--show", "--sector-size", sector_size])
+            .arg(&file.0)
+            .output();
+        match output {
+            Ok(output) if output.status.success() => {
+                let device = String::from_utf8_lossy(&output.stdout).trim().into();
+                Some(Self { device, _file: file })
+            }
+            other => {
+                eprintln!("skipped: no loop device: {other:?}");
+                None
+            }
+        }
+    }
+
+    fn target(&self) -> Target {
+        Target::Path(self.device.clone())
+    }
+
+    /// Flushes that reached the device: field 16 of its statistics.
+    fn flushes(&self) -> u64 {
+        let name = self.device.file_name().expect("a name");
+        let stat = Path::new("/sys/block").join(name).join("stat");
+        let stat = std::fs::read_to_string(stat).expect("statistics");
+        stat.split_whitespace().nth(15).and_then(|field| field.parse().ok()).expect("field 16")
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.device).status();
+    }
+}
+
+#[test]
+fn model_on_a_device() {
+    let Some(device) = Loop::new(model::DISK as u64, "512") else { return };
+    for (direct, seed) in [(Direct::On, 10), (Direct::Off, 11)] {
+        // Clear what the run before left.
+        let options = Options { direct, ..Options::default() };
+        let storage = open(&device.target(), options).expect("open");
+        let bytes = model::DISK as u64;
+        let mut rig = Rig::on(storage.clone(), true, Vec::new());
+        rig.run(OpKind::Discard { bytes, secure: false }, 0, Vec::new()).expect("discard");
+        drop(rig);
+        model::check(storage, true, seed);
+    }
+}
+
+#[test]
+fn sectors_of_4096_bytes() {
+    let Some(device) = Loop::new(model::DISK as u64, "4096") else { return };
+    let storage = open(&device.target(), Options::default()).expect("open");
+    let geometry = storage.geometry();
+    assert_eq!((geometry.sector_size, geometry.buffer_alignment), (4096, 4096));
+    assert_eq!(geometry.sectors as usize * SECTOR, model::DISK);
+    model::check(storage, true, 12);
+}
+
+#[test]
+fn flush_and_fua_reach_the_device() {
+    let Some(device) = Loop::new(1 << 20, "512") else { return };
+    let mut rig = Rig::new(&device.target(), Options::default());
+    rig.write(0, &[1; SECTOR]).expect("write");
+    let before = device.flushes();
+    rig.run(OpKind::Flush, 0, Vec::new()).expect("flush");
+    let flushed = device.flushes();
+    assert!(flushed > before, "a flush is passed on");
+    let piece = rig.piece(0, 0, SECTOR);
+    rig.run(OpKind::Write { fua: true }, 0, vec![piece]).expect("write with FUA");
+    // Loop devices have no FUA of their own: the kernel flushes after the write.
+    assert!(device.flushes() > flushed, "FUA is passed on");
+}
+
+#[test]
+fn a_device_has_one_writer() {
+    let Some(device) = Loop::new(1 << 20, "512") else { return };
+    let mut first = Rig::new(&device.target(), Options::default());
+    first.write(0, &[7; SECTOR]).expect("write");
+    assert!(matches!(
+        open(&device.target(), Options::default()),
+        Err(OpenError::Busy { path }) if path == device.device
+    ));
+    let read_only = Options { read_only: true, ..Options::default() };
+    let mut reader = Rig::new(&device.target(), read_only);
+    assert_eq!(reader.read(0, SECTOR).expect("read"), [7; SECTOR]);
+    let refused = reader.write(0, &[8; SECTOR]).expect_err("it is read-only");
+    assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
+    // With the last user gone it is free at once.
+    drop(first);
+    open(&device.target(), Options::default()).expect("open again");
+}

@@ -1,0 +1,130 @@
+//! The same random operations on every kind of disk and on a plain vector.
+
+use crate::rig::{AREA, DEPTH, Random, Rig, SECTOR, TestFile};
+use blkback::storage::{Direct, IoVec, Limits, OpKind, Options, Storage, Target, open};
+use std::num::NonZeroU64;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The disk fits into the memory of a tag, to be read at once in the end.
+pub(crate) const DISK: usize = AREA;
+const BATCHES: usize = 150;
+const LONGEST: usize = 64 * SECTOR;
+
+pub(crate) fn check(storage: Arc<dyn Storage>, register: bool, seed: u64) {
+    let geometry = storage.geometry();
+    assert_eq!(geometry.sectors as usize * SECTOR, DISK);
+    let unit = geometry.sector_size as usize;
+    let mut rig = Rig::on(storage, register, Vec::new());
+    let mut random = Random(seed);
+    let mut model = vec![0; DISK];
+    for _ in 0..BATCHES {
+        batch(&mut rig, &mut random, &mut model, unit, geometry.discard.is_some());
+    }
+    let now = rig.read(0, DISK).expect("read all");
+    assert!(now == model, "the disk differs from the model, seed {seed}");
+}
+
+/// Operations that are in flight together touch different sectors: their order is open.
+fn batch(rig: &mut Rig, random: &mut Random, model: &mut [u8], unit: usize, discard: bool) {
+    let mut taken: Vec<Range<usize>> = Vec::new();
+    let mut expected = vec![None; DEPTH];
+    for tag in 0..DEPTH as u16 {
+        let len = unit * (1 + random.below(LONGEST / unit));
+        let start = unit * random.below((DISK - len) / unit + 1);
+        let range = start..start + len;
+        if taken.iter().any(|other| other.start < range.end && range.start < other.end) {
+            continue;
+        }
+        taken.push(range.clone());
+        let buffers = pieces(rig, random, tag, len, unit);
+        match random.below(10) {
+            0..=3 => {
+                expected[usize::from(tag)] = Some(model[range].to_vec());
+                rig.submit(tag, OpKind::Read, start as u64, buffers);
+            }
+            4..=7 => {
+                let data: Vec<u8> = (0..len).map(|_| random.below(256) as u8).collect();
+                rig.piece(tag, 0, len).fill(&data);
+                model[range].copy_from_slice(&data);
+                let fua = random.below(4) == 0;
+                rig.submit(tag, OpKind::Write { fua }, start as u64, buffers);
+            }
+            8 if discard => {
+                model[range].fill(0);
+                let kind = OpKind::Discard { bytes: len as u64, secure: false };
+                rig.submit(tag, kind, start as u64, Vec::new());
+            }
+            _ => rig.submit(tag, OpKind::Flush, 0, Vec::new()),
+        }
+    }
+    let submitted = taken.len();
+    let done = rig.finish();
+    assert_eq!(done.len(), submitted);
+    for completion in done {
+        completion.result.expect("no operation fails");
+        if let Some(data) = &expected[usize::from(completion.tag)] {
+            let length: usize = completion.buffers.iter().map(IoVec::len).sum();
+            assert_eq!(length, data.len(), "the buffers come back as they were");
+            assert!(rig.bytes(completion.tag, data.len()) == *data, "a read differs");
+        }
+    }
+}
+
+/// The first `len` bytes of the memory of `tag`, in one piece or several.
+fn pieces(rig: &Rig, random: &mut Random, tag: u16, len: usize, unit: usize) -> Vec<IoVec> {
+    if random.below(2) == 0 {
+        return vec![rig.piece(tag, 0, len)];
+    }
+    let mut pieces = Vec::new();
+    let mut at = 0;
+    while at < len {
+        let size = (unit * (1 + random.below(8))).min(len - at);
+        pieces.push(rig.piece(tag, at, size));
+        at += size;
+    }
+    pieces
+}
+
+fn options(direct: Direct) -> Options {
+    Options { direct, ..Options::default() }
+}
+
+#[test]
+fn memory() {
+    let storage = open(&Target::Memory { bytes: DISK as u64 }, Options::default()).expect("open");
+    check(storage, true, 1);
+}
+
+#[test]
+fn file_buffered() {
+    let file = TestFile::on_disk(DISK as u64);
+    check(open(&file.target(), options(Direct::Off)).expect("open"), true, 2);
+}
+
+#[test]
+fn file_direct() {
+    let file = TestFile::on_disk(DISK as u64);
+    let Ok(storage) = open(&file.target(), options(Direct::On)) else {
+        return eprintln!("skipped: no O_DIRECT in {:?}", file.0);
+    };
+    check(storage.clone(), true, 3);
+    let file = TestFile::on_disk(DISK as u64);
+    check(open(&file.target(), options(Direct::On)).expect("open"), false, 4);
+}
+
+#[test]
+fn file_in_memory() {
+    let file = TestFile::new("/dev/shm", DISK as u64);
+    check(open(&file.target(), options(Direct::Auto)).expect("open"), false, 5);
+}
+
+#[test]
+fn wrapped() {
+    let file = TestFile::on_disk(DISK as u64);
+    let limits = Limits { operations: NonZeroU64::new(20_000), bytes: NonZeroU64::new(1 << 30) };
+    let limited = Target::Limit(limits, Box::new(file.target()));
+    let target = Target::Delay(Duration::from_micros(50), Box::new(limited));
+    check(open(&target, Options::default()).expect("open"), true, 6);
+}

@@ -1,0 +1,138 @@
+//! A queue on a disk, with memory to read into and write from.
+
+use blkback::storage::{
+    Completion, IoVec, Op, OpKind, Options, Queue, QueueSetup, Storage, Target, open,
+};
+use ring_proto::SharedMemory;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+use xen_platform::LocalRegion;
+
+pub(crate) const SECTOR: usize = 512;
+pub(crate) const DEPTH: usize = 8;
+/// Memory of each tag.
+pub(crate) const AREA: usize = 1 << 20;
+
+/// Longer than anything here takes: where a wait lasts this long it hung.
+pub(crate) const HUNG: Duration = Duration::from_secs(20);
+
+pub(crate) struct Rig {
+    // First, so that it is dropped before the memory that it may still be reading into.
+    queue: Box<dyn Queue>,
+    pub(crate) storage: Arc<dyn Storage>,
+    pub(crate) region: Arc<LocalRegion>,
+    pub(crate) done: Vec<Completion>,
+}
+
+impl Rig {
+    pub(crate) fn new(target: &Target, options: Options) -> Self {
+        Self::on(open(target, options).expect("open"), true, Vec::new())
+    }
+
+    pub(crate) fn on(storage: Arc<dyn Storage>, register: bool, wake: Vec<OwnedFd>) -> Self {
+        let region = Arc::new(LocalRegion::new(DEPTH * AREA / 4096).expect("reserve"));
+        let setup = QueueSetup { depth: DEPTH, region: register.then(|| region.clone()), wake };
+        let queue = storage.open_queue(setup).expect("open a queue");
+        Self { queue, storage, region, done: Vec::new() }
+    }
+
+    /// `len` bytes at `at` in the memory of `tag`.
+    pub(crate) fn piece(&self, tag: u16, at: usize, len: usize) -> IoVec {
+        assert!(at + len <= AREA);
+        let base = self.region.base().as_ptr().wrapping_add(usize::from(tag) * AREA + at);
+        // SAFETY: checked to lie in the region, which outlives the queue and is reached by address only.
+        unsafe { IoVec::new(base, len) }
+    }
+
+    pub(crate) fn bytes(&self, tag: u16, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.piece(tag, 0, len).copy_to(&mut bytes);
+        bytes
+    }
+
+    pub(crate) fn queue(&mut self) -> &mut dyn Queue {
+        &mut *self.queue
+    }
+
+    pub(crate) fn submit(&mut self, tag: u16, kind: OpKind, offset: u64, buffers: Vec<IoVec>) {
+        self.queue.submit(Op { tag, kind, offset, buffers }, &mut self.done);
+    }
+
+    /// Runs everything in flight to its end.
+    pub(crate) fn finish(&mut self) -> Vec<Completion> {
+        let start = Instant::now();
+        loop {
+            self.queue.poll(&mut self.done).expect("poll");
+            if self.queue.in_flight() == 0 {
+                return std::mem::take(&mut self.done);
+            }
+            self.queue.wait(Some(HUNG)).expect("wait");
+            assert!(start.elapsed() < HUNG, "{} operations hang", self.queue.in_flight());
+        }
+    }
+
+    pub(crate) fn run(&mut self, kind: OpKind, offset: u64, buffers: Vec<IoVec>) -> io::Result<()> {
+        self.submit(0, kind, offset, buffers);
+        let mut done = self.finish();
+        assert_eq!(done.len(), 1);
+        done.remove(0).result
+    }
+
+    pub(crate) fn write(&mut self, offset: usize, data: &[u8]) -> io::Result<()> {
+        let piece = self.piece(0, 0, data.len());
+        piece.fill(data);
+        self.run(OpKind::Write { fua: false }, offset as u64, vec![piece])
+    }
+
+    pub(crate) fn read(&mut self, offset: usize, len: usize) -> io::Result<Vec<u8>> {
+        let piece = self.piece(0, 0, len);
+        self.run(OpKind::Read, offset as u64, vec![piece])?;
+        Ok(self.bytes(0, len))
+    }
+}
+
+/// A file that is gone with the value.
+pub(crate) struct TestFile(pub(crate) PathBuf);
+
+impl TestFile {
+    pub(crate) fn new(directory: impl AsRef<Path>, bytes: u64) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("blkback-storage-{}-{count}", std::process::id());
+        let path = directory.as_ref().join(name);
+        std::fs::File::create(&path).and_then(|file| file.set_len(bytes)).expect("create");
+        Self(path)
+    }
+
+    /// On a real disk, where O_DIRECT means something.
+    pub(crate) fn on_disk(bytes: u64) -> Self {
+        Self::new(env!("CARGO_TARGET_TMPDIR"), bytes)
+    }
+
+    pub(crate) fn target(&self) -> Target {
+        Target::Path(self.0.clone())
+    }
+}
+
+impl Drop for TestFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// SplitMix64.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn below(&mut self, bound: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) % bound as u64) as usize
+    }
+}
