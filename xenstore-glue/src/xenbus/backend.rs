@@ -144,7 +144,14 @@ impl BackendMachine {
         let rekeyed = event == BackendEvent::Rekeyed && self.link == Link::Up;
         match event {
             BackendEvent::Frontend(state) => self.observe(state.unwrap_or(Closed), &mut actions),
-            BackendEvent::Online(online) => self.online = Some(online),
+            BackendEvent::Online(online) => {
+                // Toolstacks write `state` = `Closing` over ours in the same transaction, and then
+                // wait for `Closed`: whatever we published is to be published again.
+                if !online && self.online == Some(true) {
+                    self.published = Initialising;
+                }
+                self.online = Some(online);
+            }
             BackendEvent::Rekeyed if rekeyed => self.disconnect(&mut actions),
             BackendEvent::Rekeyed => {}
             BackendEvent::DirectoryRemoved => {

@@ -163,8 +163,9 @@ impl FrontendMachine {
             (Connected, Link::Down) => self.close(actions),
             (Closing, _) => self.close(actions),
             (Closed, Link::Down) => {}
+            // Nothing to drain: nobody answers any more.
             (Closed, _) => {
-                self.close(actions);
+                self.publish(Closed, actions);
                 self.closed(actions);
             }
             // A backend that is being set up anew.

@@ -72,6 +72,10 @@ fn removal_ends_in_retirement() {
     // No driver in the guest: nothing to wait for.
     let retired = [BackendAction::Publish(Closed), BackendAction::Retire];
     assert_eq!(waiting().handle(B::Online(false)), retired);
+    // Removed long after the guest let go: the toolstack has written Closing over our Closed.
+    let mut back = connected();
+    back.handle(B::Frontend(Some(Closed)));
+    assert_eq!(back.handle(B::Online(false)), retired);
     // Forced destroy.
     let closed = [BackendAction::Disconnect, BackendAction::Publish(Closed)];
     assert_eq!(connected().handle(B::Frontend(None)), closed);
