@@ -42,6 +42,25 @@ pub enum Error {
         /// Why.
         reason: &'static str,
     },
+    /// The embedded platform's broker refused.
+    #[error("{doing}: {reason}")]
+    Refused {
+        /// What was asked of it.
+        doing: String,
+        /// Why it was refused, and what to do.
+        reason: String,
+    },
+    /// The embedded platform's broker no longer answers: it ended, or it destroyed our domain.
+    #[error(
+        "{doing}: the broker closed the connection: domain {domid} was destroyed, or \
+         `xen-embedded serve` has ended; start it, create the domain and attach again"
+    )]
+    BrokerGone {
+        /// What was asked of it.
+        doing: String,
+        /// The domain that this process was.
+        domid: DomId,
+    },
     /// The system call behind an operation failed.
     #[error("{doing}: {source}")]
     Io {

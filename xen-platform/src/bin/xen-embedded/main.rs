@@ -1,0 +1,178 @@
+//! `xen-embedded`: a stand-in for a Xen host, and its toolstack.
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+use xen_platform::embedded::broker;
+use xen_platform::embedded::control::{self, Answer, Command, NewDomain, OnCrash};
+
+/// A stand-in for a Xen host: domains whose memory, grants, event channels and xenstore live in
+/// ordinary processes of this machine.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    /// Where the broker keeps its sockets
+    #[arg(long, global = true, default_value = "/run/xen-embedded")]
+    dir: PathBuf,
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Run the broker in the foreground
+    Serve,
+    /// Create, destroy and list domains
+    #[command(subcommand)]
+    Domain(DomainAction),
+}
+
+#[derive(Subcommand)]
+enum DomainAction {
+    /// Create a domain and print its number
+    Create(CreateArgs),
+    /// Kill a domain's process and remove the domain with its devices
+    Destroy {
+        /// Name or number
+        domain: String,
+    },
+    /// List domains
+    List,
+}
+
+#[derive(Args)]
+struct CreateArgs {
+    /// Its name
+    name: String,
+    /// Memory that it can share, such as 64M
+    #[arg(long, default_value = "256M", value_parser = parse_size)]
+    memory: u64,
+    /// Number of vCPUs
+    #[arg(long, default_value_t = 1)]
+    vcpus: u32,
+    /// The domain serves devices to others
+    #[arg(long)]
+    driver_domain: bool,
+    /// When its process ends [default: destroy, or preserve for a driver domain]
+    #[arg(long, value_enum)]
+    on_crash: Option<CrashPolicy>,
+    /// Its number [default: the next free one]
+    #[arg(long)]
+    domid: Option<u16>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum CrashPolicy {
+    /// Destroy the domain
+    Destroy,
+    /// Keep it for another process
+    Preserve,
+}
+
+/// Bytes, or with K, M or G.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.char_indices().next_back() {
+        Some((i, 'k' | 'K')) => (&text[..i], 10),
+        Some((i, 'm' | 'M')) => (&text[..i], 20),
+        Some((i, 'g' | 'G')) => (&text[..i], 30),
+        _ => (text, 0),
+    };
+    let number: u64 = digits.parse().map_err(|_| "give bytes, or a number with K, M or G")?;
+    number.checked_mul(1 << shift).ok_or_else(|| "too large".to_owned())
+}
+
+fn main() -> Result<()> {
+    let cli = Cli::parse();
+    let filter = EnvFilter::builder()
+        .with_default_directive(tracing::level_filters::LevelFilter::INFO.into())
+        .from_env_lossy();
+    let ansi = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(ansi)
+        .init();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    runtime.block_on(run(cli))
+}
+
+async fn run(cli: Cli) -> Result<()> {
+    match cli.action {
+        Action::Serve => serve(&cli.dir).await,
+        Action::Domain(DomainAction::Create(args)) => create(&cli.dir, args),
+        Action::Domain(DomainAction::Destroy { domain }) => {
+            let domid = control::find_domain(&cli.dir, &domain)?.0;
+            control::ask(&cli.dir, &Command::DestroyDomain { domid })?;
+            Ok(())
+        }
+        Action::Domain(DomainAction::List) => list(&cli.dir),
+    }
+}
+
+async fn serve(dir: &Path) -> Result<()> {
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let shutdown = async {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    };
+    // Whoever started us reads this line, and does not depend on the log's level.
+    let ready = || println!("xen-embedded is ready in {}", dir.display());
+    broker::serve(dir, ready, shutdown).await?;
+    Ok(())
+}
+
+fn create(dir: &Path, args: CreateArgs) -> Result<()> {
+    let on_crash = match args.on_crash {
+        Some(CrashPolicy::Destroy) => OnCrash::Destroy,
+        Some(CrashPolicy::Preserve) => OnCrash::Preserve,
+        None if args.driver_domain => OnCrash::Preserve,
+        None => OnCrash::Destroy,
+    };
+    let new = NewDomain {
+        name: args.name,
+        domid: args.domid,
+        memory: args.memory,
+        vcpus: args.vcpus,
+        driver_domain: args.driver_domain,
+        on_crash,
+    };
+    match control::ask(dir, &Command::CreateDomain(new))? {
+        Answer::Domain(info) => println!("{}", info.domid),
+        other => bail!("unexpected answer {other:?}"),
+    }
+    Ok(())
+}
+
+fn list(dir: &Path) -> Result<()> {
+    println!(
+        "{:<24} {:>5} {:>8} {:>6} {:>6} {:>8}  On crash",
+        "Name", "ID", "Mem MiB", "VCPUs", "Ports", "Process"
+    );
+    for d in control::list_domains(dir)? {
+        let process = d.process.map_or_else(|| "-".to_owned(), |pid| pid.to_string());
+        let on_crash = match d.on_crash {
+            OnCrash::Destroy => "destroy",
+            OnCrash::Preserve => "preserve",
+        };
+        let kind = if d.driver_domain { ", driver domain" } else { "" };
+        println!(
+            "{:<24} {:>5} {:>8} {:>6} {:>6} {:>8}  {on_crash}{kind}",
+            d.name,
+            d.domid,
+            d.memory >> 20,
+            d.vcpus,
+            d.ports,
+            process
+        );
+    }
+    Ok(())
+}

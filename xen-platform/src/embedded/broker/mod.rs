@@ -1,0 +1,264 @@
+//! The broker: a process in the place of Xen, xenstored and the toolstack's daemon.
+
+mod control;
+mod host;
+mod ports;
+mod processes;
+
+use super::control::{CONTROL_SOCKET, DomainInfo, NewDomain, OnCrash};
+use super::{HYPERVISOR_SOCKET, XENSTORE_SOCKET, XENSTORED_SOCKET, domain_dir, locked, toolstack};
+use crate::{Error, Result};
+use host::Host;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use ring_proto::DomId;
+use std::collections::HashMap;
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::task::{JoinHandle, LocalSet};
+use tracing::{info, warn};
+use xenstore_glue::client::{Client, Endpoint};
+use xenstore_glue::store::Server;
+
+/// Of dom0, in bytes: rings and data of its own frontends, if it has any.
+const DOM0_MEMORY: u64 = 256 << 20;
+
+/// Whoever ignores SIGKILL this long hangs in the kernel.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+
+#[derive(Debug)]
+struct Broker {
+    dir: PathBuf,
+    host: Mutex<Host>,
+    store: Server,
+    /// As dom0, over our own socket: the toolstack's part is done as any toolstack would.
+    xenstore: Client,
+    /// Domains are created and removed one at a time.
+    changing: tokio::sync::Mutex<()>,
+    /// What listens for a domain.
+    listeners: Mutex<HashMap<u16, JoinHandle<()>>>,
+}
+
+/// Runs the broker in `dir`, which is created if need be, until `shutdown` is ready. Calls `ready`
+/// when everything can be used. Must run in a tokio runtime; all of the broker runs on the thread
+/// that polls this.
+///
+/// # Errors
+/// When another broker runs there, or the directory cannot be used.
+pub async fn serve(
+    dir: &Path,
+    ready: impl FnOnce(),
+    shutdown: impl Future<Output = ()>,
+) -> Result<()> {
+    LocalSet::new().run_until(serve_here(dir, ready, shutdown)).await
+}
+
+async fn serve_here(
+    dir: &Path,
+    ready: impl FnOnce(),
+    shutdown: impl Future<Output = ()>,
+) -> Result<()> {
+    let failed = |e: io::Error| Error::io(format!("use the directory {}", dir.display()), e);
+    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
+    let _lock = lock(dir)?;
+    remove_sockets(dir).map_err(failed)?;
+    raise_file_limit();
+
+    let store = Server::new();
+    let xenstored = dir.join(XENSTORED_SOCKET);
+    listen_store(&store, &xenstored, DomId(0))?;
+    let xenstore = Client::connect(Endpoint::Unix(xenstored))
+        .await
+        .map_err(|e| Error::io("start xenstore", io::Error::other(e)))?;
+    let broker = Arc::new(Broker {
+        dir: dir.to_owned(),
+        host: Mutex::new(Host::new()),
+        store,
+        xenstore,
+        changing: tokio::sync::Mutex::default(),
+        listeners: Mutex::default(),
+    });
+    let dom0 = NewDomain {
+        name: "Domain-0".to_owned(),
+        domid: Some(0),
+        memory: DOM0_MEMORY,
+        vcpus: std::thread::available_parallelism()
+            .map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX))
+            .min(host::MAX_VCPUS),
+        driver_domain: true,
+        on_crash: OnCrash::Preserve,
+    };
+    broker
+        .create(dom0)
+        .await
+        .map_err(|reason| Error::Refused { doing: "create dom0".to_owned(), reason })?;
+    let control = control::listen(Arc::clone(&broker), &dir.join(CONTROL_SOCKET))?;
+    info!(dir = %dir.display(), "ready");
+    ready();
+    shutdown.await;
+    control.abort();
+    broker.store.shutdown();
+    for (_, task) in locked(&broker.listeners).drain() {
+        task.abort();
+    }
+    remove_sockets(dir).map_err(failed)
+}
+
+/// One broker a directory, for as long as the lock lives.
+fn lock(dir: &Path) -> Result<Flock<File>> {
+    let path = dir.join("broker.lock");
+    let failed = |e: io::Error| Error::io(format!("lock {}", path.display()), e);
+    let file =
+        File::options().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| {
+        if e == nix::Error::EWOULDBLOCK {
+            Error::Refused {
+                doing: format!("lock {}", path.display()),
+                reason: "another broker runs there: stop it or use another --dir".to_owned(),
+            }
+        } else {
+            failed(e.into())
+        }
+    })
+}
+
+/// What a broker before us left, and what we leave.
+fn remove_sockets(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name == CONTROL_SOCKET || name == XENSTORED_SOCKET {
+            fs::remove_file(&path)?;
+        } else if name.strip_prefix("dom").is_some_and(|n| n.parse::<u16>().is_ok()) {
+            remove_domain_dir(&path);
+        }
+    }
+    Ok(())
+}
+
+fn remove_domain_dir(dir: &Path) {
+    for socket in [HYPERVISOR_SOCKET, XENSTORE_SOCKET] {
+        let _ = fs::remove_file(dir.join(socket));
+    }
+    // Not if somebody keeps other things there.
+    let _ = fs::remove_dir(dir);
+}
+
+/// Event channels take two descriptors each, so the usual soft limit of 1024 is soon too few.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        warn!(%error, "cannot raise the limit of open files; there can be few event channels");
+    }
+}
+
+fn listen_store(store: &Server, path: &Path, domid: DomId) -> Result<()> {
+    store.listen(path, domid.0).map_err(|e| Error::io(format!("listen on {}", path.display()), e))
+}
+
+impl Broker {
+    async fn create(self: &Arc<Self>, new: NewDomain) -> Result<DomainInfo, String> {
+        let _changing = self.changing.lock().await;
+        let info = locked(&self.host).create(new)?;
+        let done = match toolstack::create_domain(&self.xenstore, &info).await {
+            Ok(()) => self.listen(DomId(info.domid)).map_err(|e| e.to_string()),
+            Err(e) => Err(e.to_string()),
+        };
+        if let Err(reason) = done {
+            self.forget(info.domid).await;
+            return Err(reason);
+        }
+        info!(domid = info.domid, name = info.name, "domain created");
+        Ok(info)
+    }
+
+    fn listen(self: &Arc<Self>, domid: DomId) -> Result<()> {
+        let dir = domain_dir(&self.dir, domid);
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir)
+            .map_err(|e| Error::io(format!("create {}", dir.display()), e))?;
+        listen_store(&self.store, &dir.join(XENSTORE_SOCKET), domid)?;
+        let task = processes::listen(Arc::clone(self), &dir.join(HYPERVISOR_SOCKET), domid)?;
+        locked(&self.listeners).insert(domid.0, task);
+        Ok(())
+    }
+
+    /// Kills the domain's process and removes the domain.
+    async fn destroy(self: &Arc<Self>, domid: u16, asker: Option<i32>) -> Result<(), String> {
+        if domid == 0 {
+            return Err("dom0 cannot be destroyed: stop the broker instead".to_owned());
+        }
+        let (process, ended) = {
+            let host = locked(&self.host);
+            let info = host.get(domid).ok_or("no such domain")?;
+            (info.process, host.end_of_process(domid).ok_or("no such domain")?)
+        };
+        if let Some(pid) = process {
+            let own = i32::try_from(std::process::id()).ok();
+            if pid <= 1 || Some(pid) == own || Some(pid) == asker {
+                return Err(format!("process {pid} is attached to it: let it detach first"));
+            }
+            let mut ended = pin!(ended.notified());
+            ended.as_mut().enable();
+            // Its connection is still open, so the number is still its own.
+            kill(Pid::from_raw(pid), Signal::SIGKILL)
+                .map_err(|e| format!("cannot kill its process {pid}: {e}"))?;
+            tokio::time::timeout(KILL_TIMEOUT, ended)
+                .await
+                .map_err(|_| format!("its process {pid} does not end"))?;
+        }
+        self.remove(domid).await;
+        Ok(())
+    }
+
+    /// The process that was the domain is gone.
+    async fn process_ended(self: &Arc<Self>, domid: u16, pid: i32) {
+        let info = {
+            let mut host = locked(&self.host);
+            host.ended(domid);
+            host.get(domid)
+        };
+        let Some(info) = info else { return };
+        info!(domid, pid, on_crash = ?info.on_crash, "the domain's process ended");
+        if info.on_crash == OnCrash::Destroy {
+            self.remove(domid).await;
+        }
+    }
+
+    async fn remove(self: &Arc<Self>, domid: u16) {
+        let _changing = self.changing.lock().await;
+        self.forget(domid).await;
+    }
+
+    async fn forget(&self, domid: u16) {
+        if locked(&self.host).remove(domid).is_none() {
+            return;
+        }
+        if let Some(task) = locked(&self.listeners).remove(&domid) {
+            task.abort();
+        }
+        let dir = domain_dir(&self.dir, DomId(domid));
+        self.store.unlisten(dir.join(XENSTORE_SOCKET));
+        remove_domain_dir(&dir);
+        match toolstack::destroy_domain(&self.xenstore, domid).await {
+            Ok(backends) => {
+                info!(domid, "domain destroyed");
+                let xenstore = self.xenstore.clone();
+                tokio::task::spawn_local(async move {
+                    toolstack::bury_backends(&xenstore, backends).await;
+                });
+            }
+            Err(error) => warn!(domid, %error, "cannot remove the domain from xenstore"),
+        }
+    }
+}

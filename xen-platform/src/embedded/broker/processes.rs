@@ -1,0 +1,91 @@
+//! Processes that attach to a domain.
+
+use super::super::locked;
+use super::super::protocol::{self, MAX_MESSAGE, Refusal, Reply, Request};
+use super::Broker;
+use crate::{Error, Result};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen as start_listening, socket,
+};
+use ring_proto::DomId;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::Path;
+use std::sync::Arc;
+use tokio::io::AsyncReadExt;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::task::JoinHandle;
+use tracing::{debug, warn};
+
+/// Waits for processes that want to be `domid`.
+pub(super) fn listen(broker: Arc<Broker>, path: &Path, domid: DomId) -> Result<JoinHandle<()>> {
+    let failed = |e: io::Error| Error::io(format!("listen on {}", path.display()), e);
+    let listener = seqpacket_listener(path).map_err(failed)?;
+    Ok(tokio::task::spawn_local(async move {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    tokio::task::spawn_local(serve(Arc::clone(&broker), domid.0, stream));
+                }
+                Err(error) => {
+                    warn!(%domid, %error, "cannot accept a process");
+                    // Out of descriptors, most likely: let some be closed first.
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }))
+}
+
+pub(super) const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
+
+/// Tokio knows no `SOCK_SEQPACKET`, but accepts and reads such a socket like a stream: each read
+/// gives one packet, or nothing at the end.
+fn seqpacket_listener(path: &Path) -> io::Result<UnixListener> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    start_listening(&socket, Backlog::new(16)?)?;
+    UnixListener::from_std(socket.into())
+}
+
+async fn serve(broker: Arc<Broker>, domid: u16, mut stream: UnixStream) {
+    let pid = stream.peer_cred().ok().and_then(|c| c.pid()).unwrap_or(0);
+    let mut packet = [0; MAX_MESSAGE];
+    let mut attached = false;
+    // Any error ends the connection, and with it the process's part in the domain. Descriptors that
+    // it sends are dropped by the kernel: nothing here reads them.
+    while let Ok(len @ 1..) = stream.read(&mut packet).await {
+        let request = packet.get(..len).unwrap_or_default();
+        let request: Request = match serde_json::from_slice(request) {
+            Ok(request) => request,
+            Err(error) => {
+                warn!(domid, pid, %error, "bad request");
+                break;
+            }
+        };
+        // A process waits for each reply, so there is room for it, or the process misbehaves.
+        let mut send =
+            |reply: &Reply, fds: &[BorrowedFd<'_>]| protocol::send(stream.as_fd(), reply, fds);
+        let mut host = locked(&broker.host);
+        let done = if attached {
+            host.handle(domid, &request, &mut send)
+        } else {
+            match host.attach(domid, pid, &request, &mut send) {
+                Ok(()) => {
+                    debug!(domid, pid, "process attached");
+                    attached = true;
+                    Ok(())
+                }
+                Err(reason) => send(&Reply::Refused(Refusal::Other(reason)), &[]),
+            }
+        };
+        if let Err(error) = done {
+            warn!(domid, pid, %error, "cannot answer");
+            break;
+        }
+    }
+    if attached {
+        broker.process_ended(domid, pid).await;
+    }
+}

@@ -1,0 +1,196 @@
+//! The granting side: a domain's own memory and grant table.
+
+use super::connection::Connection;
+use super::frames::FrameAllocator;
+use super::locked;
+use super::memory::{FrameMapping, discard_frames};
+use super::table::{ENTRIES, GrantTable, RESERVED_ENTRIES};
+use crate::{Access, Error, GrantedPages, Result};
+use ring_proto::abi::PAGE_SIZE;
+use ring_proto::{DomId, GrantRef, SharedMemory};
+use std::os::fd::{AsFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, Weak};
+
+/// A domain as it sees itself.
+#[derive(Debug)]
+pub(super) struct OwnDomain {
+    memory: OwnedFd,
+    grants: Arc<GrantTable>,
+    free: Mutex<Free>,
+    /// The broker takes grants back when it closes.
+    _connection: Arc<Connection>,
+}
+
+#[derive(Debug)]
+struct Free {
+    frames: FrameAllocator,
+    entries: Vec<GrantRef>,
+    /// Dropped while the peer still used them.
+    limbo: Vec<Limbo>,
+}
+
+#[derive(Debug)]
+struct Limbo {
+    pages: Arc<OwnPages>,
+    refs: Vec<GrantRef>,
+}
+
+impl OwnDomain {
+    pub(super) fn new(
+        connection: Arc<Connection>,
+        memory: OwnedFd,
+        grant_table: &OwnedFd,
+    ) -> Result<Self> {
+        let bytes = nix::sys::stat::fstat(&memory)
+            .map_err(|e| Error::io("look at the domain's memory", e))?
+            .st_size;
+        let frames = u32::try_from(bytes / PAGE_SIZE as i64).unwrap_or(u32::MAX);
+        let entries = (RESERVED_ENTRIES..ENTRIES).rev().map(GrantRef).collect();
+        let free = Free { frames: FrameAllocator::new(frames), entries, limbo: Vec::new() };
+        let grants = Arc::new(GrantTable::map(grant_table.as_fd())?);
+        Ok(Self { memory, grants, free: Mutex::new(free), _connection: connection })
+    }
+
+    pub(super) fn grant_table(&self) -> Arc<GrantTable> {
+        Arc::clone(&self.grants)
+    }
+
+    pub(super) fn grant(
+        self: &Arc<Self>,
+        peer: DomId,
+        pages: usize,
+        access: Access,
+    ) -> Result<Granted> {
+        self.free_limbo();
+        let (frames, refs) = {
+            let mut free = locked(&self.free);
+            let left = free.entries.len();
+            let Some(keep) = left.checked_sub(pages) else {
+                let limit = (ENTRIES - RESERVED_ENTRIES) as usize;
+                return Err(Error::Exhausted { what: "grant entries", limit });
+            };
+            let limit = free.frames.total();
+            let frames =
+                free.frames.allocate(pages).ok_or(Error::Exhausted { what: "pages", limit })?;
+            (frames, free.entries.split_off(keep))
+        };
+        let mapping = match FrameMapping::new(self.memory.as_fd(), &frames, Access::ReadWrite) {
+            Ok(mapping) => mapping,
+            Err(e) => {
+                let mut free = locked(&self.free);
+                free.frames.release(&frames);
+                free.entries.extend(refs);
+                return Err(e);
+            }
+        };
+        for (&gref, &frame) in refs.iter().zip(&frames) {
+            self.grants.permit(gref, peer, frame, access);
+        }
+        let pages = Arc::new(OwnPages { domain: Arc::downgrade(self), frames, mapping });
+        Ok(Granted { domain: Arc::clone(self), pages, refs, peer, access })
+    }
+
+    /// Frees what peers have let go of since it was dropped.
+    fn free_limbo(&self) {
+        // Dropped after the lock is: freeing pages takes it.
+        let mut _freed = Vec::new();
+        let mut free = locked(&self.free);
+        for mut limbo in std::mem::take(&mut free.limbo) {
+            self.revoke_each(&mut free, &mut limbo.refs);
+            if limbo.refs.is_empty() {
+                _freed.push(limbo.pages);
+            } else {
+                free.limbo.push(limbo);
+            }
+        }
+    }
+
+    /// Takes back what can be; the rest stays in `refs`.
+    fn revoke_each(&self, free: &mut Free, refs: &mut Vec<GrantRef>) {
+        refs.retain(|&gref| {
+            let revoked = self.grants.revoke(gref);
+            if revoked {
+                free.entries.push(gref);
+            }
+            !revoked
+        });
+    }
+}
+
+/// Frames of our own. They are free again when nobody here maps them any more either.
+#[derive(Debug)]
+struct OwnPages {
+    /// Weak, because the domain keeps those in limbo.
+    domain: Weak<OwnDomain>,
+    frames: Vec<u32>,
+    mapping: FrameMapping,
+}
+
+// SAFETY: the mapping keeps the promises.
+unsafe impl SharedMemory for OwnPages {
+    fn base(&self) -> NonNull<u8> {
+        self.mapping.base()
+    }
+    fn len(&self) -> usize {
+        SharedMemory::len(&self.mapping)
+    }
+}
+
+impl Drop for OwnPages {
+    fn drop(&mut self) {
+        let Some(domain) = self.domain.upgrade() else { return };
+        // Zeroed now, so that whoever gets them next sees nothing of this. Frames that cannot be
+        // zeroed are never used again.
+        if discard_frames(&domain.memory, &self.frames).is_ok() {
+            locked(&domain.free).frames.release(&self.frames);
+        }
+    }
+}
+
+/// Pages granted to a peer.
+#[derive(Debug)]
+pub(super) struct Granted {
+    domain: Arc<OwnDomain>,
+    pages: Arc<OwnPages>,
+    refs: Vec<GrantRef>,
+    peer: DomId,
+    access: Access,
+}
+
+impl GrantedPages for Granted {
+    fn memory(&self) -> Arc<dyn SharedMemory> {
+        Arc::clone(&self.pages) as Arc<dyn SharedMemory>
+    }
+
+    fn refs(&self) -> &[GrantRef] {
+        &self.refs
+    }
+
+    fn revoke(self: Box<Self>) -> std::result::Result<(), (Box<dyn GrantedPages>, Error)> {
+        self.domain.free_limbo();
+        let grants = &self.domain.grants;
+        for (i, &gref) in self.refs.iter().enumerate() {
+            if grants.revoke(gref) {
+                continue;
+            }
+            // All or nothing: grant again what was taken back.
+            for (&gref, &frame) in self.refs.iter().zip(&self.pages.frames).take(i) {
+                grants.permit(gref, self.peer, frame, self.access);
+            }
+            return Err((self, Error::StillMapped { gref }));
+        }
+        Ok(()) // dropping frees the entries
+    }
+}
+
+impl Drop for Granted {
+    fn drop(&mut self) {
+        let mut refs = std::mem::take(&mut self.refs);
+        let mut free = locked(&self.domain.free);
+        self.domain.revoke_each(&mut free, &mut refs);
+        if !refs.is_empty() {
+            free.limbo.push(Limbo { pages: Arc::clone(&self.pages), refs });
+        }
+    }
+}

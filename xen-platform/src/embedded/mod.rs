@@ -1,0 +1,150 @@
+//! A stand-in for a Xen host on any Linux machine, for development, tests and user-space guests.
+//!
+//! The [`broker`], run by `xen-embedded serve`, owns domains. A domain's memory and its grant table
+//! (Xen's v1 entries) are files of memory; an event channel is a pair of eventfds; xenstore is a unix
+//! socket a domain. A process that attaches to a domain ([`EmbeddedPlatform::attach`]) is that
+//! domain until it ends. In its directory the broker keeps:
+//!
+//! - `xenstored.sock`: xenstore with dom0's rights, for `XENSTORED_PATH` and the toolstack
+//! - `control.sock`: [`control`], what the toolstack asks of the broker
+//! - `dom<N>/hypervisor.sock`: attaching to domain N
+//! - `dom<N>/xenstore.sock`: xenstore with the rights of domain N
+//!
+//! Grants are checked as Xen checks them: every map and every copy reads the entry, sets the in-use
+//! bits that make a revocation fail, and clears them after. What one domain writes into its memory
+//! and its grant table cannot harm another.
+//!
+//! What this does not show: the checks run in the grantee's process, so a process that goes around
+//! this library is not held back by them; and nothing here costs what a hypercall, an interrupt or
+//! a TLB flush costs.
+
+pub mod broker;
+mod connection;
+pub mod control;
+mod event;
+mod frames;
+mod grantee;
+mod granting;
+mod memory;
+mod protocol;
+mod table;
+pub mod toolstack;
+
+use crate::{
+    Access, Error, EventChannel, GrantCopier, GrantedPages, MappedGrants, Platform, Result,
+};
+use connection::Connection;
+use grantee::{Copier, Mapped, Peer};
+use granting::OwnDomain;
+use ring_proto::{DomId, GrantRef, Port, SharedMemory};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Event channel ports of a domain: Xen's `EVTCHN_2L_NR_CHANNELS`, the limit of the two-level ABI
+/// on 64 bits. Ports start at 1.
+pub const MAX_PORTS: usize = 4096;
+
+/// A domain of the embedded platform, seen from the process that is attached to it.
+///
+/// The process stops being the domain when the last of this value and everything made by it is
+/// dropped.
+#[derive(Debug)]
+pub struct EmbeddedPlatform {
+    dir: PathBuf,
+    connection: Arc<Connection>,
+    own: Arc<OwnDomain>,
+    /// Dead ones are replaced when they are next asked for.
+    peers: Mutex<HashMap<DomId, Arc<Peer>>>,
+}
+
+impl EmbeddedPlatform {
+    /// Becomes `domain`, a name or a number, of the broker in `dir`.
+    ///
+    /// # Errors
+    /// When there is no broker or no such domain, or another process is attached to it.
+    pub fn attach(dir: &Path, domain: &str) -> Result<Arc<Self>> {
+        let domid = match domain.parse() {
+            Ok(domid) => DomId(domid),
+            Err(_) => control::find_domain(dir, domain)?,
+        };
+        let dir = domain_dir(dir, domid);
+        let (connection, [memory, grants]) =
+            Connection::attach(&dir.join(HYPERVISOR_SOCKET), domid)?;
+        let connection = Arc::new(connection);
+        let own = Arc::new(OwnDomain::new(Arc::clone(&connection), memory, &grants)?);
+        Ok(Arc::new(Self { dir, connection, own, peers: Mutex::default() }))
+    }
+
+    /// Where xenstore answers with this domain's rights.
+    pub fn xenstore_socket(&self) -> PathBuf {
+        self.dir.join(XENSTORE_SOCKET)
+    }
+
+    /// This domain's grant table as it lies in memory, an array of `grant_entry_v1`, which a guest
+    /// on Xen may write as it likes. For tests that do.
+    pub fn grant_table(&self) -> Arc<dyn SharedMemory> {
+        self.own.grant_table()
+    }
+
+    fn peer(&self, domid: DomId) -> Result<Option<Arc<Peer>>> {
+        let mut peers = locked(&self.peers);
+        if let Some(peer) = peers.get(&domid).filter(|p| !p.is_gone()) {
+            return Ok(Some(Arc::clone(peer)));
+        }
+        let peer = Peer::connect(Arc::clone(&self.connection), domid)?.map(Arc::new);
+        match &peer {
+            Some(peer) => peers.insert(domid, Arc::clone(peer)),
+            None => peers.remove(&domid),
+        };
+        Ok(peer)
+    }
+}
+
+impl Platform for EmbeddedPlatform {
+    fn domid(&self) -> DomId {
+        self.connection.domid()
+    }
+
+    fn map(&self, peer: DomId, refs: &[GrantRef], access: Access) -> Result<Arc<dyn MappedGrants>> {
+        let found = self.peer(peer)?.ok_or_else(|| no_domain(peer, refs))?;
+        Ok(Arc::new(Mapped::new(found, refs, access)?))
+    }
+
+    fn copier(&self, peer: DomId) -> Result<Box<dyn GrantCopier>> {
+        let found = self.peer(peer)?.ok_or_else(|| no_domain(peer, &[]))?;
+        Ok(Box::new(Copier(found)))
+    }
+
+    fn grant(&self, peer: DomId, pages: usize, access: Access) -> Result<Box<dyn GrantedPages>> {
+        Ok(Box::new(self.own.grant(peer, pages, access)?))
+    }
+
+    fn alloc_unbound(&self, peer: DomId) -> Result<Box<dyn EventChannel>> {
+        Ok(Box::new(event::Channel::open(Arc::clone(&self.connection), peer, None)?))
+    }
+
+    fn bind_interdomain(&self, peer: DomId, port: Port) -> Result<Box<dyn EventChannel>> {
+        Ok(Box::new(event::Channel::open(Arc::clone(&self.connection), peer, Some(port))?))
+    }
+}
+
+fn no_domain(peer: DomId, refs: &[GrantRef]) -> Error {
+    let gref = refs.first().copied().unwrap_or_default();
+    Error::Grant { peer, gref, status: crate::GrantStatus::BadDomain }
+}
+
+const HYPERVISOR_SOCKET: &str = "hypervisor.sock";
+const XENSTORE_SOCKET: &str = "xenstore.sock";
+/// In the broker's directory: xenstore with dom0's rights.
+pub const XENSTORED_SOCKET: &str = "xenstored.sock";
+
+/// What belongs to one domain in the broker's directory.
+fn domain_dir(dir: &Path, domid: DomId) -> PathBuf {
+    dir.join(format!("dom{}", domid.0))
+}
+
+/// Locks, also after a thread panicked in there: no invariant here spans a call that could panic.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,101 @@
+//! The nodes of a domain: libxl_create.c and libxl_domain.c.
+
+use super::super::control::DomainInfo;
+use super::{
+    BACKEND_TIMEOUT, CLOSED, Device, ask_to_close, devices, remove_with_parents, wait_for,
+};
+use tracing::warn;
+use xenstore_glue::client::{Client, Result};
+use xenstore_glue::wire::{Access, Perm};
+
+/// Writes what `libxl__domain_make` writes, and introduces the domain.
+pub(in super::super) async fn create_domain(client: &Client, info: &DomainInfo) -> Result<()> {
+    let domid = info.domid;
+    let root = &format!("/local/domain/{domid}");
+    let private = &[Perm::new(0, Access::None)];
+    let readable = &[Perm::new(0, Access::None), Perm::new(domid, Access::Read)];
+    let owned = &[Perm::new(domid, Access::None)];
+    client
+        .transact(async |nodes| {
+            // The number may have been another domain's.
+            nodes.rm(root).await?;
+            nodes.rm(&format!("/libxl/{domid}")).await?;
+            for (paths, perms) in [
+                (&READABLE[..], &readable[..]),
+                // Where guests say what they can, how they fare and what went wrong.
+                (&OWNED[..], &owned[..]),
+            ] {
+                for path in paths {
+                    let path = format!("{root}{path}");
+                    nodes.mkdir(&path).await?;
+                    nodes.set_perms(&path, perms).await?;
+                }
+            }
+            let libxl = format!("/libxl/{domid}/device");
+            nodes.mkdir(&libxl).await?;
+            nodes.set_perms(&libxl, private).await?;
+            let kib = (info.memory / 1024).to_string();
+            nodes.write(&format!("{root}/name"), &info.name).await?;
+            nodes.write(&format!("{root}/domid"), domid.to_string()).await?;
+            nodes.write(&format!("{root}/memory/static-max"), &kib).await?;
+            nodes.write(&format!("{root}/memory/target"), &kib).await?;
+            for cpu in 0..info.vcpus {
+                let path = format!("{root}/cpu/{cpu}/availability");
+                nodes.write(&path, "online").await?;
+            }
+            Ok(())
+        })
+        .await?;
+    // Frame and port of the ring that this domain's xenstore connection does not have.
+    if domid != 0 {
+        client.introduce(domid, 1, 1).await?;
+    }
+    Ok(())
+}
+
+/// Below the domain's directory, which comes first: what it may read.
+const READABLE: [&str; 5] = ["", "/cpu", "/memory", "/device", "/control"];
+/// And what is its own.
+const OWNED: [&str; 7] = [
+    "/control/shutdown",
+    "/device/suspend/event-channel",
+    "/data",
+    "/drivers",
+    "/feature",
+    "/attr",
+    "/error",
+];
+
+/// Removes a domain's directories, as `xl destroy` does: its frontends vanish, its backends are
+/// asked to close. Returns the backends to [bury](bury_backends).
+pub(in super::super) async fn destroy_domain(client: &Client, domid: u16) -> Result<Vec<Device>> {
+    let devices = client
+        .transact(async |nodes| {
+            let devices = devices(nodes, domid).await?;
+            for device in &devices {
+                nodes.rm(&device.frontend).await?;
+                ask_to_close(nodes, &device.backend).await?;
+            }
+            nodes.rm(&format!("/local/domain/{domid}")).await?;
+            nodes.rm(&format!("/libxl/{domid}")).await?;
+            Ok(devices)
+        })
+        .await?;
+    client.release(domid).await?;
+    Ok(devices)
+}
+
+/// Waits for backends to close and removes their directories. A driver domain removes its own,
+/// unless it is too late with it.
+pub(in super::super) async fn bury_backends(client: &Client, devices: Vec<Device>) {
+    for Device { backend, .. } in devices {
+        let state = format!("{backend}/state");
+        let closed = wait_for(client, &state, &[CLOSED], BACKEND_TIMEOUT).await;
+        if !matches!(closed, Ok(true)) {
+            warn!(backend, "the backend of a destroyed domain does not close; removed anyway");
+        }
+        if let Err(error) = remove_with_parents(client, &backend).await {
+            warn!(backend, %error, "cannot remove the backend of a destroyed domain");
+        }
+    }
+}
