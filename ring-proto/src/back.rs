@@ -29,12 +29,11 @@ pub fn attach(
     if req_prod.wrapping_sub(rsp_prod) > slots {
         return Err(SetupError::Overrun { req_prod, rsp_prod, slots });
     }
-    Ok(halves(ring, rsp_prod))
+    Ok(halves(Arc::new(ring), rsp_prod))
 }
 
 /// The two halves of a backend whose next request and response are both number `index`.
-pub(crate) fn halves(ring: SharedRing, index: u32) -> (RequestConsumer, ResponseProducer) {
-    let ring = Arc::new(ring);
+pub(crate) fn halves(ring: Arc<SharedRing>, index: u32) -> (RequestConsumer, ResponseProducer) {
     let halves = Halves::starting_at(index);
     (
         RequestConsumer {
@@ -93,8 +92,9 @@ impl RequestConsumer {
     fn check(&mut self, req_prod: u32) -> Result<(), RingError> {
         let slots = self.ring.slots();
         if req_prod.wrapping_sub(self.answered) > slots {
-            // The other half stored this before it published the responses that `req_prod` may rest on.
-            self.answered = self.halves.responses.0.load(Ordering::Acquire);
+            // The other half stored this before it published the responses that `req_prod` rests on,
+            // and nothing but the number is used.
+            self.answered = self.halves.responses.0.load(Ordering::Relaxed);
         }
         let (ahead, seen) =
             (req_prod.wrapping_sub(self.answered), self.seen.wrapping_sub(self.answered));
@@ -172,7 +172,8 @@ impl ResponseProducer {
             return false;
         }
         let before = core::mem::replace(&mut self.published, self.pushed);
-        self.halves.responses.0.store(self.pushed, Ordering::Release);
+        // First, or the other half may see requests that rest on responses it has not heard of.
+        self.halves.responses.0.store(self.pushed, Ordering::Relaxed);
         self.ring.rsp_prod().store(self.pushed, Ordering::Release);
         fence(Ordering::SeqCst);
         crosses(before, self.pushed, self.ring.rsp_event().load(Ordering::Relaxed))

@@ -3,41 +3,41 @@
 use crate::abi::{Segment, op};
 use crate::layout::Fields;
 use crate::request::{Body, RawRequest, Request, Response, Status};
-use crate::sync::{AtomicU32, Ordering::Relaxed};
+use crate::shared::Word;
 use crate::{GrantRef, RingLayout, indirect_pages};
 
 /// A read beyond the slot cannot happen: the fields of a layout lie within its stride.
-fn load(slot: &[AtomicU32], word: usize) -> u32 {
-    slot.get(word).map_or(0, |w| w.load(Relaxed))
+fn load(slot: &[Word], word: usize) -> u32 {
+    slot.get(word).map_or(0, Word::get)
 }
 
-fn store(slot: &[AtomicU32], word: usize, value: u32) {
+fn store(slot: &[Word], word: usize, value: u32) {
     if let Some(w) = slot.get(word) {
-        w.store(value, Relaxed);
+        w.set(value);
     }
 }
 
-fn load_wide(slot: &[AtomicU32], word: usize) -> u64 {
+fn load_wide(slot: &[Word], word: usize) -> u64 {
     u64::from(load(slot, word)) | u64::from(load(slot, word + 1)) << 32
 }
 
-fn store_wide(slot: &[AtomicU32], word: usize, value: u64) {
+fn store_wide(slot: &[Word], word: usize, value: u64) {
     store(slot, word, value as u32);
     store(slot, word + 1, (value >> 32) as u32);
 }
 
 /// `operation`, the byte behind it, and the half word behind that.
-fn load_head(slot: &[AtomicU32]) -> (u8, u8, u16) {
+fn load_head(slot: &[Word]) -> (u8, u8, u16) {
     let [operation, detail, low, high] = load(slot, 0).to_le_bytes();
     (operation, detail, u16::from_le_bytes([low, high]))
 }
 
-fn store_head(slot: &[AtomicU32], operation: u8, detail: u8, half: u16) {
+fn store_head(slot: &[Word], operation: u8, detail: u8, half: u16) {
     let [low, high] = half.to_le_bytes();
     store(slot, 0, u32::from_le_bytes([operation, detail, low, high]));
 }
 
-fn store_id(slot: &[AtomicU32], fields: &Fields, id: u64) {
+fn store_id(slot: &[Word], fields: &Fields, id: u64) {
     if fields.wide_id {
         store_wide(slot, fields.id, id);
     } else {
@@ -46,7 +46,7 @@ fn store_id(slot: &[AtomicU32], fields: &Fields, id: u64) {
 }
 
 /// Copies a request out of its slot. Each word is read once, and how many are is decided by the copy (XSA-155).
-pub(crate) fn decode_request(slot: &[AtomicU32], layout: RingLayout) -> RawRequest {
+pub(crate) fn decode_request(slot: &[Word], layout: RingLayout) -> RawRequest {
     let fields = layout.fields();
     let (operation, detail, half) = load_head(slot);
     let mut raw = RawRequest { operation, detail, half, ..RawRequest::BLANK };
@@ -74,7 +74,7 @@ pub(crate) fn decode_request(slot: &[AtomicU32], layout: RingLayout) -> RawReque
 }
 
 /// Writes a request into its slot.
-pub(crate) fn encode_request(slot: &[AtomicU32], layout: RingLayout, request: &Request) {
+pub(crate) fn encode_request(slot: &[Word], layout: RingLayout, request: &Request) {
     let fields = layout.fields();
     let body = fields.body;
     let sector = match &request.body {
@@ -112,7 +112,7 @@ pub(crate) fn encode_request(slot: &[AtomicU32], layout: RingLayout, request: &R
 
 /// Writes a response into its slot, field by field: nothing else of the slot changes, and no padding
 /// of ours reaches the peer (XSA-216).
-pub(crate) fn encode_response(slot: &[AtomicU32], layout: RingLayout, response: &Response) {
+pub(crate) fn encode_response(slot: &[Word], layout: RingLayout, response: &Response) {
     let [low, high] = (response.status as i16).to_le_bytes();
     let tail = u32::from_le_bytes([response.operation, 0, low, high]);
     match layout {
@@ -128,7 +128,7 @@ pub(crate) fn encode_response(slot: &[AtomicU32], layout: RingLayout, response: 
 }
 
 /// Copies a response out of its slot.
-pub(crate) fn decode_response(slot: &[AtomicU32], layout: RingLayout) -> Response {
+pub(crate) fn decode_response(slot: &[Word], layout: RingLayout) -> Response {
     let (id, tail) = match layout {
         RingLayout::Union(_) => (load_wide(slot, 0), load(slot, 2)),
         RingLayout::Split => (u64::from(load(slot, 0)), load(slot, 1)),

@@ -36,12 +36,11 @@ pub fn create_at(
 ) -> Result<(RequestProducer, ResponseConsumer), SetupError> {
     let ring = SharedRing::new(pages, layout, order)?;
     ring.reset(index);
-    Ok(halves(ring, index))
+    Ok(halves(Arc::new(ring), index))
 }
 
 /// The two halves of a frontend on an empty ring whose first request is number `index`.
-pub(crate) fn halves(ring: SharedRing, index: u32) -> (RequestProducer, ResponseConsumer) {
-    let ring = Arc::new(ring);
+pub(crate) fn halves(ring: Arc<SharedRing>, index: u32) -> (RequestProducer, ResponseConsumer) {
     let halves = Halves::starting_at(index);
     (
         RequestProducer {
@@ -112,7 +111,8 @@ impl RequestProducer {
             return false;
         }
         let before = core::mem::replace(&mut self.published, self.pushed);
-        self.halves.requests.0.store(self.pushed, Ordering::Release);
+        // First, or the other half may see responses to requests it has not heard of.
+        self.halves.requests.0.store(self.pushed, Ordering::Relaxed);
         self.ring.req_prod().store(self.pushed, Ordering::Release);
         fence(Ordering::SeqCst);
         crosses(before, self.pushed, self.ring.req_event().load(Ordering::Relaxed))
@@ -144,8 +144,9 @@ impl ResponseConsumer {
         if rsp_prod != self.seen {
             let claimed = rsp_prod.wrapping_sub(self.taken);
             if claimed > self.requested.wrapping_sub(self.taken) {
-                // The other half stored this before it published the requests that are answered here.
-                self.requested = self.halves.requests.0.load(Ordering::Acquire);
+                // The other half stored this before it published the requests that are answered here,
+                // and nothing but the number is used.
+                self.requested = self.halves.requests.0.load(Ordering::Relaxed);
             }
             if claimed > self.requested.wrapping_sub(self.taken)
                 || claimed < self.seen.wrapping_sub(self.taken)

@@ -19,6 +19,7 @@
 //! No system call, no thread, and no allocation once a ring is set up.
 
 #![no_std]
+#![cfg_attr(loom, allow(dead_code, unused_imports, reason = "the model has no pages to set up"))]
 extern crate alloc;
 #[cfg(any(test, loom))]
 extern crate std;

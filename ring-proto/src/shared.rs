@@ -8,6 +8,8 @@ use crate::abi::{MAX_RING_PAGE_ORDER, PAGE_SIZE};
 use crate::layout::{SPLIT_CONTROL_BYTES, SPLIT_RESPONSE_WORDS, UNION_HEADER_BYTES};
 use crate::memory::SharedMemory;
 use crate::sync::AtomicU32;
+#[cfg(not(loom))]
+use crate::sync::Ordering::Relaxed;
 use core::fmt;
 
 /// Why a ring could not be laid over some pages.
@@ -54,6 +56,44 @@ enum Index {
     RspEvent,
 }
 
+/// A word of a slot. Both ends may write it at any time, so nothing it holds is to be read twice;
+/// ends that obey the rules never meet here: the indices order their accesses.
+#[cfg(not(loom))]
+#[repr(transparent)]
+pub(crate) struct Word(AtomicU32);
+
+#[cfg(not(loom))]
+impl Word {
+    pub(crate) fn get(&self) -> u32 {
+        self.0.load(Relaxed)
+    }
+
+    pub(crate) fn set(&self, value: u32) {
+        self.0.store(value, Relaxed);
+    }
+}
+
+/// The same for loom, which reports every pair of accesses that no index orders.
+#[cfg(loom)]
+pub(crate) struct Word(loom::cell::UnsafeCell<u32>);
+
+// SAFETY: loom checks each access against all others, and fails the test where two may race.
+#[cfg(loom)]
+unsafe impl Sync for Word {}
+
+#[cfg(loom)]
+impl Word {
+    pub(crate) fn get(&self) -> u32 {
+        // SAFETY: the pointer is valid, and loom knows of no writer.
+        self.0.with(|word| unsafe { *word })
+    }
+
+    pub(crate) fn set(&self, value: u32) {
+        // SAFETY: the pointer is valid, and loom knows of no other access.
+        self.0.with_mut(|word| unsafe { *word = value });
+    }
+}
+
 /// A ring over shared pages.
 pub(crate) struct SharedRing {
     #[cfg(not(loom))]
@@ -92,12 +132,12 @@ impl SharedRing {
     }
 
     /// The words of the slot that request `index` stands in.
-    pub(crate) fn request(&self, index: u32) -> &[AtomicU32] {
+    pub(crate) fn request(&self, index: u32) -> &[Word] {
         self.words.request((index & self.mask) as usize, self.request_words)
     }
 
     /// The words of the slot that response `index` stands in.
-    pub(crate) fn response(&self, index: u32) -> &[AtomicU32] {
+    pub(crate) fn response(&self, index: u32) -> &[Word] {
         self.words.response((index & self.mask) as usize, self.response_words)
     }
 
@@ -128,8 +168,8 @@ impl fmt::Debug for SharedRing {
 #[cfg(not(loom))]
 struct RawWords {
     indices: [*const AtomicU32; 4],
-    requests: *const AtomicU32,
-    responses: *const AtomicU32,
+    requests: *const Word,
+    responses: *const Word,
     _pages: RingPages,
 }
 
@@ -150,14 +190,14 @@ impl SharedRing {
             let have = memory.len() / PAGE_SIZE;
             if have == need { Ok(()) } else { Err(SetupError::Pages { have, need }) }
         };
-        let word = |memory: &dyn SharedMemory, byte: usize| {
-            memory.base().as_ptr().wrapping_add(byte).cast::<AtomicU32>().cast_const()
+        let at = |memory: &dyn SharedMemory, byte: usize| {
+            memory.base().as_ptr().wrapping_add(byte).cast_const()
         };
         let words = match &pages {
             RingPages::Union(memory) => {
                 check(&**memory, first + second)?;
-                let index = |n: usize| word(&**memory, n * 4);
-                let slots = word(&**memory, UNION_HEADER_BYTES);
+                let index = |n: usize| at(&**memory, n * 4).cast();
+                let slots = at(&**memory, UNION_HEADER_BYTES).cast();
                 RawWords {
                     indices: [index(0), index(1), index(2), index(3)],
                     requests: slots,
@@ -168,11 +208,11 @@ impl SharedRing {
             RingPages::Split(requests, control) => {
                 check(&**requests, first)?;
                 check(&**control, second)?;
-                let index = |n: usize| word(&**control, n * 64);
+                let index = |n: usize| at(&**control, n * 64).cast();
                 RawWords {
                     indices: [index(0), index(1), index(2), index(3)],
-                    requests: word(&**requests, 0),
-                    responses: word(&**control, SPLIT_CONTROL_BYTES),
+                    requests: at(&**requests, 0).cast(),
+                    responses: at(&**control, SPLIT_CONTROL_BYTES).cast(),
                     _pages: pages,
                 }
             }
@@ -182,7 +222,6 @@ impl SharedRing {
 
     /// Makes the ring empty, as a frontend does before it tells anyone of it (`SHARED_RING_INIT`).
     pub(crate) fn reset(&self, index: u32) {
-        use crate::sync::Ordering::Relaxed;
         let event = index.wrapping_add(1);
         self.req_prod().store(index, Relaxed);
         self.rsp_prod().store(index, Relaxed);
@@ -198,14 +237,14 @@ impl RawWords {
         unsafe { &*self.indices[which as usize] }
     }
 
-    fn request(&self, slot: usize, words: usize) -> &[AtomicU32] {
+    fn request(&self, slot: usize, words: usize) -> &[Word] {
         // SAFETY: `slot` is masked to the slots that `RingLayout::slots` fitted into the pages, whose
         // number `new` checked; `words` is the stride. The base is 4-byte aligned. A request slot and
         // a response slot of a union ring are the same memory: both are shared slices of atomics.
         unsafe { core::slice::from_raw_parts(self.requests.wrapping_add(slot * words), words) }
     }
 
-    fn response(&self, slot: usize, words: usize) -> &[AtomicU32] {
+    fn response(&self, slot: usize, words: usize) -> &[Word] {
         // SAFETY: as for `request`; `RingLayout::pages` made room for as many responses.
         unsafe { core::slice::from_raw_parts(self.responses.wrapping_add(slot * words), words) }
     }
@@ -215,8 +254,8 @@ impl RawWords {
 #[cfg(loom)]
 struct LoomWords {
     indices: [AtomicU32; 4],
-    requests: alloc::vec::Vec<AtomicU32>,
-    responses: Option<alloc::vec::Vec<AtomicU32>>,
+    requests: alloc::vec::Vec<Word>,
+    responses: Option<alloc::vec::Vec<Word>>,
 }
 
 #[cfg(loom)]
@@ -224,7 +263,7 @@ impl SharedRing {
     /// A ring of `slots` slots; a real one has too many states for a model checker.
     pub(crate) fn model(layout: RingLayout, slots: u32) -> Self {
         let (_, request_words, response_words) = Self::geometry(layout, 0).unwrap_or((0, 28, 28));
-        let words = |n: usize| (0..n).map(|_| AtomicU32::new(0)).collect();
+        let words = |n: usize| (0..n).map(|_| Word(loom::cell::UnsafeCell::new(0))).collect();
         let indices = [0, 1, 0, 1].map(AtomicU32::new);
         Self {
             words: LoomWords {
@@ -247,11 +286,11 @@ impl LoomWords {
         &self.indices[which as usize]
     }
 
-    fn request(&self, slot: usize, words: usize) -> &[AtomicU32] {
+    fn request(&self, slot: usize, words: usize) -> &[Word] {
         &self.requests[slot * words..][..words]
     }
 
-    fn response(&self, slot: usize, words: usize) -> &[AtomicU32] {
+    fn response(&self, slot: usize, words: usize) -> &[Word] {
         &self.responses.as_ref().unwrap_or(&self.requests)[slot * words..][..words]
     }
 }
