@@ -36,7 +36,7 @@ pub fn parse_size(text: &str) -> Result<u64, SizeError> {
 
 /// Writes a number of bytes with the largest suffix that keeps it exact.
 pub fn format_size(bytes: u64) -> String {
-    let exact = SUFFIXES.iter().find(|(_, shift)| bytes != 0 && bytes % (1 << shift) == 0);
+    let exact = SUFFIXES.iter().find(|(_, shift)| bytes != 0 && bytes.trailing_zeros() >= *shift);
     match exact {
         Some((suffix, shift)) => format!("{}{suffix}", bytes >> shift),
         None => bytes.to_string(),

@@ -376,10 +376,9 @@ proptest! {
         };
         let _ = BackendOffer::from_keys(&read);
         let _ = DeviceProperties::from_keys(&read);
-        if let Ok(request) = FrontendRequest::from_keys(&OFFER, &read) {
-            if let Ok(agreement) = Agreement::new(&OFFER, request) {
-                prop_assert!(agreement.queues.len() <= 4 && agreement.order <= 2);
-            }
+        let request = FrontendRequest::from_keys(&OFFER, &read);
+        if let Ok(agreement) = request.and_then(|request| Agreement::new(&OFFER, request)) {
+            prop_assert!(agreement.queues.len() <= 4 && agreement.order <= 2);
         }
         prop_assert!(grants.get() <= 4 * (4 + 4 + 1));
     }
