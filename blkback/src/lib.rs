@@ -1,5 +1,16 @@
 //! A Xen block backend in user space.
+//!
+//! - [`config`], [`tuning`]: what an operator can set.
+//! - [`daemon`]: finds devices in xenstore and gives each a task (tokio, the control plane).
+//! - [`ring`]: a thread a ring, from the event to the response (the data plane).
+//! - [`storage`]: what a disk is made of.
+//! - [`stats`], [`registry`]: what can be seen of all that.
 
+pub mod config;
+pub mod daemon;
+mod device;
+pub mod registry;
 pub mod ring;
 pub mod stats;
 pub mod storage;
+pub mod tuning;

@@ -1,25 +1,33 @@
 //! A disk that fails.
 
-use super::{
-    Completion, FaultKind, FaultRate, Faults, Geometry, Op, OpKind, Queue, QueueCounters,
-    QueueSetup, Storage,
-};
+use super::{Completion, Geometry, Op, OpKind, Queue, QueueCounters, QueueSetup, Storage};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use xenstore_glue::disk::Faulty as Kind;
 
-/// Fails some of the operations of another disk with EIO, without starting them.
+/// Fails some of the operations of another disk with EIO, without starting them. Which ones is
+/// drawn from a sequence that is the same every time.
 pub(super) struct Faulty {
-    faults: Faults,
+    share: Share,
     inner: Arc<dyn Storage>,
     /// Queues opened so far: each draws a sequence of its own.
     queues: AtomicU64,
 }
 
+/// Which operations fail.
+#[derive(Clone, Copy)]
+struct Share {
+    /// `None` for any.
+    kind: Option<Kind>,
+    parts_per_million: u32,
+}
+
 impl Faulty {
-    pub(super) fn new(faults: Faults, inner: Arc<dyn Storage>) -> Self {
-        Self { faults, inner, queues: AtomicU64::new(0) }
+    pub(super) fn new(kind: Option<Kind>, parts_per_million: u32, inner: Arc<dyn Storage>) -> Self {
+        let share = Share { kind, parts_per_million };
+        Self { share, inner, queues: AtomicU64::new(0) }
     }
 }
 
@@ -34,7 +42,7 @@ impl Storage for Faulty {
 
     fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn Queue>> {
         Ok(Box::new(FaultyQueue {
-            faults: self.faults,
+            share: self.share,
             inner: self.inner.open_queue(setup)?,
             seed: self.queues.fetch_add(1, Ordering::Relaxed) << 32,
             seen: 0,
@@ -43,7 +51,7 @@ impl Storage for Faulty {
 }
 
 struct FaultyQueue {
-    faults: Faults,
+    share: Share,
     inner: Box<dyn Queue>,
     seed: u64,
     /// Operations of the chosen kind.
@@ -53,21 +61,17 @@ struct FaultyQueue {
 impl FaultyQueue {
     fn fails(&mut self, kind: OpKind) -> bool {
         let kind = match kind {
-            OpKind::Read => FaultKind::Read,
-            OpKind::Write { .. } => FaultKind::Write,
-            OpKind::Flush => FaultKind::Flush,
-            OpKind::Discard { .. } => FaultKind::Discard,
+            OpKind::Read => Kind::Read,
+            OpKind::Write { .. } => Kind::Write,
+            OpKind::Flush => Kind::Flush,
+            OpKind::Discard { .. } => Kind::Discard,
         };
-        if self.faults.kind.is_some_and(|chosen| chosen != kind) {
+        if self.share.kind.is_some_and(|chosen| chosen != kind) {
             return false;
         }
         self.seen += 1;
-        match self.faults.rate {
-            FaultRate::Every(period) => self.seen % period == 0,
-            FaultRate::PerMillion(share) => {
-                mix(self.seed.wrapping_add(self.seen)) % 1_000_000 < share.into()
-            }
-        }
+        let draw = mix(self.seed.wrapping_add(self.seen)) % 1_000_000;
+        draw < self.share.parts_per_million.into()
     }
 }
 

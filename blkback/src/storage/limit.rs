@@ -1,7 +1,7 @@
 //! A disk that takes only so much a second.
 
 use super::delay::sooner;
-use super::{Completion, Geometry, Limits, Op, Queue, QueueCounters, QueueSetup, Storage};
+use super::{Completion, Geometry, Op, Queue, QueueCounters, QueueSetup, Storage};
 use std::collections::VecDeque;
 use std::io;
 use std::num::NonZeroU64;
@@ -13,67 +13,57 @@ use std::time::{Duration, Instant};
 /// idle disk saves up is over before anyone takes it for the rate.
 const BURST: Duration = Duration::from_millis(10);
 
+/// What is counted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unit {
+    /// Operations of any kind.
+    Operations,
+    /// Bytes read and written.
+    Bytes,
+}
+
 /// Holds back operations on their way to another disk.
 pub(super) struct Limited {
-    buckets: Arc<Buckets>,
+    bucket: Arc<Bucket>,
     inner: Arc<dyn Storage>,
 }
 
 impl Limited {
-    pub(super) fn new(limits: Limits, inner: Arc<dyn Storage>) -> Self {
-        let buckets = Buckets {
-            epoch: Instant::now(),
-            operations: limits.operations.map(Bucket::new),
-            bytes: limits.bytes.map(Bucket::new),
-        };
-        Self { buckets: Arc::new(buckets), inner }
-    }
-}
-
-/// Shared by the queues of a disk.
-struct Buckets {
-    epoch: Instant,
-    operations: Option<Bucket>,
-    bytes: Option<Bucket>,
-}
-
-impl Buckets {
-    /// Takes an operation of `bytes` into account; the time at which it may start.
-    fn admit(&self, bytes: u64, now: Instant) -> Instant {
-        let now = u64::try_from((now - self.epoch).as_nanos()).unwrap_or(u64::MAX);
-        let admit = |bucket: &Option<Bucket>, amount| {
-            bucket.as_ref().map_or(0, |bucket| bucket.admit(amount, now))
-        };
-        let start = admit(&self.operations, 1).max(admit(&self.bytes, bytes));
-        self.epoch + Duration::from_nanos(start)
+    /// Takes `rate` a second, at least one.
+    pub(super) fn new(rate: u64, unit: Unit, inner: Arc<dyn Storage>) -> Self {
+        let rate = NonZeroU64::new(rate).unwrap_or(NonZeroU64::MIN);
+        let bucket = Bucket { epoch: Instant::now(), rate, unit, paid: AtomicU64::new(0) };
+        Self { bucket: Arc::new(bucket), inner }
     }
 }
 
 /// A token bucket, kept as the time at which all that was admitted will have been paid for (the
 /// generic cell rate algorithm): one word, so that rings share it without a lock.
 struct Bucket {
-    per_second: NonZeroU64,
+    epoch: Instant,
+    /// Units a second.
+    rate: NonZeroU64,
+    unit: Unit,
     /// Nanoseconds since the epoch.
     paid: AtomicU64,
 }
 
 impl Bucket {
-    fn new(per_second: NonZeroU64) -> Self {
-        Self { per_second, paid: AtomicU64::new(0) }
-    }
-
-    /// The time, in nanoseconds since the epoch, from which `amount` may be used. It is reserved:
-    /// who asks later starts later.
-    fn admit(&self, amount: u64, now: u64) -> u64 {
+    /// The time from which `op` may be started. It is reserved: who asks later starts later.
+    fn admit(&self, op: &Op, now: Instant) -> Instant {
         const SECOND: u128 = 1_000_000_000;
-        let cost = u128::from(amount) * SECOND / u128::from(self.per_second.get());
+        let amount = match self.unit {
+            Unit::Operations => 1,
+            Unit::Bytes => op.transfer(),
+        };
+        let cost = u128::from(amount) * SECOND / u128::from(self.rate.get());
         let cost = u64::try_from(cost).unwrap_or(u64::MAX);
-        let earliest = now.saturating_sub(BURST.as_nanos() as u64);
-        let start = |paid: u64| paid.max(earliest);
+        let earliest = now.duration_since(self.epoch).saturating_sub(BURST).as_nanos();
+        let start = |paid: u64| paid.max(u64::try_from(earliest).unwrap_or(u64::MAX));
         let update = |paid| Some(start(paid).saturating_add(cost));
-        match self.paid.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update) {
-            Ok(paid) | Err(paid) => start(paid),
-        }
+        let (Ok(paid) | Err(paid)) =
+            self.paid.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update);
+        self.epoch + Duration::from_nanos(start(paid))
     }
 }
 
@@ -89,14 +79,14 @@ impl Storage for Limited {
     fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn Queue>> {
         let held = VecDeque::with_capacity(setup.depth);
         let inner = self.inner.open_queue(setup)?;
-        Ok(Box::new(LimitedQueue { buckets: self.buckets.clone(), inner, held }))
+        Ok(Box::new(LimitedQueue { bucket: self.bucket.clone(), inner, held }))
     }
 }
 
 struct LimitedQueue {
-    buckets: Arc<Buckets>,
+    bucket: Arc<Bucket>,
     inner: Box<dyn Queue>,
-    /// Operations and when they may start, soonest first as a bucket's time does not go back.
+    /// Operations and when they may start, soonest first as the bucket's time does not go back.
     held: VecDeque<(Instant, Op)>,
 }
 
@@ -113,7 +103,7 @@ impl LimitedQueue {
 impl Queue for LimitedQueue {
     fn submit(&mut self, op: Op, done: &mut Vec<Completion>) {
         let now = Instant::now();
-        let due = self.buckets.admit(op.transfer(), now);
+        let due = self.bucket.admit(&op, now);
         self.held.push_back((due, op));
         self.release(now, done);
     }

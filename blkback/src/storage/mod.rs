@@ -19,7 +19,7 @@ mod ring;
 mod waiter;
 
 pub use buffer::{IoVec, IoVecs};
-pub use open::{Direct, FaultKind, FaultRate, Faults, Limits, OpenError, Options, Target, open};
+pub use open::{Direct, OpenError, Options, open};
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -4,78 +4,14 @@ use super::Storage;
 use super::delay::Delay;
 use super::fault::Faulty;
 use super::file::FileDisk;
-use super::limit::Limited;
+use super::limit::{Limited, Unit};
 use super::memory::Memory;
 use super::null::Null;
 use ring_proto::abi::SECTOR_SIZE;
 use std::io;
-use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
-
-/// What a disk is made of.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Target {
-    /// Nothing behind it.
-    Null {
-        /// Size.
-        bytes: u64,
-    },
-    /// Memory of this process.
-    Memory {
-        /// Size.
-        bytes: u64,
-    },
-    /// A raw file or a block device.
-    Path(PathBuf),
-    /// Completes no sooner than this after the inner disk did.
-    Delay(Duration, Box<Target>),
-    /// Takes no more than so much a second.
-    Limit(Limits, Box<Target>),
-    /// Fails some operations.
-    Error(Faults, Box<Target>),
-}
-
-/// What a disk takes a second, over all of its rings.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub struct Limits {
-    /// Operations of any kind.
-    pub operations: Option<NonZeroU64>,
-    /// Bytes read and written.
-    pub bytes: Option<NonZeroU64>,
-}
-
-/// Which operations fail.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Faults {
-    /// Of this kind only.
-    pub kind: Option<FaultKind>,
-    /// How many of them.
-    pub rate: FaultRate,
-}
-
-/// Kinds of operation that can be made to fail.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum FaultKind {
-    /// Reads.
-    Read,
-    /// Writes, with or without FUA.
-    Write,
-    /// Flushes.
-    Flush,
-    /// Discards, secure or not.
-    Discard,
-}
-
-/// How many operations fail.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum FaultRate {
-    /// So many of a million, drawn from a sequence that is the same every time.
-    PerMillion(u32),
-    /// Every so-manieth of a ring.
-    Every(NonZeroU64),
-}
+use xenstore_glue::disk::{Store, Target, Wrapper};
 
 /// How to open a disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -201,17 +137,22 @@ pub enum OpenError {
 /// When it cannot be used; the message says what to do.
 pub fn open(target: &Target, options: Options) -> Result<Arc<dyn Storage>, OpenError> {
     let Options { read_only, discard, .. } = options;
-    Ok(match target {
-        Target::Null { bytes } => Arc::new(Null::new(sectors(*bytes)?, read_only, discard)),
-        Target::Memory { bytes } => Arc::new(
+    let store: Arc<dyn Storage> = match &target.store {
+        Store::Null(bytes) => Arc::new(Null::new(sectors(*bytes)?, read_only, discard)),
+        Store::Memory(bytes) => Arc::new(
             Memory::new(sectors(*bytes)?, read_only, discard)
                 .map_err(|source| OpenError::Memory { bytes: *bytes, source })?,
         ),
-        Target::Path(path) => Arc::new(FileDisk::open(path, options)?),
-        Target::Delay(time, inner) => Arc::new(Delay { time: *time, inner: open(inner, options)? }),
-        Target::Limit(limits, inner) => Arc::new(Limited::new(*limits, open(inner, options)?)),
-        Target::Error(faults, inner) => Arc::new(Faulty::new(*faults, open(inner, options)?)),
-    })
+        Store::Path(path) => Arc::new(FileDisk::open(path, options)?),
+    };
+    Ok(target.wrappers.iter().rev().fold(store, |inner, wrapper| match wrapper {
+        Wrapper::Delay(time) => Arc::new(Delay { time: *time, inner }),
+        Wrapper::Iops(rate) => Arc::new(Limited::new(*rate, Unit::Operations, inner)),
+        Wrapper::Bandwidth(rate) => Arc::new(Limited::new(*rate, Unit::Bytes, inner)),
+        Wrapper::Error { operation, parts_per_million } => {
+            Arc::new(Faulty::new(*operation, *parts_per_million, inner))
+        }
+    }))
 }
 
 /// Sectors of a disk whose size the configuration gives.

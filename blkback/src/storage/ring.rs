@@ -434,3 +434,51 @@ fn register_region(ring: &IoUring, region: &LocalRegion) -> bool {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The kernel moves a few bytes at a time, from within one piece to across several.
+    #[test]
+    fn short_transfers_are_continued_where_they_ended() {
+        let lengths = [512, 1024, 512, 4096];
+        let total: usize = lengths.iter().sum();
+        // SAFETY: nothing is done with the memory: the pieces are only counted.
+        let piece =
+            |at: usize, len| unsafe { IoVec::new(std::ptr::without_provenance_mut(at), len) };
+        let starts = lengths.iter().scan(0, |at, len| Some(std::mem::replace(at, *at + len)));
+        let buffers: Vec<_> = starts.zip(lengths).map(|(at, len)| piece(at, len)).collect();
+        for moved in [1, 511, 512, 513, 1000, 1536, 6143] {
+            let op = Op { tag: 0, kind: OpKind::Read, offset: 4096, buffers: buffers.clone() };
+            let mut slot =
+                Slot { left: total as u64, offset: op.offset, op: Some(op), ..Slot::default() };
+            let mut at = 0;
+            while let Step::Again = slot.step(moved.min(total - at) as i32) {
+                at += moved;
+                let pieces = &slot.op.as_ref().map_or(&[][..], |op| &op.buffers[slot.head..]);
+                assert_eq!(slot.offset, 4096 + at as u64);
+                assert_eq!(pieces.iter().map(IoVec::len).sum::<usize>(), total - at);
+                assert_eq!(pieces.first().map(|piece| piece.base().addr()), Some(at));
+                assert!(slot.entry(&(0..0)).is_some());
+            }
+            assert!(at + moved >= total && slot.left == 0);
+            // Cut pieces that were stepped over are whole again.
+            let pieces = slot.op.map(|op| op.buffers).unwrap_or_default();
+            let whole = pieces[..slot.head].iter().map(IoVec::len);
+            assert!(whole.eq(lengths[..slot.head].iter().copied()));
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_file_is_an_error_and_interruptions_are_not_for_ever() {
+        let new = || Slot { left: 512, ..Slot::default() };
+        assert!(matches!(new().step(0), Step::End(Err(libc::EIO))));
+        assert!(matches!(new().step(-libc::ENOSPC), Step::End(Err(libc::ENOSPC))));
+        let mut slot = new();
+        for _ in 0..MAX_RETRIES {
+            assert!(matches!(slot.step(-libc::EAGAIN), Step::Again));
+        }
+        assert!(matches!(slot.step(-libc::EAGAIN), Step::End(Err(libc::EAGAIN))));
+    }
+}

@@ -1,0 +1,164 @@
+//! The configuration file, and the flags that go before it.
+
+use crate::tuning::{DataPath, DirectIo, Tuning, WaitMode};
+use anyhow::{Context, bail};
+use clap::Args;
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use xenstore_glue::vbd::BackendKind;
+
+/// Where the daemon looks if it is not told.
+pub const DEFAULT_PATH: &str = "/etc/blkback.toml";
+/// How often the sizes of disks are looked at. One look for all of them, so that idle disks do not
+/// wake anything.
+const RESIZE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// What the daemon was told, checked.
+#[derive(Debug)]
+pub struct Config {
+    /// The hypervisor.
+    pub platform: PlatformChoice,
+    /// Directories to watch below `backend`.
+    pub kinds: Vec<BackendKind>,
+    /// Offers and strategies.
+    pub tuning: Tuning,
+    /// Where statistics can be had.
+    pub listen: Option<String>,
+    /// How often the sizes of disks are looked at.
+    pub resize_interval: Option<Duration>,
+}
+
+/// A hypervisor, and which of its domains this is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PlatformChoice {
+    /// The embedded platform in a directory, and a domain of it by name or number.
+    Embedded {
+        /// Where `xen-embedded serve` was told to be.
+        dir: PathBuf,
+        /// Name or number.
+        domain: String,
+    },
+}
+
+/// The file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+struct File {
+    platform: Option<String>,
+    domain: Option<String>,
+    kinds: Option<Vec<String>>,
+    listen: Option<String>,
+    resize_interval_s: Option<u64>,
+    tuning: Tuning,
+}
+
+/// Flags of `blkback serve`. Each goes before what the file says.
+#[derive(Args, Debug, Default)]
+pub struct Flags {
+    /// Configuration file [default: /etc/blkback.toml, if it is there]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The hypervisor: `embedded:DIR`
+    #[arg(long, value_name = "PLATFORM")]
+    platform: Option<String>,
+    /// The domain this daemon runs in, on the embedded platform: name or number
+    #[arg(long, value_name = "DOMAIN")]
+    domain: Option<String>,
+    /// Kinds of backend to serve: vbd3 (backendtype=tap), vbd (phy), qdisk [default: vbd3,vbd]
+    #[arg(long, value_name = "KIND", value_delimiter = ',')]
+    kinds: Option<Vec<String>>,
+    /// Where to offer statistics: `unix:PATH`, or `HOST:PORT` with a loopback host
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Option<String>,
+    /// Rings a device may have [default: one a CPU, at most 4]
+    #[arg(long, value_name = "N")]
+    max_queues: Option<u16>,
+    /// log2 of the pages of a ring, at the most [default: 4]
+    #[arg(long, value_name = "N")]
+    max_ring_page_order: Option<u8>,
+    /// Offer persistent grants or not [default: true]
+    #[arg(long, value_name = "BOOL")]
+    persistent_grants: Option<bool>,
+    /// Offer the split ring layout or not [default: true]
+    #[arg(long, value_name = "BOOL")]
+    split_rings: Option<bool>,
+    /// How data is reached where grants are not persistent [default: copy]
+    #[arg(long)]
+    data: Option<DataPath>,
+    /// Use of O_DIRECT [default: auto]
+    #[arg(long)]
+    direct: Option<DirectIo>,
+    /// How ring threads wait for requests [default: adaptive]
+    #[arg(long)]
+    wait: Option<WaitMode>,
+    /// Longest spin of adaptive waiting, in microseconds [default: 50]
+    #[arg(long, value_name = "N")]
+    spin_us: Option<u64>,
+    /// Seconds between looks at the sizes of disks; 0 for only on SIGHUP [default: 5]
+    #[arg(long, value_name = "N")]
+    resize_interval_s: Option<u64>,
+}
+
+impl Config {
+    /// Reads the file that the flags name, and lays the flags over it.
+    ///
+    /// # Errors
+    /// Which file, key or flag is wrong, and how.
+    pub fn load(flags: Flags) -> anyhow::Result<Self> {
+        let file = match &flags.config {
+            Some(path) => read(path)?,
+            None if Path::new(DEFAULT_PATH).exists() => read(Path::new(DEFAULT_PATH))?,
+            None => File::default(),
+        };
+        let mut tuning = file.tuning;
+        set(&mut tuning.max_queues, flags.max_queues);
+        set(&mut tuning.max_ring_page_order, flags.max_ring_page_order);
+        set(&mut tuning.persistent_grants, flags.persistent_grants);
+        set(&mut tuning.split_rings, flags.split_rings);
+        set(&mut tuning.data, flags.data);
+        set(&mut tuning.direct, flags.direct);
+        set(&mut tuning.wait, flags.wait);
+        set(&mut tuning.spin_us, flags.spin_us);
+        let kinds = flags.kinds.or(file.kinds);
+        let kinds = kinds.unwrap_or_else(|| vec!["vbd3".to_owned(), "vbd".to_owned()]);
+        let interval = flags.resize_interval_s.or(file.resize_interval_s);
+        let interval = interval.map_or(RESIZE_INTERVAL, Duration::from_secs);
+        Ok(Self {
+            platform: platform(flags.platform.or(file.platform), flags.domain.or(file.domain))?,
+            kinds: kinds.iter().map(|name| kind(name)).collect::<anyhow::Result<_>>()?,
+            tuning,
+            listen: flags.listen.or(file.listen),
+            resize_interval: (!interval.is_zero()).then_some(interval),
+        })
+    }
+}
+
+fn set<T>(place: &mut T, value: Option<T>) {
+    if let Some(value) = value {
+        *place = value;
+    }
+}
+
+fn read(path: &Path) -> anyhow::Result<File> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("read {path:?}"))?;
+    toml::from_str(&text).with_context(|| format!("{path:?}"))
+}
+
+fn platform(name: Option<String>, domain: Option<String>) -> anyhow::Result<PlatformChoice> {
+    let Some(name) = name else {
+        bail!("which hypervisor? Say --platform embedded:DIR, or platform = in the file");
+    };
+    let Some(dir) = name.strip_prefix("embedded:") else {
+        bail!("platform {name:?} is not known: say embedded:DIR");
+    };
+    let Some(domain) = domain else {
+        bail!("which domain of the embedded platform is this? Say --domain NAME");
+    };
+    Ok(PlatformChoice::Embedded { dir: PathBuf::from(dir), domain })
+}
+
+fn kind(name: &str) -> anyhow::Result<BackendKind> {
+    let known = BackendKind::ALL.into_iter().find(|kind| kind.as_str() == name);
+    known.with_context(|| format!("backend kind {name:?} is not known: vbd3, vbd or qdisk"))
+}

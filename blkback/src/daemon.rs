@@ -1,0 +1,196 @@
+//! The daemon: finds devices and gives each a task.
+
+use crate::device::{self, Context, Pokes};
+use crate::registry::Registry;
+use crate::tuning::Tuning;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::task::{Id, JoinSet, LocalSet};
+use tracing::{info, warn};
+use xen_platform::Platform;
+use xenstore_glue::client::{self, Client, Watch};
+use xenstore_glue::vbd::{BackendKind, DevicePaths};
+
+/// What a daemon serves, and how.
+pub struct Daemon {
+    /// Xenstore, as this domain sees it.
+    pub client: Client,
+    /// The hypervisor.
+    pub platform: Arc<dyn Platform>,
+    /// Directories to watch.
+    pub kinds: Vec<BackendKind>,
+    /// Offers and strategies.
+    pub tuning: Tuning,
+    /// Where devices are shown.
+    pub registry: Arc<Registry>,
+    /// How often the sizes of disks are looked at; `None` for only when asked.
+    pub resize_interval: Option<Duration>,
+}
+
+struct Task {
+    paths: DevicePaths,
+    pokes: Arc<Pokes>,
+}
+
+impl Daemon {
+    /// Serves until `stop` becomes true, then answers what is in flight and returns.
+    ///
+    /// `rescan` asks for a look at the sizes of all disks.
+    ///
+    /// # Errors
+    /// When xenstore refuses a watch. A connection that is lost comes back by itself.
+    pub async fn serve(
+        self,
+        stop: watch::Receiver<bool>,
+        rescan: watch::Receiver<()>,
+    ) -> Result<(), client::Error> {
+        // The whole control plane is one thread: its tasks need no locks between them.
+        LocalSet::new().run_until(self.serve_here(stop, rescan)).await
+    }
+
+    async fn serve_here(
+        self,
+        stop: watch::Receiver<bool>,
+        mut rescan: watch::Receiver<()>,
+    ) -> Result<(), client::Error> {
+        let (events, mut changed) = tokio::sync::mpsc::channel(1);
+        let mut watchers = JoinSet::new();
+        for kind in &self.kinds {
+            let root = kind.root(self.platform.domid());
+            let watch = self.client.watch(&root).await?;
+            watchers.spawn(forward(watch, events.clone()));
+        }
+        drop(events);
+        let context = Context {
+            client: self.client.clone(),
+            platform: self.platform.clone(),
+            tuning: Arc::new(self.tuning),
+            registry: self.registry,
+            shutdown: stop.clone(),
+        };
+        let mut devices = Devices { context, tasks: HashMap::new(), running: JoinSet::new() };
+        let mut stopping = stop;
+        let mut timer = self.resize_interval.map(tokio::time::interval);
+        loop {
+            tokio::select! {
+                Some(path) = changed.recv() => devices.changed(&path?).await?,
+                Some(ended) = devices.running.join_next_with_id() => {
+                    let id = match ended {
+                        Ok((id, ())) => id,
+                        Err(error) => {
+                            warn!(%error, "a device's task failed");
+                            error.id()
+                        }
+                    };
+                    devices.ended(id).await?;
+                }
+                Ok(()) = rescan.changed() => devices.resize(),
+                () = tick(&mut timer) => devices.resize(),
+                () = device::stopped(&mut stopping) => break,
+            }
+        }
+        info!(devices = devices.running.len(), "draining");
+        while devices.running.join_next().await.is_some() {}
+        Ok(())
+    }
+}
+
+async fn tick(timer: &mut Option<tokio::time::Interval>) {
+    match timer {
+        Some(timer) => drop(timer.tick().await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Passes the events of one watch on, one at a time: those that nobody has taken stay with the
+/// watch, which keeps one a path (XSA-349).
+async fn forward(
+    mut watch: Watch,
+    events: tokio::sync::mpsc::Sender<Result<String, client::Error>>,
+) {
+    loop {
+        let event = watch.next().await;
+        let last = event.is_err();
+        if events.send(event).await.is_err() || last {
+            return;
+        }
+    }
+}
+
+struct Devices {
+    context: Context,
+    tasks: HashMap<Id, Task>,
+    running: JoinSet<()>,
+}
+
+impl Devices {
+    /// Something changed at or below `path`.
+    async fn changed(&mut self, path: &str) -> Result<(), client::Error> {
+        if let Some((paths, _)) = DevicePaths::parse_below(path) {
+            return self.look(paths).await;
+        }
+        for paths in self.list(path).await? {
+            self.look(paths).await?;
+        }
+        // What is gone from the tree is found by its own task.
+        for task in self.tasks.values() {
+            task.pokes.changed.notify_one();
+        }
+        Ok(())
+    }
+
+    /// The devices in a directory of a kind of backend, or of one frontend domain in it.
+    async fn list(&self, path: &str) -> Result<Vec<DevicePaths>, client::Error> {
+        let client = &self.context.client;
+        let below = async |dir: &str| -> Result<Vec<String>, client::Error> {
+            match client.directory(dir).await {
+                Ok(names) => Ok(names.into_iter().map(|name| format!("{dir}/{name}")).collect()),
+                Err(error) if error.is_not_found() => Ok(Vec::new()),
+                Err(error) => Err(error),
+            }
+        };
+        let mut found = Vec::new();
+        for child in below(path).await? {
+            if let Ok(paths) = DevicePaths::parse_backend(&child) {
+                found.push(paths);
+                continue;
+            }
+            for grandchild in below(&child).await? {
+                found.extend(DevicePaths::parse_backend(&grandchild));
+            }
+        }
+        Ok(found)
+    }
+
+    async fn look(&mut self, paths: DevicePaths) -> Result<(), client::Error> {
+        if let Some(task) = self.tasks.values().find(|task| task.paths == paths) {
+            task.pokes.changed.notify_one();
+            return Ok(());
+        }
+        // `frontend` is there once the toolstack's transaction is, and gone with the directory.
+        if !self.context.client.exists(&format!("{}/frontend", paths.backend())).await? {
+            return Ok(());
+        }
+        let pokes = Arc::new(Pokes::default());
+        let task = device::serve(self.context.clone(), paths, pokes.clone());
+        let id = self.running.spawn_local(task).id();
+        self.tasks.insert(id, Task { paths, pokes });
+        Ok(())
+    }
+
+    /// A device's task has ended. The toolstack may have attached it anew meanwhile.
+    async fn ended(&mut self, id: Id) -> Result<(), client::Error> {
+        let Some(task) = self.tasks.remove(&id) else { return Ok(()) };
+        let online = format!("{}/online", task.paths.backend());
+        let online = self.context.client.read_optional(&online).await?;
+        if online.as_deref() == Some(b"1") { self.look(task.paths).await } else { Ok(()) }
+    }
+
+    fn resize(&self) {
+        for task in self.tasks.values() {
+            task.pokes.resize.notify_one();
+        }
+    }
+}

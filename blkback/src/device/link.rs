@@ -1,0 +1,205 @@
+//! The rings of a connected device.
+
+use crate::ring::{self, Exit, RingControl, RingSetup, Strategy};
+use crate::stats::RingStats;
+use crate::storage::{Geometry, Storage};
+use crate::tuning::{DataPath, Tuning};
+use ring_proto::abi::SECTOR_SIZE;
+use ring_proto::{DomId, GrantRef, Limits, RingLayout, RingPages, SetupError, SharedMemory, back};
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use tokio::sync::mpsc::UnboundedSender;
+use xen_platform::{Access, Platform};
+use xenstore_glue::vbd::{Agreement, QueueKeys};
+
+/// Sectors of more than a page cannot be addressed by segments.
+const MAX_SECTOR_SIZE: u32 = 4096;
+
+/// Why the rings of a frontend could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LinkError {
+    #[error("the disk has {0}-byte sectors and the frontend did not set feature-large-sector-size")]
+    SectorSize(u32),
+    #[error("ring {ring}: {source}")]
+    Platform { ring: usize, source: xen_platform::Error },
+    #[error("ring {ring}: {source}")]
+    Layout { ring: usize, source: SetupError },
+    #[error("ring {ring}: cannot start its thread: {source}")]
+    Thread { ring: usize, source: io::Error },
+}
+
+/// A ring's thread ended without being told to.
+#[derive(Debug)]
+pub(super) struct RingEnded {
+    pub(super) ring: usize,
+    pub(super) why: String,
+}
+
+struct Ring {
+    control: Arc<RingControl>,
+    thread: JoinHandle<()>,
+    stats: Arc<RingStats>,
+}
+
+/// Running ring threads. They are told to stop when this is dropped; [`Link::stop`] also waits for them.
+pub(super) struct Link {
+    rings: Vec<Ring>,
+    strategy: Strategy,
+}
+
+/// What a link is made from.
+pub(super) struct LinkSetup<'a> {
+    pub(super) platform: &'a Arc<dyn Platform>,
+    pub(super) peer: DomId,
+    /// For the names of threads.
+    pub(super) name: &'a str,
+    pub(super) agreement: &'a Agreement,
+    pub(super) storage: &'a Arc<dyn Storage>,
+    pub(super) geometry: &'a Geometry,
+    pub(super) tuning: &'a Tuning,
+    pub(super) ended: &'a UnboundedSender<RingEnded>,
+}
+
+impl Link {
+    /// Maps, binds and starts every ring, or none.
+    pub(super) fn start(setup: &LinkSetup<'_>) -> Result<Self, LinkError> {
+        let geometry = setup.geometry;
+        let large = geometry.sector_size > SECTOR_SIZE as u32;
+        if geometry.sector_size > MAX_SECTOR_SIZE || large && !setup.agreement.large_sector_size {
+            return Err(LinkError::SectorSize(geometry.sector_size));
+        }
+        let strategy = strategy(setup);
+        let mut link = Self { rings: Vec::new(), strategy };
+        for (ring, keys) in setup.agreement.queues.iter().enumerate() {
+            // Rings started so far stop when `link` is dropped.
+            link.rings.push(start_ring(setup, strategy, ring, keys)?);
+        }
+        Ok(link)
+    }
+
+    pub(super) fn stats(&self) -> Vec<Arc<RingStats>> {
+        self.rings.iter().map(|ring| ring.stats.clone()).collect()
+    }
+
+    pub(super) fn strategy(&self) -> &'static str {
+        match self.strategy {
+            Strategy::Copy => "grant copy",
+            Strategy::Persistent => "persistent grants",
+            Strategy::Map => "map and unmap",
+            Strategy::Nothing => "no data moved",
+        }
+    }
+
+    /// Tells every ring of the device's new size, in 512-byte sectors.
+    pub(super) fn resize(&self, sectors: u64) {
+        for ring in &self.rings {
+            ring.control.resize(sectors);
+        }
+    }
+
+    /// Answers what is in flight, then unmaps and unbinds.
+    pub(super) async fn stop(mut self) {
+        self.tell();
+        let rings = std::mem::take(&mut self.rings);
+        let join = move || {
+            for ring in rings {
+                // A panic was reported when it happened.
+                let _ = ring.thread.join();
+            }
+        };
+        if let Err(error) = tokio::task::spawn_blocking(join).await {
+            tracing::error!(%error, "could not wait for ring threads");
+        }
+    }
+
+    fn tell(&self) {
+        for ring in &self.rings {
+            ring.control.stop();
+        }
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.tell();
+    }
+}
+
+fn strategy(setup: &LinkSetup<'_>) -> Strategy {
+    // Where the device cares about the alignment of buffers, the guest's will not do, and ours will.
+    let aligned = setup.geometry.buffer_alignment <= SECTOR_SIZE as u32;
+    if setup.agreement.persistent && aligned {
+        Strategy::Persistent
+    } else if !setup.geometry.moves_data {
+        Strategy::Nothing
+    } else if setup.tuning.data == DataPath::Map && aligned {
+        Strategy::Map
+    } else {
+        Strategy::Copy
+    }
+}
+
+fn start_ring(
+    setup: &LinkSetup<'_>,
+    strategy: Strategy,
+    ring: usize,
+    keys: &QueueKeys,
+) -> Result<Ring, LinkError> {
+    let refused = |source| LinkError::Platform { ring, source };
+    let (platform, peer) = (setup.platform, setup.peer);
+    let map = |refs: &[GrantRef]| -> Result<Arc<dyn SharedMemory>, LinkError> {
+        Ok(platform.map(peer, refs, Access::ReadWrite).map_err(refused)?)
+    };
+    let requests = map(&keys.request_refs)?;
+    let pages = match setup.agreement.layout {
+        RingLayout::Union(_) => RingPages::Union(requests),
+        RingLayout::Split => RingPages::Split(requests, map(&keys.response_refs)?),
+    };
+    let (requests, responses) = back::attach(pages, setup.agreement.layout, setup.agreement.order)
+        .map_err(|source| LinkError::Layout { ring, source })?;
+    let channel = platform.bind_interdomain(peer, keys.port).map_err(refused)?;
+    let started = |source| LinkError::Thread { ring, source };
+    let geometry = setup.geometry;
+    let control = RingControl::new(geometry.sectors).map_err(started)?;
+    let stats = Arc::new(RingStats::default());
+    let worker = RingSetup {
+        platform: platform.clone(),
+        peer,
+        requests,
+        responses,
+        channel,
+        storage: setup.storage.clone(),
+        limits: Limits {
+            sectors: geometry.sectors,
+            granule: geometry.sector_size / SECTOR_SIZE as u32,
+            max_indirect_segments: setup.agreement.max_indirect_segments,
+            read_only: geometry.read_only,
+            discard: geometry.discard.is_some(),
+        },
+        strategy,
+        wait: setup.tuning.wait(),
+        stats: stats.clone(),
+        control: control.clone(),
+    };
+    let ended = setup.ended.clone();
+    let thread = std::thread::Builder::new()
+        .name(format!("{}.{} r{ring}", setup.peer, setup.name))
+        .spawn(move || {
+            let why = match catch_unwind(AssertUnwindSafe(|| ring::run(worker))) {
+                Ok(Ok(())) => return,
+                Ok(Err(exit)) => exit_text(&exit),
+                // The message was printed by the panic hook; the device stops, the daemon does not.
+                Err(_) => "its thread panicked".to_owned(),
+            };
+            // Nobody listens when the whole device is going away.
+            let _ = ended.send(RingEnded { ring, why });
+        })
+        .map_err(started)?;
+    Ok(Ring { control, thread, stats })
+}
+
+fn exit_text(exit: &Exit) -> String {
+    exit.to_string()
+}

@@ -1,0 +1,473 @@
+//! One device, from the toolstack's nodes to its rings and back to nothing.
+//!
+//! The xenbus machine decides; this task reads xenstore for it and does what it says.
+
+mod link;
+mod nodes;
+
+use crate::registry::{DeviceView, Registry};
+use crate::storage::{Geometry, Storage};
+use crate::tuning::Tuning;
+use link::{Link, LinkError, LinkSetup, RingEnded};
+use nodes::{Description, DescriptionError};
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::sync::{Notify, watch};
+use tracing::{Instrument, debug, info, info_span, warn};
+use xen_platform::Platform;
+use xenstore_glue::client::{self, Client, Watch};
+use xenstore_glue::vbd::{
+    Agreement, BackendOffer, DevicePaths, DeviceProperties, Discard, FrontendRequest, Refusal,
+};
+use xenstore_glue::xenbus::{BackendAction, BackendEvent, BackendMachine, StalePeer, XenbusState};
+
+/// Between `Closed` and the removal of the directory: libxl waits for the value of `state`, and
+/// takes a missing node for a failure.
+const RETIRE_GRACE: Duration = Duration::from_secs(1);
+/// A frontend that is asked to close and does not is left to itself after this long.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Set by frontends that make new rings and reissue their requests when their backend goes back to
+/// `InitWait`, as ours does. Linux's does not.
+const REISSUE_KEY: &str = "feature-reissue";
+
+/// What every device of a daemon shares.
+#[derive(Clone)]
+pub(crate) struct Context {
+    pub(crate) client: Client,
+    pub(crate) platform: Arc<dyn Platform>,
+    pub(crate) tuning: Arc<Tuning>,
+    pub(crate) registry: Arc<Registry>,
+    /// The daemon is about to exit.
+    pub(crate) shutdown: watch::Receiver<bool>,
+}
+
+/// How the daemon reaches a device's task.
+#[derive(Debug, Default)]
+pub(crate) struct Pokes {
+    /// Something in the backend directory changed.
+    pub(crate) changed: Notify,
+    /// Look at the size of the disk.
+    pub(crate) resize: Notify,
+}
+
+/// Serves a device until it is gone or the daemon exits.
+pub(crate) async fn serve(context: Context, paths: DevicePaths, pokes: Arc<Pokes>) {
+    let span = info_span!("vbd", dom = %paths.frontend_domain, dev = paths.device);
+    async {
+        let path = paths.backend();
+        let registry = context.registry.clone();
+        if let Err(error) = run(context, paths, &pokes).await {
+            warn!(%error, "device given up");
+        }
+        registry.remove(&path);
+    }
+    .instrument(span)
+    .await;
+}
+
+/// What a device's task cannot go on after. Everything else is told to the frontend and the toolstack.
+#[derive(Debug, thiserror::Error)]
+#[error("xenstore: {0}")]
+struct Abandoned(#[from] client::Error);
+
+/// Why a connect failed; the frontend is told.
+#[derive(Debug, thiserror::Error)]
+enum ConnectError {
+    #[error("the frontend's keys: {0}")]
+    Refused(#[from] Refusal),
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error("xenstore: {0}")]
+    Store(#[from] client::Error),
+    #[error("the disk could not be looked at: {0}")]
+    Disk(#[from] std::io::Error),
+    #[error("there is no disk")]
+    NoDisk,
+}
+
+async fn run(context: Context, paths: DevicePaths, pokes: &Pokes) -> Result<(), Abandoned> {
+    let dir = paths.backend();
+    let description = match Description::read(&context.client, &paths).await {
+        Ok(description) => description,
+        Err(DescriptionError::Store(error)) => return Err(error.into()),
+        Err(error) => {
+            // Half a directory: the toolstack writes it in one transaction, so this is none of its.
+            debug!(%error, "not a device (yet)");
+            return Ok(());
+        }
+    };
+    let (ended, mut ring_ended) = mpsc::unbounded_channel();
+    let state_node = format!("{}/state", paths.frontend());
+    let mut frontend = context.client.watch(&state_node).await?;
+    let stale =
+        match context.client.read_optional(&format!("{}/{REISSUE_KEY}", paths.frontend())).await? {
+            Some(value) if value == b"1" => StalePeer::Restart,
+            _ => StalePeer::Attach,
+        };
+    context.registry.insert(DeviceView {
+        paths,
+        name: description.name.clone(),
+        target: description.params.clone(),
+        state: XenbusState::Initialising,
+        sectors: 0,
+        read_only: description.read_only,
+        strategy: None,
+        layout: None,
+        rings: Vec::new(),
+        error: None,
+    });
+    let offer = context.tuning.offer();
+    let mut device = Device {
+        machine: BackendMachine::new(stale),
+        context,
+        dir,
+        state_node,
+        description,
+        offer,
+        storage: None,
+        link: None,
+        ended,
+        closing_since: None,
+    };
+    device.open_storage().await?;
+    device.observe().await?;
+    let mut shutdown = device.context.shutdown.clone();
+    while !device.machine.has_ended() {
+        let give_up = device.closing_since.map(|since| since + CLOSE_TIMEOUT);
+        tokio::select! {
+            changed = next(&mut frontend) => { changed?; device.observe().await? }
+            () = pokes.changed.notified() => device.observe().await?,
+            () = pokes.resize.notified() => device.resize().await?,
+            Some(RingEnded { ring, why }) = ring_ended.recv() => {
+                device.fail(&format!("ring {ring}: {why}")).await?;
+                device.feed(BackendEvent::GiveUp).await?;
+            }
+            () = sleep_until(give_up) => {
+                device.closing_since = None;
+                warn!("the frontend does not close");
+                device.feed(BackendEvent::GiveUp).await?;
+            }
+            () = stopped(&mut shutdown) => {
+                // Answer what is in flight and leave `state` for a successor to find.
+                device.disconnect().await;
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Waits until the daemon is about to exit.
+pub(crate) async fn stopped(shutdown: &mut watch::Receiver<bool>) {
+    // A sender that is gone will not say it any more.
+    let _ = shutdown.wait_for(|&now| now).await;
+}
+
+async fn next(frontend: &mut Watch) -> Result<(), client::Error> {
+    frontend.next().await.map(drop)
+}
+
+async fn sleep_until(when: Option<tokio::time::Instant>) {
+    match when {
+        Some(when) => tokio::time::sleep_until(when).await,
+        None => std::future::pending().await,
+    }
+}
+
+struct Device {
+    machine: BackendMachine,
+    context: Context,
+    /// The backend directory.
+    dir: String,
+    /// The frontend's `state`.
+    state_node: String,
+    description: Description,
+    offer: BackendOffer,
+    storage: Option<Arc<dyn Storage>>,
+    link: Option<Link>,
+    ended: mpsc::UnboundedSender<RingEnded>,
+    /// When the frontend was asked to close.
+    closing_since: Option<tokio::time::Instant>,
+}
+
+impl Device {
+    fn node(&self, key: &str) -> String {
+        format!("{}/{key}", self.dir)
+    }
+
+    /// Opens the disk and says in xenstore what a hotplug script would.
+    async fn open_storage(&mut self) -> Result<(), Abandoned> {
+        let (description, direct) = (self.description.clone(), self.context.tuning.direct());
+        let opened = tokio::task::spawn_blocking(move || description.open(direct)).await;
+        let (event, key, value) = match opened {
+            Ok(Ok(storage)) => {
+                let geometry = storage.geometry();
+                info!(
+                    disk = %self.description.name,
+                    target = %self.description.params,
+                    mib = geometry.sectors >> 11,
+                    read_only = geometry.read_only,
+                    "disk opened"
+                );
+                self.storage = Some(storage);
+                (BackendEvent::StorageReady, "hotplug-status", "connected".to_owned())
+            }
+            Ok(Err(error)) => self.refused(&error).await?,
+            Err(error) => self.refused(&error).await?,
+        };
+        self.context.client.write(&self.node(key), value).await?;
+        self.feed(event).await
+    }
+
+    async fn refused(
+        &self,
+        error: &(dyn std::error::Error + Sync),
+    ) -> Result<(BackendEvent, &'static str, String), Abandoned> {
+        self.fail(&error.to_string()).await?;
+        self.context.client.write(&self.node("hotplug-status"), "error").await?;
+        Ok((BackendEvent::StorageFailed, "hotplug-error", error.to_string()))
+    }
+
+    /// Says what went wrong, in the log and where the toolstack looks (`xenbus_dev_error` in Linux).
+    async fn fail(&self, what: &str) -> Result<(), Abandoned> {
+        warn!(disk = %self.description.name, "{what}");
+        self.context.registry.update(&self.dir, |view| view.error = Some(what.to_owned()));
+        let Some((domain, rest)) = self.dir.split_once("/backend/") else { return Ok(()) };
+        let node = format!("{domain}/error/backend/{rest}/error");
+        Ok(self.context.client.write(&node, what).await?)
+    }
+
+    /// Reads what the machine needs to know and feeds it.
+    async fn observe(&mut self) -> Result<(), Abandoned> {
+        let client = self.context.client.clone();
+        if !client.exists(&self.dir).await? {
+            return self.feed(BackendEvent::DirectoryRemoved).await;
+        }
+        let online = client.read_optional(&self.node("online")).await?;
+        self.feed(BackendEvent::Online(online.as_deref() == Some(b"1"))).await?;
+        let state = client.read_optional(&self.state_node).await?;
+        self.feed(BackendEvent::Frontend(state.as_deref().and_then(XenbusState::parse))).await
+    }
+
+    /// Looks at the size of the disk.
+    async fn resize(&mut self) -> Result<(), Abandoned> {
+        let Some(storage) = self.storage.clone() else { return Ok(()) };
+        let before = storage.geometry().sectors;
+        let refreshed = tokio::task::spawn_blocking(move || storage.refresh()).await;
+        match refreshed {
+            Ok(Ok(geometry)) if geometry.sectors != before => {
+                info!(disk = %self.description.name, before, now = geometry.sectors, "resized");
+                if let Some(link) = &self.link {
+                    link.resize(geometry.sectors);
+                }
+                self.feed(BackendEvent::Resized).await
+            }
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => {
+                warn!(%error, "cannot look at the disk");
+                Ok(())
+            }
+            Err(error) => {
+                warn!(%error, "cannot look at the disk");
+                Ok(())
+            }
+        }
+    }
+
+    /// Feeds the machine and does what it says, to the end.
+    async fn feed(&mut self, event: BackendEvent) -> Result<(), Abandoned> {
+        let mut actions: VecDeque<_> = self.machine.handle(event).into();
+        while let Some(action) = actions.pop_front() {
+            debug!(?event, ?action);
+            if action != BackendAction::Connect {
+                self.perform(action).await?;
+                continue;
+            }
+            let outcome = match self.connect().await {
+                Ok(()) => BackendEvent::Connected,
+                Err(ConnectError::Store(error)) => return Err(error.into()),
+                Err(error) => {
+                    self.disconnect().await;
+                    self.fail(&error.to_string()).await?;
+                    BackendEvent::ConnectFailed
+                }
+            };
+            actions.extend(self.machine.handle(outcome));
+        }
+        Ok(())
+    }
+
+    async fn perform(&mut self, action: BackendAction) -> Result<(), Abandoned> {
+        match action {
+            BackendAction::Advertise => {
+                self.publish(self.offer.to_keys(), XenbusState::InitWait).await
+            }
+            BackendAction::Publish(state) => self.publish(Vec::new(), state).await,
+            BackendAction::Resize => match self.properties() {
+                Some(properties) => {
+                    self.context
+                        .registry
+                        .update(&self.dir, |view| view.sectors = properties.sectors);
+                    self.publish(properties.resize_keys(), XenbusState::Connected).await
+                }
+                None => Ok(()),
+            },
+            BackendAction::Disconnect => {
+                self.disconnect().await;
+                Ok(())
+            }
+            BackendAction::Retire => self.retire().await,
+            BackendAction::Forget | BackendAction::Connect => Ok(()),
+        }
+    }
+
+    /// Writes `nodes` and then `state`, together.
+    async fn publish(
+        &mut self,
+        nodes: Vec<(String, String)>,
+        state: XenbusState,
+    ) -> Result<(), Abandoned> {
+        let (client, dir) = (&self.context.client, &self.dir);
+        let written = client
+            .transact(async |transaction| {
+                // Writing would bring a directory back that the toolstack has removed.
+                if !transaction.exists(dir).await? {
+                    return Ok(false);
+                }
+                for (key, value) in &nodes {
+                    transaction.write(&format!("{dir}/{key}"), value).await?;
+                }
+                transaction.write(&format!("{dir}/state"), state.value()).await?;
+                Ok(true)
+            })
+            .await?;
+        if written {
+            info!(disk = %self.description.name, %state);
+        }
+        self.closing_since =
+            (state == XenbusState::Closing && self.link.is_some()).then(tokio::time::Instant::now);
+        self.context.registry.update(&self.dir, |view| view.state = state);
+        Ok(())
+    }
+
+    /// Reads the frontend's keys, maps its rings, binds its event channels and starts.
+    async fn connect(&mut self) -> Result<(), ConnectError> {
+        let storage = self.storage.clone().ok_or(ConnectError::NoDisk)?;
+        let request = self.frontend_request().await?;
+        let agreement = Agreement::new(&self.offer, request)?;
+        let geometry = {
+            let storage = storage.clone();
+            let refreshed = tokio::task::spawn_blocking(move || storage.refresh()).await;
+            refreshed.map_err(std::io::Error::other)??
+        };
+        let link = Link::start(&LinkSetup {
+            platform: &self.context.platform,
+            peer: self.description.frontend_id,
+            name: &self.description.name,
+            agreement: &agreement,
+            storage: &storage,
+            geometry: &geometry,
+            tuning: &self.context.tuning,
+            ended: &self.ended,
+        })?;
+        info!(
+            disk = %self.description.name,
+            rings = agreement.queues.len(),
+            slots = agreement.slots(),
+            layout = ?agreement.layout,
+            data = link.strategy(),
+            "rings attached"
+        );
+        self.context.registry.update(&self.dir, |view| {
+            view.sectors = geometry.sectors;
+            view.strategy = Some(link.strategy());
+            view.layout = Some(format!("{:?}", agreement.layout));
+            view.rings = link.stats();
+            view.error = None;
+        });
+        self.link = Some(link);
+        if let Some(properties) = self.properties() {
+            for (key, value) in properties.to_keys() {
+                self.context.client.write(&self.node(&key), value).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn frontend_request(&self) -> Result<FrontendRequest, ConnectError> {
+        let mut values: HashMap<String, Vec<u8>> = HashMap::new();
+        let names = FrontendRequest::KEYS.iter().map(|&key| key.to_owned()).collect();
+        self.fetch(names, &mut values).await?;
+        let rings = FrontendRequest::ring_keys(&self.offer, &|key: &str| values.get(key).cloned())?;
+        self.fetch(rings, &mut values).await?;
+        Ok(FrontendRequest::from_keys(&self.offer, &|key: &str| values.get(key).cloned())?)
+    }
+
+    async fn fetch(
+        &self,
+        names: Vec<String>,
+        values: &mut HashMap<String, Vec<u8>>,
+    ) -> Result<(), client::Error> {
+        for name in names {
+            let path = format!("{}/{name}", self.description.frontend);
+            if let Some(value) = self.context.client.read_optional(&path).await? {
+                values.insert(name, value);
+            }
+        }
+        Ok(())
+    }
+
+    fn properties(&self) -> Option<DeviceProperties> {
+        let Geometry {
+            sectors, sector_size, physical_sector_size, read_only, discard, flush, ..
+        } = self.storage.as_ref()?.geometry();
+        Some(DeviceProperties {
+            sectors,
+            sector_size,
+            physical_sector_size,
+            read_only,
+            cdrom: self.description.cdrom,
+            removable: self.description.removable,
+            flush,
+            barrier: flush,
+            discard: discard.map(|d| Discard {
+                granularity: d.granularity,
+                alignment: d.alignment,
+                secure: d.secure,
+            }),
+        })
+    }
+
+    async fn disconnect(&mut self) {
+        if let Some(link) = self.link.take() {
+            link.stop().await;
+            info!(disk = %self.description.name, "rings detached");
+        }
+        self.context.registry.update(&self.dir, |view| view.rings.clear());
+    }
+
+    /// The toolstack has asked for the device to go: say that it is closed, and, outside of dom0,
+    /// where the toolstack does that, remove its directory.
+    async fn retire(&mut self) -> Result<(), Abandoned> {
+        self.publish(Vec::new(), XenbusState::Closed).await?;
+        info!(disk = %self.description.name, "device removed");
+        self.storage = None;
+        if self.context.platform.domid().0 == 0 {
+            return Ok(());
+        }
+        tokio::time::sleep(RETIRE_GRACE).await;
+        let (client, dir) = (&self.context.client, &self.dir);
+        client
+            .transact(async |transaction| {
+                let online = transaction.read_optional(&format!("{dir}/online")).await?;
+                if online.as_deref() == Some(b"0") {
+                    transaction.rm(dir).await?;
+                }
+                Ok(())
+            })
+            .await?;
+        Ok(())
+    }
+}

@@ -1,0 +1,90 @@
+//! What the toolstack wrote about a device.
+
+use crate::storage::{self, Direct, OpenError, Storage};
+use ring_proto::DomId;
+use std::sync::Arc;
+use xenstore_glue::client::{self, Client};
+use xenstore_glue::disk::{Target, TargetError};
+use xenstore_glue::vbd::DevicePaths;
+
+/// A device's backend directory, as libxl fills it.
+#[derive(Clone, Debug)]
+pub(super) struct Description {
+    /// The frontend's directory.
+    pub(super) frontend: String,
+    pub(super) frontend_id: DomId,
+    /// The target, in the words of the disk line.
+    pub(super) params: String,
+    /// `xvda` and the like.
+    pub(super) name: String,
+    pub(super) read_only: bool,
+    pub(super) cdrom: bool,
+    pub(super) removable: bool,
+    pub(super) discard: bool,
+}
+
+/// Why a device is refused before its frontend was even looked at.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum DescriptionError {
+    #[error("cannot read the device's directory: {0}")]
+    Store(#[from] client::Error),
+    #[error("{0} is missing from the device's directory")]
+    Missing(&'static str),
+    #[error("{key} = {value:?} does not belong to {path}")]
+    Mismatch { key: &'static str, value: String, path: String },
+    #[error("target {params:?}: {source}")]
+    Target { params: String, source: TargetError },
+    #[error(transparent)]
+    Open(#[from] OpenError),
+}
+
+impl Description {
+    pub(super) async fn read(
+        client: &Client,
+        paths: &DevicePaths,
+    ) -> Result<Self, DescriptionError> {
+        let dir = paths.backend();
+        let text = async |key: &'static str| -> Result<Option<String>, client::Error> {
+            let value = client.read_optional(&format!("{dir}/{key}")).await?;
+            Ok(value.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
+        };
+        let is = |value: Option<String>, what: &str| value.as_deref() == Some(what);
+        let frontend = text("frontend").await?.ok_or(DescriptionError::Missing("frontend"))?;
+        // Whoever may write this directory is the toolstack, or we ourselves. A frontend path that is
+        // not the one this directory belongs to is a mistake we must not act on.
+        if frontend != paths.frontend() {
+            let path = paths.backend();
+            return Err(DescriptionError::Mismatch { key: "frontend", value: frontend, path });
+        }
+        let frontend_id =
+            text("frontend-id").await?.ok_or(DescriptionError::Missing("frontend-id"))?;
+        if frontend_id.parse() != Ok(paths.frontend_domain.0) {
+            let path = paths.backend();
+            return Err(DescriptionError::Mismatch {
+                key: "frontend-id",
+                value: frontend_id,
+                path,
+            });
+        }
+        Ok(Self {
+            frontend,
+            frontend_id: paths.frontend_domain,
+            params: text("params").await?.ok_or(DescriptionError::Missing("params"))?,
+            name: text("dev").await?.unwrap_or_else(|| format!("vbd-{}", paths.device)),
+            read_only: !is(text("mode").await?, "w"),
+            cdrom: is(text("device-type").await?, "cdrom"),
+            removable: is(text("removable").await?, "1"),
+            discard: !is(text("discard-enable").await?, "0"),
+        })
+    }
+
+    /// Opens the disk. Blocks as long as the device does.
+    pub(super) fn open(&self, direct: Direct) -> Result<Arc<dyn Storage>, DescriptionError> {
+        let target: Target = self
+            .params
+            .parse()
+            .map_err(|source| DescriptionError::Target { params: self.params.clone(), source })?;
+        let options = storage::Options { read_only: self.read_only, direct, discard: self.discard };
+        Ok(storage::open(&target, options)?)
+    }
+}

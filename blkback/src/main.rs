@@ -1,0 +1,94 @@
+//! `blkback`: serves virtual disks to other domains.
+
+use anyhow::Context;
+use blkback::config::{Config, Flags, PlatformChoice};
+use blkback::daemon::Daemon;
+use blkback::registry::Registry;
+use clap::{Parser, Subcommand};
+use std::sync::Arc;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tracing::{info, warn};
+use tracing_subscriber::EnvFilter;
+use xen_platform::Platform;
+use xen_platform::embedded::EmbeddedPlatform;
+use xenstore_glue::client::{Client, Endpoint};
+
+/// Xen block backend in user space
+#[derive(Parser)]
+#[command(name = "blkback", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve every disk that the toolstack attaches to this domain, until SIGTERM
+    ///
+    /// SIGHUP looks at the sizes of all disks. SIGTERM and SIGINT answer what is in flight and exit;
+    /// the disks stay attached for the next daemon to take up. The log is set with RUST_LOG (info).
+    Serve(Flags),
+}
+
+fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .with_writer(std::io::stderr)
+        .init();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    match cli.command {
+        Command::Serve(flags) => runtime.block_on(serve(Config::load(flags)?)),
+    }
+}
+
+fn open(choice: &PlatformChoice) -> anyhow::Result<(Arc<dyn Platform>, Endpoint)> {
+    match choice {
+        PlatformChoice::Embedded { dir, domain } => {
+            let platform = EmbeddedPlatform::attach(dir, domain)
+                .with_context(|| format!("become domain {domain} of the platform in {dir:?}"))?;
+            let endpoint = Endpoint::Unix(platform.xenstore_socket());
+            Ok((platform, endpoint))
+        }
+    }
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    let (platform, endpoint) = open(&config.platform)?;
+    let client = Client::connect(endpoint).await.context("connect to xenstore")?;
+    let (stop, stopped) = watch::channel(false);
+    let (rescan, rescanned) = watch::channel(());
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                _ = hangup.recv() => drop(rescan.send(())),
+            }
+        }
+        drop(stop.send(true));
+        drop(sd_notify::notify(&[sd_notify::NotifyState::Stopping]));
+    });
+    let registry = Arc::new(Registry::default());
+    info!(domain = %platform.domid(), kinds = ?config.kinds, "serving");
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        warn!(%error, "cannot tell the service manager");
+    }
+    let daemon = Daemon {
+        client,
+        platform,
+        kinds: config.kinds,
+        tuning: config.tuning,
+        registry,
+        resize_interval: config.resize_interval,
+    };
+    daemon.serve(stopped, rescanned).await.context("xenstore")?;
+    info!("done");
+    Ok(())
+}

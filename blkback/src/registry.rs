@@ -1,0 +1,61 @@
+//! What the daemon is serving, for whoever wants to look.
+
+use crate::stats::RingStats;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use xenstore_glue::vbd::DevicePaths;
+use xenstore_glue::xenbus::XenbusState;
+
+/// A device as it is now.
+#[derive(Clone, Debug)]
+pub struct DeviceView {
+    /// Where it stands in xenstore.
+    pub paths: DevicePaths,
+    /// `xvda` and the like.
+    pub name: String,
+    /// `params` of the backend directory.
+    pub target: String,
+    /// This end's xenbus state.
+    pub state: XenbusState,
+    /// Size in 512-byte sectors.
+    pub sectors: u64,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// How data is reached, once connected.
+    pub strategy: Option<&'static str>,
+    /// How the rings are laid out, once connected.
+    pub layout: Option<String>,
+    /// A ring each; empty while not connected.
+    pub rings: Vec<Arc<RingStats>>,
+    /// What went wrong last.
+    pub error: Option<String>,
+}
+
+/// All devices. Control plane and readers of statistics share it; ring threads never come here.
+#[derive(Debug, Default)]
+pub struct Registry(Mutex<BTreeMap<String, DeviceView>>);
+
+impl Registry {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, DeviceView>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn insert(&self, view: DeviceView) {
+        self.lock().insert(view.paths.backend(), view);
+    }
+
+    pub(crate) fn update(&self, path: &str, change: impl FnOnce(&mut DeviceView)) {
+        if let Some(view) = self.lock().get_mut(path) {
+            change(view);
+        }
+    }
+
+    pub(crate) fn remove(&self, path: &str) {
+        self.lock().remove(path);
+    }
+
+    /// Every device, by the path of its backend directory.
+    pub fn devices(&self) -> Vec<DeviceView> {
+        self.lock().values().cloned().collect()
+    }
+}

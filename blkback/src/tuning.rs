@@ -1,0 +1,125 @@
+//! What an operator can set for the devices of a daemon.
+
+use crate::ring::Wait;
+use crate::storage::Direct;
+use ring_proto::abi::{MAX_INDIRECT_SEGMENTS, MAX_RING_PAGE_ORDER};
+use serde::Deserialize;
+use std::num::NonZeroUsize;
+use std::time::Duration;
+use xenstore_glue::vbd::{BackendOffer, MAX_QUEUES};
+
+/// How long a ring's thread looks before it sleeps, at the most, unless told otherwise: about what
+/// five wake-ups cost.
+const DEFAULT_SPIN: Duration = Duration::from_micros(50);
+/// Rings a device gets without being told otherwise: as many as Linux's frontend asks for at the most.
+const DEFAULT_QUEUES: usize = 4;
+
+/// Offers and strategies, the same for every device.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Tuning {
+    /// Rings a device may have; 0 for one a CPU, up to four.
+    pub max_queues: u16,
+    /// log2 of the pages of a ring.
+    pub max_ring_page_order: u8,
+    /// Segments of an indirect request; 0 for none.
+    pub max_indirect_segments: u16,
+    /// Offer persistent grants.
+    pub persistent_grants: bool,
+    /// Offer the split ring layout.
+    pub split_rings: bool,
+    /// How data is reached where grants are not persistent.
+    pub data: DataPath,
+    /// Whether files are read past the page cache.
+    pub direct: DirectIo,
+    /// How ring threads wait.
+    pub wait: WaitMode,
+    /// The longest spin of [`WaitMode::Adaptive`], in microseconds.
+    pub spin_us: u64,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self {
+            max_queues: 0,
+            max_ring_page_order: MAX_RING_PAGE_ORDER,
+            max_indirect_segments: MAX_INDIRECT_SEGMENTS as u16,
+            persistent_grants: true,
+            split_rings: true,
+            data: DataPath::Copy,
+            direct: DirectIo::Auto,
+            wait: WaitMode::Adaptive,
+            spin_us: DEFAULT_SPIN.as_micros() as u64,
+        }
+    }
+}
+
+/// How the data of a frontend without persistent grants is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum DataPath {
+    /// By grant copy.
+    Copy,
+    /// By mapping for each request.
+    Map,
+}
+
+/// Use of O_DIRECT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum DirectIo {
+    /// Where it works with 512-byte sectors.
+    Auto,
+    /// Or the disk is refused.
+    On,
+    /// Never.
+    Off,
+}
+
+/// How ring threads wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum WaitMode {
+    /// Sleep at once.
+    Event,
+    /// Spin a little first, while that pays.
+    Adaptive,
+    /// Never sleep. Takes a CPU a ring.
+    Poll,
+}
+
+impl Tuning {
+    /// What is written before `InitWait`, with every number brought within its limit.
+    pub fn offer(&self) -> BackendOffer {
+        let cpus = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let queues = match self.max_queues {
+            0 => cpus.min(DEFAULT_QUEUES) as u16,
+            n => n.min(MAX_QUEUES),
+        };
+        BackendOffer {
+            max_queues: queues,
+            max_ring_page_order: self.max_ring_page_order.min(MAX_RING_PAGE_ORDER),
+            max_indirect_segments: self.max_indirect_segments.min(MAX_INDIRECT_SEGMENTS as u16),
+            persistent: self.persistent_grants,
+            split_ring: self.split_rings,
+        }
+    }
+
+    /// How ring threads wait.
+    pub fn wait(&self) -> Wait {
+        match self.wait {
+            WaitMode::Event => Wait::Event,
+            WaitMode::Adaptive => Wait::Adaptive(Duration::from_micros(self.spin_us)),
+            WaitMode::Poll => Wait::Poll,
+        }
+    }
+
+    /// For opening storage.
+    pub fn direct(&self) -> Direct {
+        match self.direct {
+            DirectIo::Auto => Direct::Auto,
+            DirectIo::On => Direct::On,
+            DirectIo::Off => Direct::Off,
+        }
+    }
+}
