@@ -69,11 +69,12 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             tokio::select! {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
-                _ = hangup.recv() => drop(rescan.send(())),
+                _ = hangup.recv() => { let _ = rescan.send(()); }
             }
         }
-        drop(stop.send(true));
-        drop(sd_notify::notify(&[sd_notify::NotifyState::Stopping]));
+        // Whoever would hear it has ended already if this fails.
+        let _ = stop.send(true);
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     });
     let registry = Arc::new(Registry::default());
     info!(domain = %platform.domid(), kinds = ?config.kinds, "serving");

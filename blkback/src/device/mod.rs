@@ -19,7 +19,8 @@ use tracing::{Instrument, debug, info, info_span, warn};
 use xen_platform::Platform;
 use xenstore_glue::client::{self, Client, Watch};
 use xenstore_glue::vbd::{
-    Agreement, BackendOffer, DevicePaths, DeviceProperties, Discard, FrontendRequest, Refusal,
+    Agreement, BackendOffer, DevicePaths, DeviceProperties, Discard, FrontendRequest, QueueKeys,
+    Refusal,
 };
 use xenstore_glue::xenbus::{BackendAction, BackendEvent, BackendMachine, StalePeer, XenbusState};
 
@@ -128,6 +129,7 @@ async fn run(context: Context, paths: DevicePaths, pokes: &Pokes) -> Result<(), 
         offer,
         storage: None,
         link: None,
+        connected: None,
         ended,
         closing_since: None,
     };
@@ -187,6 +189,8 @@ struct Device {
     offer: BackendOffer,
     storage: Option<Arc<dyn Storage>>,
     link: Option<Link>,
+    /// The frontend's keys that `link` was made from.
+    connected: Option<Vec<QueueKeys>>,
     ended: mpsc::UnboundedSender<RingEnded>,
     /// When the frontend was asked to close.
     closing_since: Option<tokio::time::Instant>,
@@ -248,7 +252,19 @@ impl Device {
         let online = client.read_optional(&self.node("online")).await?;
         self.feed(BackendEvent::Online(online.as_deref() == Some(b"1"))).await?;
         let state = client.read_optional(&self.state_node).await?;
-        self.feed(BackendEvent::Frontend(state.as_deref().and_then(XenbusState::parse))).await
+        let state = state.as_deref().and_then(XenbusState::parse);
+        self.feed(BackendEvent::Frontend(state)).await?;
+        // A watch does not show the states in between: a frontend that started over and is connected
+        // again is told by its keys.
+        let settled = matches!(state, Some(XenbusState::Initialised | XenbusState::Connected));
+        if settled && self.machine.is_connected() {
+            match self.frontend_request().await {
+                Ok(request) if self.connected.as_ref() == Some(&request.queues) => {}
+                Err(ConnectError::Store(error)) => return Err(error.into()),
+                Ok(_) | Err(_) => self.feed(BackendEvent::Rekeyed).await?,
+            }
+        }
+        Ok(())
     }
 
     /// Looks at the size of the disk.
@@ -388,6 +404,7 @@ impl Device {
             view.error = None;
         });
         self.link = Some(link);
+        self.connected = Some(agreement.queues);
         if let Some(properties) = self.properties() {
             for (key, value) in properties.to_keys() {
                 self.context.client.write(&self.node(&key), value).await?;
