@@ -1,0 +1,247 @@
+//! Our client, when things go wrong.
+
+use std::io::Write as _;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use xenstore_glue::client::{
+    Client, Commit, Endpoint, Error, MAX_OUTSTANDING, MAX_UNDRAINED_PATHS, Nodes,
+};
+use xenstore_glue::store::quota;
+use xenstore_glue::wire::{Access, Errno, HEADER_LEN, PAYLOAD_MAX, Path, Perm, Request, WireError};
+
+use crate::{Host, soon};
+
+async fn connect(host: &Host, domid: u16) -> Client {
+    Client::connect(Endpoint::Unix(host.socket(domid))).await.unwrap()
+}
+
+#[tokio::test]
+async fn every_request_once() {
+    let host = Host::new();
+    host.domain(3);
+    let client = connect(&host, 0).await;
+    client.write("/a/value", [0, 255, b'x']).await.unwrap();
+    assert_eq!(client.read("/a/value").await.unwrap(), [0, 255, b'x']);
+    assert!(matches!(client.read_string("/a/value").await, Err(Error::NotText { .. })));
+    client.mkdir("/a/dir").await.unwrap();
+    assert_eq!(client.directory("/a").await.unwrap(), ["dir", "value"]);
+    assert!(client.directory("/a/dir").await.unwrap().is_empty());
+    let perms = [Perm::new(3, Access::None), Perm::new(0, Access::Both)];
+    client.set_perms("/a", &perms).await.unwrap();
+    assert_eq!(client.get_perms("/a").await.unwrap(), perms);
+    client.rm("/a").await.unwrap();
+    client.rm("/a/dir/deep").await.unwrap();
+    assert!(!client.exists("/a").await.unwrap());
+    assert_eq!(client.read_optional("/a").await.unwrap(), None);
+    let missing = client.read("/a").await.unwrap_err();
+    assert!(missing.is_not_found());
+    assert_eq!(
+        missing.to_string(),
+        "xenstore refused Read of /a: ENOENT (no such node, transaction or domain)"
+    );
+    assert!(matches!(client.read("bad path").await, Err(Error::Path(_))));
+    assert!(matches!(client.write("/a", vec![0; 5000]).await, Err(Error::Wire(_))));
+    assert_eq!(client.domain_path(3).await.unwrap(), "/local/domain/3");
+    assert!(client.is_domain_introduced(3).await.unwrap());
+    client.release(3).await.unwrap();
+    assert!(!client.is_domain_introduced(3).await.unwrap());
+    client.introduce(4, 1, 1).await.unwrap();
+    client.reset_watches().await.unwrap();
+    let nobody = Client::connect(Endpoint::Unix("/nonexistent".into())).await;
+    assert!(matches!(nobody, Err(Error::Connect { .. })));
+}
+
+/// The device, as far as it goes without Xen: a FIFO opened once, for both ways, like the
+/// device, gives every message back, so that a request reads as its own reply.
+#[tokio::test]
+async fn the_device_is_one_file_for_both_ways() {
+    let host = Host::new();
+    let fifo = host.dir.join("xenbus");
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let client = Client::connect(Endpoint::Device(fifo)).await.unwrap();
+    assert_eq!(soon(client.read("/echo")).await.unwrap(), b"/echo\0");
+    assert_eq!(soon(client.read("/again")).await.unwrap(), b"/again\0");
+    // The kernel's buffer holds the header, too.
+    let max = PAYLOAD_MAX - HEADER_LEN;
+    let refused = client.write("/a", vec![0; max - 2]).await;
+    assert!(matches!(refused, Err(Error::Wire(WireError::TooLong { len, max: limit }))
+        if limit == max && len == max + 1));
+    assert!(matches!(client.reset_watches().await, Err(Error::Device { .. })));
+}
+
+/// Names beyond one message, and requests beyond the limit of those under way.
+#[tokio::test]
+async fn long_directories_and_many_requests() {
+    let host = Host::new();
+    let client = connect(&host, 0).await;
+    let names: Vec<_> = (0..1500).map(|number| format!("name-{number:04}")).collect();
+    let writers = names.iter().map(|name| {
+        let (client, path) = (client.clone(), format!("/long/{name}"));
+        tokio::spawn(async move { client.write(&path, path.as_bytes()).await })
+    });
+    let writers: Vec<_> = writers.collect();
+    assert!(writers.len() > MAX_OUTSTANDING);
+    for writer in writers {
+        soon(writer).await.unwrap().unwrap();
+    }
+    assert_eq!(soon(client.directory("/long")).await.unwrap(), names);
+    assert_eq!(client.read_string("/long/name-0042").await.unwrap(), "/long/name-0042");
+}
+
+/// Eight tasks count in one node: a lost update or a transaction left open would show.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn transactions_are_tried_again() {
+    async fn add_one(nodes: &Nodes) -> Result<(), Error> {
+        let count: u32 = nodes.read_string("/count").await?.parse().unwrap();
+        nodes.write("/count", (count + 1).to_string()).await
+    }
+    let host = Host::new();
+    let client = connect(&host, 0).await;
+    client.write("/count", "0").await.unwrap();
+    let tasks: Vec<_> = (0..8)
+        .map(|_| {
+            let client = client.clone();
+            tokio::spawn(async move {
+                for _ in 0..10 {
+                    while let Err(error) = client.transact(async |tx| add_one(tx).await).await {
+                        assert!(matches!(error, Error::Conflict), "{error}");
+                    }
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        soon(task).await.unwrap();
+    }
+    assert_eq!(client.read_string("/count").await.unwrap(), "80");
+
+    let transaction = client.transaction().await.unwrap();
+    add_one(&transaction).await.unwrap();
+    add_one(&client).await.unwrap();
+    assert_eq!(transaction.commit().await.unwrap(), Commit::Conflict);
+}
+
+/// Dropped transactions and watches are given back: an unprivileged domain would soon have none.
+#[tokio::test]
+async fn what_is_dropped_is_given_back() {
+    let host = Host::new();
+    host.domain(1);
+    let client = connect(&host, 1).await;
+    for _ in 0..3 * quota::TRANSACTIONS {
+        drop(client.transaction().await.unwrap());
+        // A caller that gives up before the answer, too.
+        let mut start = Box::pin(client.transaction());
+        assert!(futures::poll!(&mut start).is_pending());
+    }
+    for _ in 0..2 * quota::WATCHES {
+        let mut watch = soon(client.watch("device")).await.unwrap();
+        assert_eq!(watch.next().await.unwrap(), "device");
+        let mut start = Box::pin(client.watch("device"));
+        assert!(futures::poll!(&mut start).is_pending());
+    }
+}
+
+/// XSA-349: nobody takes the events, and requests go on.
+#[tokio::test]
+async fn undrained_events_do_not_block_requests() {
+    let host = Host::new();
+    let client = connect(&host, 0).await;
+    let mut few = client.watch("/few").await.unwrap();
+    let mut many = client.watch("/many").await.unwrap();
+    const PATHS: usize = MAX_UNDRAINED_PATHS * 3 / 2;
+    for number in 0..PATHS {
+        let path = format!("/many/{number}");
+        soon(client.write(&path, "")).await.unwrap();
+        soon(client.write("/few/one", number.to_string())).await.unwrap();
+    }
+    // Changes of one path were one event.
+    assert_eq!(few.next().await.unwrap(), "/few");
+    assert_eq!(few.next().await.unwrap(), "/few/one");
+    // There were too many paths: "read it all again", then the later ones.
+    assert_eq!(many.next().await.unwrap(), "/many");
+    for number in MAX_UNDRAINED_PATHS..PATHS {
+        assert_eq!(soon(many.next()).await.unwrap(), format!("/many/{number}"));
+    }
+    client.write("/few/two", "").await.unwrap();
+    assert_eq!(soon(few.next()).await.unwrap(), "/few/two");
+}
+
+#[tokio::test]
+async fn a_restart_of_the_server_fires_every_watch_again() {
+    let host = Host::new();
+    let client = connect(&host, 0).await;
+    // More watches than requests under way.
+    let mut watches = Vec::new();
+    for number in 0..3 * MAX_OUTSTANDING {
+        watches.push(client.watch(&format!("/w/{number}")).await.unwrap());
+    }
+    for watch in &mut watches {
+        soon(watch.next()).await.unwrap();
+    }
+    let transaction = client.transaction().await.unwrap();
+    let stale = connect(&host, 0).await;
+
+    host.server.shutdown();
+    while !matches!(soon(client.read("/x")).await, Err(Error::ConnectionLost)) {}
+    assert!(matches!(soon(stale.watch("/x")).await, Err(Error::ConnectionLost)));
+    host.server.listen(host.socket(0), 0).unwrap();
+    for watch in &mut watches {
+        let path = watch.path().to_owned();
+        assert_eq!(soon(watch.next()).await.unwrap(), path);
+    }
+    // They are real: changes arrive, and on the right one.
+    client.write("/w/7/state", "1").await.unwrap();
+    assert_eq!(soon(watches[7].next()).await.unwrap(), "/w/7/state");
+    // A transaction of the connection before must not become one of this.
+    let lost = transaction.write("/x", "").await;
+    assert!(matches!(lost, Err(Error::ConnectionLost)));
+    assert!(matches!(transaction.commit().await, Err(Error::ConnectionLost)));
+    assert!(client.read("/x").await.unwrap_err().is_not_found());
+}
+
+/// A watch that xenstore does not take back says so, instead of staying silent.
+#[tokio::test]
+async fn a_watch_refused_after_a_restart_fails() {
+    let host = Host::new();
+    host.domain(1);
+    let client = connect(&host, 1).await;
+    let mut watch = client.watch("device").await.unwrap();
+    soon(watch.next()).await.unwrap();
+    host.server.shutdown();
+    while !matches!(soon(client.read("x")).await, Err(Error::ConnectionLost)) {}
+    // Somebody else of the domain uses up its watches.
+    let other = host.dir.join("other");
+    host.server.listen(&other, 1).unwrap();
+    let other = Client::connect(Endpoint::Unix(other)).await.unwrap();
+    let mut taken = Vec::new();
+    for _ in 0..quota::WATCHES {
+        taken.push(other.watch("x").await.unwrap());
+    }
+    host.server.listen(host.socket(1), 1).unwrap();
+    let refused = soon(watch.next()).await.unwrap_err();
+    assert_eq!(refused.errno(), Some(Errno::Enospc));
+}
+
+/// A client that watches and never reads costs the server a bounded queue, then its connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_does_not_read_is_dropped() {
+    let host = Host::new();
+    let client = connect(&host, 0).await;
+    let mut rude = UnixStream::connect(host.socket(0)).unwrap();
+    let mut bytes = Vec::new();
+    let watch = Request::Watch { path: Path::new("/w").unwrap(), token: vec![b't'; 900] };
+    watch.to_packet(1, 0).unwrap().encode(&mut bytes);
+    rude.write_all(&bytes).unwrap();
+    // Each event has 900 bytes: what the server and the socket may hold, three times over.
+    for number in 0..3 * (quota::OUTBOX_BYTES + quota::OUTBOX_BYTES) / 900 {
+        soon(client.write(&format!("/w/{number}"), "")).await.unwrap();
+    }
+    // What the socket held is there to be read; then it ends, which is what is waited for.
+    let rude = Arc::new(rude);
+    let read = tokio::task::spawn_blocking(move || {
+        std::io::copy(&mut &*rude, &mut std::io::sink()).unwrap_or(0)
+    });
+    assert!(soon(read).await.unwrap() < 3 * quota::OUTBOX_BYTES as u64);
+    assert!(client.exists("/w").await.unwrap());
+}
