@@ -45,11 +45,11 @@ impl FrameAllocator {
         for &frame in frames {
             let mut first = frame;
             let mut len = self.free.remove(&(frame + 1)).unwrap_or(0) + 1;
-            if let Some((&before, &before_len)) = self.free.range(..frame).next_back() {
-                if before + before_len == frame {
-                    first = before;
-                    len += before_len;
-                }
+            if let Some((&before, &before_len)) = self.free.range(..frame).next_back()
+                && before + before_len == frame
+            {
+                first = before;
+                len += before_len;
             }
             self.free.insert(first, len);
         }

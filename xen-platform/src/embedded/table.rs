@@ -273,7 +273,7 @@ fn unlocked(active: &AtomicU64) -> u64 {
             return word;
         }
         spins = spins.wrapping_add(1);
-        if spins % SPINS_BEFORE_YIELD == 0 {
+        if spins.is_multiple_of(SPINS_BEFORE_YIELD) {
             std::thread::yield_now();
         } else {
             std::hint::spin_loop();

@@ -4,6 +4,7 @@
 mod crash;
 mod events;
 mod grants;
+mod toolstack;
 
 use ring_proto::abi::PAGE_SIZE;
 use ring_proto::{DomId, GrantRef, SharedMemory, Window};

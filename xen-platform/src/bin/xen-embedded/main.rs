@@ -1,5 +1,7 @@
 //! `xen-embedded`: a stand-in for a Xen host, and its toolstack.
 
+mod disks;
+
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::io::IsTerminal;
@@ -25,6 +27,31 @@ struct Cli {
 enum Action {
     /// Run the broker in the foreground
     Serve,
+    /// Attach a disk to a guest and wait for its backend
+    Attach {
+        /// Name or number of the domain that gets the disk
+        guest: String,
+        /// A disk in xl's syntax, such as 'vdev=xvda,format=raw,target=null:64G'
+        disk: String,
+        /// Do not wait for the backend
+        #[arg(long)]
+        no_wait: bool,
+    },
+    /// Detach a disk from a guest
+    Detach {
+        /// Name or number of the domain that has the disk
+        guest: String,
+        /// The disk, such as xvda or 51712
+        vdev: String,
+        /// Remove it even if the backend does not let go
+        #[arg(long)]
+        force: bool,
+    },
+    /// List disks, of all domains or of some
+    List {
+        /// Names or numbers
+        guests: Vec<String>,
+    },
     /// Create, destroy and list domains
     #[command(subcommand)]
     Domain(DomainAction),
@@ -48,7 +75,7 @@ struct CreateArgs {
     /// Its name
     name: String,
     /// Memory that it can share, such as 64M
-    #[arg(long, default_value = "256M", value_parser = parse_size)]
+    #[arg(long, default_value = "256M", value_parser = xenstore_glue::disk::parse_size)]
     memory: u64,
     /// Number of vCPUs
     #[arg(long, default_value_t = 1)]
@@ -72,18 +99,6 @@ enum CrashPolicy {
     Preserve,
 }
 
-/// Bytes, or with K, M or G.
-fn parse_size(text: &str) -> Result<u64, String> {
-    let (digits, shift) = match text.char_indices().next_back() {
-        Some((i, 'k' | 'K')) => (&text[..i], 10),
-        Some((i, 'm' | 'M')) => (&text[..i], 20),
-        Some((i, 'g' | 'G')) => (&text[..i], 30),
-        _ => (text, 0),
-    };
-    let number: u64 = digits.parse().map_err(|_| "give bytes, or a number with K, M or G")?;
-    number.checked_mul(1 << shift).ok_or_else(|| "too large".to_owned())
-}
-
 fn main() -> Result<()> {
     let cli = Cli::parse();
     let filter = EnvFilter::builder()
@@ -105,6 +120,13 @@ fn main() -> Result<()> {
 async fn run(cli: Cli) -> Result<()> {
     match cli.action {
         Action::Serve => serve(&cli.dir).await,
+        Action::Attach { guest, disk, no_wait } => {
+            disks::attach(&cli.dir, &guest, &disk, !no_wait).await
+        }
+        Action::Detach { guest, vdev, force } => {
+            disks::detach(&cli.dir, &guest, &vdev, force).await
+        }
+        Action::List { guests } => disks::list(&cli.dir, &guests).await,
         Action::Domain(DomainAction::Create(args)) => create(&cli.dir, args),
         Action::Domain(DomainAction::Destroy { domain }) => {
             let domid = control::find_domain(&cli.dir, &domain)?.0;

@@ -13,6 +13,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use tokio::sync::Notify;
 
+const PAGE: u64 = ring_proto::abi::PAGE_SIZE as u64;
+
 /// Most vCPUs of a domain: `HVM_MAX_VCPUS` of Xen's arch-x86/hvm/hvm_info_table.h.
 pub(super) const MAX_VCPUS: u32 = 128;
 
@@ -79,7 +81,7 @@ impl Host {
         if let Some((domid, _)) = self.domains.iter().find(|(_, d)| d.created.name == *name) {
             return Err(format!("domain {domid} already has the name {name}"));
         }
-        if !(MIN_MEMORY..=MAX_MEMORY).contains(&new.memory) || new.memory % 4096 != 0 {
+        if !(MIN_MEMORY..=MAX_MEMORY).contains(&new.memory) || !new.memory.is_multiple_of(PAGE) {
             return Err(format!(
                 "memory must be whole pages, {MIN_MEMORY} to {MAX_MEMORY} bytes, not {}",
                 new.memory
@@ -210,10 +212,10 @@ impl Host {
 
     fn close(&mut self, me: u16, port: u32) {
         let bound = self.ports(me).ok().and_then(|p| p.close(port));
-        if let Some((peer, their_port)) = bound {
-            if let Ok(ports) = self.ports(peer) {
-                ports.disconnect(their_port);
-            }
+        if let Some((peer, their_port)) = bound
+            && let Ok(ports) = self.ports(peer)
+        {
+            ports.disconnect(their_port);
         }
     }
 
