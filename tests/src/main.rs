@@ -1,2 +1,28 @@
-//! xtask
-fn main() {}
+//! `cargo xtask`: the project's own commands.
+
+mod xtask;
+
+use clap::{Parser, Subcommand};
+
+/// The project's own commands
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the main job on the embedded platform: a minute, a table, a plot
+    Demo(xtask::demo::Options),
+    /// Install what the tests need, then run all of them
+    Test(xtask::test::Options),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Cli::parse().command {
+        Command::Demo(options) => xtask::demo::run(&options),
+        Command::Test(options) => xtask::test::run(&options),
+    }
+}

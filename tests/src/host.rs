@@ -1,0 +1,160 @@
+//! A whole host on the embedded platform: broker, driver domain, guests, as processes in a directory.
+
+use crate::process::{Process, run};
+use anyhow::{Context, Result};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use tempfile::TempDir;
+
+/// Name of the driver domain.
+pub const DRIVER_DOMAIN: &str = "stor";
+
+/// The programs under test.
+#[derive(Clone, Debug)]
+pub struct Programs(PathBuf);
+
+impl Programs {
+    /// Those that cargo put beside the program that runs now.
+    ///
+    /// # Errors
+    /// When they are not there.
+    pub fn beside_us() -> Result<Self> {
+        let us = std::env::current_exe()?;
+        // target/PROFILE/deps/TEST or target/PROFILE/PROGRAM
+        let dir = us.ancestors().skip(1).find(|dir| dir.join("blkback").exists());
+        let dir = dir.with_context(|| {
+            format!("no blkback near {us:?}: run `cargo build --workspace` first")
+        })?;
+        Ok(Self(dir.to_owned()))
+    }
+
+    /// Those in a directory.
+    pub fn in_dir(dir: impl Into<PathBuf>) -> Self {
+        Self(dir.into())
+    }
+
+    /// A command that runs one of them.
+    pub fn command(&self, program: &str) -> Command {
+        Command::new(self.0.join(program))
+    }
+}
+
+/// A running broker with a driver domain.
+#[derive(Debug)]
+pub struct Host {
+    broker: Process,
+    programs: Programs,
+    dir: TempDir,
+}
+
+impl Host {
+    /// Starts a broker and creates [`DRIVER_DOMAIN`].
+    ///
+    /// # Errors
+    /// When the broker does not start.
+    pub fn start(programs: Programs) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("xen-blk.").tempdir()?;
+        let platform = dir.path().join("host");
+        let mut command = programs.command("xen-embedded");
+        command.arg("--dir").arg(&platform).arg("serve");
+        let mut broker = Process::start("xen-embedded", dir.path(), &mut command)?;
+        broker.wait_for("is ready")?;
+        let host = Self { broker, programs, dir };
+        host.create_domain(DRIVER_DOMAIN, &["--driver-domain"])?;
+        Ok(host)
+    }
+
+    /// A directory for files of the test's, removed at the end.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The broker.
+    pub fn broker(&mut self) -> &mut Process {
+        &mut self.broker
+    }
+
+    /// The platform's directory.
+    pub fn platform_dir(&self) -> PathBuf {
+        self.dir.path().join("host")
+    }
+
+    /// What programs are told to find the platform.
+    pub fn platform(&self) -> String {
+        format!("embedded:{}", self.platform_dir().display())
+    }
+
+    /// A command of the toolstack's.
+    pub fn toolstack(&self) -> Command {
+        let mut command = self.programs.command("xen-embedded");
+        command.arg("--dir").arg(self.platform_dir());
+        command
+    }
+
+    /// Creates a domain. Returns its number.
+    ///
+    /// # Errors
+    /// As the toolstack says.
+    pub fn create_domain(&self, name: &str, options: &[&str]) -> Result<u16> {
+        let number = run(self.toolstack().args(["domain", "create", name]).args(options))?;
+        number.trim().parse().with_context(|| format!("domain number {number:?}"))
+    }
+
+    /// Attaches a disk to a guest by an xl disk line.
+    ///
+    /// # Errors
+    /// As the toolstack says.
+    pub fn attach(&self, guest: &str, disk: &str) -> Result<String> {
+        run(self.toolstack().args(["attach", guest, disk]))
+    }
+
+    /// Detaches a disk.
+    ///
+    /// # Errors
+    /// As the toolstack says.
+    pub fn detach(&self, guest: &str, vdev: &str) -> Result<String> {
+        run(self.toolstack().args(["detach", guest, vdev]))
+    }
+
+    /// Starts the backend daemon in the driver domain, and waits until it serves.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn backend(&self, options: &[&str]) -> Result<Process> {
+        let mut command = self.programs.command("blkback");
+        command.args(["serve", "--domain", DRIVER_DOMAIN, "--platform", &self.platform()]);
+        command.arg("--listen").arg(self.stats_address()).args(options);
+        let mut process = Process::start("blkback", self.dir.path(), &mut command)?;
+        process.wait_for("serving")?;
+        Ok(process)
+    }
+
+    /// Where the backend offers its statistics.
+    pub fn stats_address(&self) -> String {
+        format!("unix:{}", self.dir.path().join("stats.sock").display())
+    }
+
+    /// The backend's statistics.
+    ///
+    /// # Errors
+    /// When they cannot be had.
+    pub fn stats(&self) -> Result<serde_json::Value> {
+        let mut command = self.programs.command("blkback");
+        let text = run(command.args(["stats", "--json", "--from", &self.stats_address()]))?;
+        Ok(serde_json::from_str(&text)?)
+    }
+
+    /// A command of the frontend's in a guest: `blkfront ACTION ...`.
+    pub fn frontend(&self, guest: &str, action: &str) -> Command {
+        let mut command = self.programs.command("blkfront");
+        command.arg(action).args(["--platform", &self.platform(), "--domain", guest]);
+        command
+    }
+
+    /// A command of Debian's xenstore tools, as dom0.
+    pub fn xenstore(&self, tool: &str) -> Command {
+        let mut command = Command::new(format!("xenstore-{tool}"));
+        command.env("XENSTORED_PATH", self.platform_dir().join("xenstored.sock"));
+        command
+    }
+}

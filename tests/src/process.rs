@@ -1,0 +1,159 @@
+//! Processes of a test: started, watched, and ended by number, whatever happens.
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// Something that takes longer than this has hung.
+pub const HUNG: Duration = Duration::from_secs(60);
+/// How often conditions are looked at that nothing announces.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// A child whose output goes to a file. It is killed when this is dropped.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Starts `command`, with its output in `DIR/NAME.log`.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(name: &str, dir: &Path, command: &mut Command) -> Result<Self> {
+        let log = dir.join(format!("{name}.log"));
+        let file = File::options().create(true).append(true).open(&log)?;
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file)
+            .spawn()
+            .with_context(|| format!("start {command:?}"))?;
+        Ok(Self { name: name.to_owned(), child, log })
+    }
+
+    /// Everything it has printed.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Its number.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until it has printed `text`.
+    ///
+    /// # Errors
+    /// When it ends or hangs before.
+    pub fn wait_for(&mut self, text: &str) -> Result<()> {
+        let since = Instant::now();
+        while !self.log().contains(text) {
+            if let Some(status) = self.child.try_wait()? {
+                bail!("{} ended ({status}) before it said {text:?}:\n{}", self.name, self.log());
+            }
+            if since.elapsed() > HUNG {
+                bail!("{} does not say {text:?}:\n{}", self.name, self.log());
+            }
+            std::thread::sleep(LOOK);
+        }
+        Ok(())
+    }
+
+    /// Waits until it ends.
+    ///
+    /// # Errors
+    /// When it does not within `limit`.
+    pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let since = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            if since.elapsed() > limit {
+                bail!("{} does not end:\n{}", self.name, self.log());
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Whether it still runs.
+    ///
+    /// # Errors
+    /// When the kernel does not know it.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.child.id()).context("pid")?;
+        Ok(kill(Pid::from_raw(pid), signal)?)
+    }
+
+    /// Asks it to end, and waits.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn terminate(&mut self) -> Result<ExitStatus> {
+        self.signal(Signal::SIGTERM)?;
+        self.wait(HUNG)
+    }
+
+    /// `kill -9`, and waits.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs a command to its end and returns what it printed.
+///
+/// # Errors
+/// When it fails; the message holds its output.
+pub fn run(command: &mut Command) -> Result<String> {
+    let output =
+        command.stdin(Stdio::null()).output().with_context(|| format!("start {command:?}"))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    if !output.status.success() {
+        let errors = String::from_utf8_lossy(&output.stderr);
+        bail!("{command:?}: {}\n{text}{errors}", output.status);
+    }
+    Ok(text)
+}
+
+/// Waits until `condition` holds.
+///
+/// # Errors
+/// When it does not for [`HUNG`], or cannot be looked at.
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
+    let since = Instant::now();
+    while !condition()? {
+        if since.elapsed() > HUNG {
+            bail!("gave up waiting for: {what}");
+        }
+        std::thread::sleep(LOOK);
+    }
+    Ok(())
+}

@@ -1,0 +1,77 @@
+//! `cargo xtask test`.
+
+use super::{cargo, step, target};
+use anyhow::{Context, Result};
+use std::path::Path;
+use std::process::Command;
+
+/// A program or file that tests use, and the Debian package that has it.
+const NEEDS: &[(&str, &str)] = &[
+    ("/usr/bin/cc", "gcc"),
+    ("/usr/include/xen/io/blkif.h", "libxen-dev"),
+    ("/usr/bin/xenstore-ls", "xenstore-utils"),
+    ("/usr/bin/fio", "fio"),
+    ("/usr/bin/nbdcopy", "libnbd-bin"),
+    ("/usr/bin/qemu-img", "qemu-utils"),
+    ("/usr/bin/curl", "curl"),
+    ("/sbin/e2fsck", "e2fsprogs"),
+];
+
+/// Options of `cargo xtask test`.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Leave out the checks of format, lints and documentation
+    #[arg(long)]
+    no_lint: bool,
+}
+
+/// Installs what is missing and runs every test.
+///
+/// # Errors
+/// The first step that fails.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    install()?;
+    if !options.no_lint {
+        step("format", &mut cargo(&["fmt", "--all", "--check"]))?;
+        step(
+            "lints",
+            &mut cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]),
+        )?;
+        step(
+            "documentation",
+            cargo(&["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"),
+        )?;
+    }
+    step("build", &mut cargo(&["build", "--workspace", "--bins"]))?;
+    step("tests", &mut cargo(&["test", "--workspace"]))?;
+    // Its atomics are loom's, so it is a build of its own.
+    step(
+        "memory ordering (loom)",
+        cargo(&["test", "--package", "ring-proto", "--release", "--lib", "loom"])
+            .env("RUSTFLAGS", "--cfg loom")
+            .env("CARGO_TARGET_DIR", target().join("loom")),
+    )
+}
+
+/// Installs the Debian packages that are missing.
+fn install() -> Result<()> {
+    let missing: Vec<&str> = NEEDS
+        .iter()
+        .filter(|(file, _)| !Path::new(file).exists())
+        .map(|&(_, package)| package)
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let apt = |args: &[&str]| {
+        let mut command = Command::new("apt-get");
+        command.env("DEBIAN_FRONTEND", "noninteractive").args(args);
+        command
+    };
+    step("package lists", &mut apt(&["update", "-q"]))?;
+    step(
+        &format!("install {}", missing.join(" ")),
+        apt(&["install", "-y", "-q", "--no-install-recommends"]).args(&missing),
+    )
+    .with_context(|| format!("install {} by hand", missing.join(" ")))
+}
