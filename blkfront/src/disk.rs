@@ -1,14 +1,25 @@
 //! A disk: one frontend, its rings and its vCPUs.
 
+use crate::config::{MAX_DEPTH, MAX_POOL_BYTES, MAX_VCPUS};
+use crate::control::{self, Opened, Start};
+use crate::fabric::Fabric;
+use crate::flight::{FlushMode, Limits};
+use crate::link::Command;
 use crate::stats::Stats;
 use crate::{Cause, Config, Error, Queue, Result};
+use ring_proto::DomId;
+use ring_proto::abi::{MAX_INDIRECT_SEGMENTS, MAX_RING_PAGE_ORDER, PAGE_SIZE};
 use serde::Serialize;
-use std::sync::Arc;
+use std::ops::RangeInclusive;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use tokio::sync::mpsc::UnboundedSender;
 use xen_platform::Platform;
 use xenstore_glue::client::Endpoint;
+use xenstore_glue::vbd::VirtualDevice;
 
 /// Size and shape of a disk, as its backend states it now.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize)]
 pub struct Geometry {
     /// Bytes.
     pub size: u64,
@@ -25,7 +36,7 @@ pub struct Geometry {
 }
 
 /// What was agreed with the backend.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize)]
 pub struct Features {
     /// Flushes reach the backend. Without, the disk has no volatile cache and they succeed at once.
     pub flush: bool,
@@ -60,7 +71,7 @@ pub struct RingInfo {
     pub slots: u32,
     /// The vCPUs that submit to it.
     pub vcpus: Vec<u32>,
-    /// What it has done.
+    /// What it and its vCPUs have done.
     pub stats: Stats,
 }
 
@@ -71,7 +82,7 @@ pub struct Info {
     pub domain: u16,
     /// The backend's domain.
     pub backend_domain: u16,
-    /// As the toolstack named it (`dev` in the backend's directory), or the number.
+    /// The name its number stands for, such as `xvda`, or the number.
     pub device: String,
     /// Its number.
     pub devid: u32,
@@ -91,13 +102,61 @@ pub struct Info {
     pub rings: Vec<RingInfo>,
 }
 
+/// What the control thread finds out.
+#[derive(Clone, Debug)]
+pub(crate) struct State {
+    devid: u32,
+    frontend: String,
+    backend: String,
+    pub(crate) connected: bool,
+    /// Times it was connected.
+    pub(crate) connections: u64,
+    pub(crate) geometry: Geometry,
+    pub(crate) features: Features,
+    pub(crate) limits: Limits,
+}
+
+impl State {
+    pub(crate) fn new(devid: u32, frontend: String, backend: String) -> Self {
+        let limits = Limits {
+            direct: 1,
+            indirect: 0,
+            flush: FlushMode::None,
+            discard: false,
+            secure_discard: false,
+            read_only: false,
+            sector_size: 512,
+        };
+        Self {
+            devid,
+            frontend,
+            backend,
+            connected: false,
+            connections: 0,
+            geometry: Geometry::default(),
+            features: Features::default(),
+            limits,
+        }
+    }
+}
+
 /// A connected disk. Dropping it closes it.
 #[derive(Debug)]
-pub struct Disk {}
+pub struct Disk {
+    platform: Arc<dyn Platform>,
+    device: String,
+    config: Config,
+    fabric: Arc<Fabric>,
+    backend_domain: DomId,
+    state: Arc<Mutex<State>>,
+    control: UnboundedSender<Command>,
+    thread: Option<JoinHandle<Result<(), Cause>>>,
+}
 
 impl Disk {
     /// Connects to the backend of `device`, a name like `xvda` or a number like `51712`, of the
-    /// platform's domain. Blocks until the disk can be used.
+    /// platform's domain. Blocks until the disk can be used. `state` that a frontend which died has left
+    /// behind is closed first.
     ///
     /// # Errors
     /// When there is no such device, or it could not be connected within
@@ -108,54 +167,106 @@ impl Disk {
         device: &str,
         config: Config,
     ) -> Result<Self> {
-        let _ = (platform, xenstore, device, config);
-        Ok(Self {})
+        let domain = platform.domid();
+        let failed = |cause| Error { domain, device: device.to_owned(), cause };
+        check(&config).map_err(failed)?;
+        let (control, commands) = tokio::sync::mpsc::unbounded_channel();
+        let (ready, opened) = std::sync::mpsc::channel();
+        let start = Start {
+            platform: platform.clone(),
+            endpoint: xenstore,
+            device: device.to_owned(),
+            config: config.clone(),
+            commands,
+            control: control.clone(),
+            ready,
+        };
+        let doing = "start the control thread";
+        let thread = std::thread::Builder::new()
+            .name(format!("blkfront-{device}"))
+            .spawn(move || control::run(start))
+            .map_err(|source| failed(Cause::System { doing, source }))?;
+        let ended = || Cause::System { doing, source: std::io::ErrorKind::BrokenPipe.into() };
+        let opened = opened.recv().unwrap_or_else(|_| Err(ended()));
+        let Opened { fabric, backend_domain, state } = opened.map_err(failed)?;
+        Ok(Self {
+            platform,
+            device: device.to_owned(),
+            config,
+            fabric,
+            backend_domain,
+            state,
+            control,
+            thread: Some(thread),
+        })
     }
 
     /// The queue of a vCPU. Each can be taken once, and is owned by one thread at a time.
     ///
     /// # Errors
-    /// When it was taken before, or there is no such vCPU.
+    /// When it was taken before, there is no such vCPU, or its pages could not be granted.
     pub fn queue(&self, vcpu: u32) -> Result<Queue> {
-        Err(self.no_queue(vcpu))
-    }
-
-    fn no_queue(&self, vcpu: u32) -> Error {
-        let cause = Cause::NoQueue { vcpu, vcpus: self.vcpus() };
-        Error { domain: ring_proto::DomId(0), device: String::new(), cause }
+        let limits = self.state().limits;
+        let platform = &*self.platform;
+        match self.fabric.queue(vcpu, platform, self.backend_domain, &self.config, limits) {
+            Ok(Some(queue)) => Ok(queue),
+            Ok(None) => Err(self.error(Cause::NoQueue { vcpu, vcpus: self.vcpus() })),
+            Err(cause) => Err(self.error(cause)),
+        }
     }
 
     /// How many queues there are.
     pub fn vcpus(&self) -> u32 {
-        0
+        self.config.vcpus
+    }
+
+    /// How many rings there are.
+    pub fn rings(&self) -> u32 {
+        self.fabric.rings()
     }
 
     /// Size and shape now; the size changes when the backend resizes the disk.
     pub fn geometry(&self) -> Geometry {
-        Geometry {
-            size: 0,
-            sector_size: 0,
-            physical_sector_size: 0,
-            read_only: false,
-            removable: false,
-            cdrom: false,
-        }
+        self.state().geometry
     }
 
     /// What was agreed with the backend; it may change when another one comes back.
     pub fn features(&self) -> Features {
-        Features {
-            flush: false,
-            barrier: false,
-            discard: false,
-            secure_discard: false,
-            discard_granularity: 512,
-            discard_alignment: 0,
-            persistent: false,
-            max_indirect_segments: 0,
-            max_direct_segments: 0,
-            ring_order: 0,
-            split_ring: false,
+        self.state().features
+    }
+
+    /// All of it.
+    pub fn info(&self) -> Info {
+        let state = self.state().clone();
+        let Features { ring_order, split_ring, .. } = state.features;
+        let layout = if split_ring {
+            ring_proto::RingLayout::Split
+        } else {
+            ring_proto::RingLayout::Union(ring_proto::Abi::NATIVE)
+        };
+        let vcpus = |ring| {
+            let uses = (0u32..).zip(&self.fabric.map).filter(move |(_, r)| **r == ring);
+            uses.map(|(vcpu, _)| vcpu).collect()
+        };
+        let ring = |ring| RingInfo {
+            ring,
+            slots: layout.slots(ring_order),
+            vcpus: vcpus(ring),
+            stats: self.fabric.stats(ring),
+        };
+        let name = VirtualDevice::from_number(state.devid);
+        Info {
+            domain: self.platform.domid().0,
+            backend_domain: self.backend_domain.0,
+            device: name.map_or_else(|| state.devid.to_string(), |name| name.to_string()),
+            devid: state.devid,
+            frontend: state.frontend,
+            backend: state.backend,
+            connected: state.connected,
+            reconnects: state.connections.saturating_sub(1),
+            geometry: state.geometry,
+            features: state.features,
+            rings: (0..self.rings()).map(ring).collect(),
         }
     }
 
@@ -163,8 +274,56 @@ impl Disk {
     /// walked to Closed. Dropping the disk does the same and tells nobody how it went.
     ///
     /// # Errors
-    /// When the backend did not let go within [`Config::connect_timeout`].
-    pub fn close(self) -> Result<()> {
-        Ok(())
+    /// Why the disk could not be used any more, or the backend did not let go within
+    /// [`Config::connect_timeout`].
+    pub fn close(mut self) -> Result<()> {
+        self.shut().map_err(|cause| self.error(cause))
     }
+
+    fn shut(&mut self) -> Result<(), Cause> {
+        // Refused only by a control thread that has ended.
+        let _ = self.control.send(Command::Close);
+        let ended = self.thread.take().map(JoinHandle::join);
+        self.fabric.stop();
+        // A panic of the control thread was printed already.
+        ended.and_then(|joined| joined.ok()).unwrap_or(Ok(()))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn error(&self, cause: Cause) -> Error {
+        Error { domain: self.platform.domid(), device: self.device.clone(), cause }
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        if self.thread.is_some() {
+            let _ = self.shut();
+        }
+    }
+}
+
+fn check(config: &Config) -> Result<(), Cause> {
+    fn within(
+        field: &'static str,
+        value: usize,
+        range: RangeInclusive<usize>,
+    ) -> Result<(), Cause> {
+        if range.contains(&value) {
+            return Ok(());
+        }
+        let rule = format!("within {} to {}", range.start(), range.end());
+        Err(Cause::Config { field, value: value.to_string(), rule })
+    }
+    let vcpus = 1..=MAX_VCPUS as usize;
+    within("vcpus", config.vcpus as usize, vcpus.clone())?;
+    within("queues", config.queues.unwrap_or(1) as usize, vcpus)?;
+    within("ring_order", config.ring_order.into(), 0..=MAX_RING_PAGE_ORDER.into())?;
+    let indirect = config.max_indirect_segments.into();
+    within("max_indirect_segments", indirect, 0..=MAX_INDIRECT_SEGMENTS)?;
+    within("depth", config.depth, 1..=MAX_DEPTH)?;
+    within("pool_bytes", config.pool_bytes, PAGE_SIZE..=MAX_POOL_BYTES)
 }

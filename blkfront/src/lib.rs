@@ -44,14 +44,24 @@
 //! split into, and some 200 bytes for each of [`Config::depth`] I/Os. All of it is allocated
 //! when the disk is opened: an I/O allocates nothing.
 
+mod blocking;
 mod config;
+mod control;
 mod disk;
 mod error;
+mod fabric;
+mod flight;
+mod hw;
 mod io;
+mod link;
 mod mapping;
+mod owner;
 mod pool;
 mod queue;
+mod rings;
+mod slab;
 mod stats;
+mod wait;
 
 pub use config::{
     Config, DEFAULT_DEPTH, DEFAULT_INDIRECT_SEGMENTS, DEFAULT_POOL_BYTES, DEFAULT_SPIN, MAX_DEPTH,

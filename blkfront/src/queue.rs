@@ -1,9 +1,39 @@
 //! A vCPU's queue.
 
-use crate::{Completed, Io, IoBuffer, Refused, Stats, Waiting};
+use crate::flight::{Flight, Limits};
+use crate::hw::{Failure, HwQueue, Owner};
+use crate::link::{Link, Mailbox, Notice};
+use crate::owner::{Staged, Staging};
+use crate::pool::Pool;
+use crate::stats::Counters;
+use crate::wait::{Spinner, sleep};
+use crate::{Completed, Io, IoBuffer, Op, Refusal, Refused, Stats, Waiting};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use ring_proto::Body;
+use ring_proto::abi::SECTOR_SIZE;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// The way to the ring.
+#[derive(Debug)]
+pub(crate) enum Path {
+    /// A ring to ourselves, while there is one.
+    Own(Option<Box<HwQueue>>),
+    /// A ring that another thread owns.
+    Shared(Staging),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Backend {
+    Down,
+    /// Still answers.
+    Hold,
+    Up,
+    Gone,
+}
 
 /// A vCPU's handle on a disk. `Send`: owned by one thread at a time.
 ///
@@ -12,118 +42,462 @@ use std::time::Duration;
 /// The descriptor stays the same across reconnects.
 #[derive(Debug)]
 pub struct Queue {
-    wake: nix::sys::epoll::Epoll,
+    vcpu: u32,
+    ring: u32,
+    pool: Pool,
+    /// Pages of segments, for indirect requests.
+    lists: Pool,
+    flight: Flight,
+    path: Path,
+    link: Arc<Link>,
+    mailbox: Arc<Mailbox>,
+    /// Notices taken from the mailbox.
+    taken: u32,
+    backend: Backend,
+    /// Which connection this is.
+    connection: u32,
+    /// Requests on a shared ring, or on their way to or from it.
+    on_the_way: usize,
+    /// Requests to be issued again on the next connection, in order.
+    unanswered: Vec<u32>,
+    /// Those of a connection that what is unanswered or waits was not yet put together for.
+    next_limits: Option<Limits>,
+    plugged: bool,
+    armed: bool,
+    /// Completed, not yet taken back.
+    done: Vec<Completed>,
+    spinner: Spinner,
+    waker: Epoll,
+    counters: Arc<Counters>,
+    /// The ring's, where it is ours.
+    ring_counters: Arc<Counters>,
+}
+
+/// What a queue is made of.
+pub(crate) struct Parts {
+    pub(crate) vcpu: u32,
+    pub(crate) ring: u32,
+    pub(crate) pool: Pool,
+    pub(crate) lists: Pool,
+    pub(crate) depth: usize,
+    pub(crate) pool_pages: usize,
+    pub(crate) merge: bool,
+    pub(crate) limits: Limits,
+    pub(crate) waiting: Waiting,
+    pub(crate) path: Path,
+    pub(crate) link: Arc<Link>,
+    pub(crate) mailbox: Arc<Mailbox>,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) ring_counters: Arc<Counters>,
 }
 
 impl Queue {
+    pub(crate) fn new(parts: Parts) -> io::Result<Self> {
+        let waker = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        waker.add(&parts.mailbox.bell, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+        let Parts { depth, pool_pages, limits, .. } = parts;
+        let mut queue = Self {
+            vcpu: parts.vcpu,
+            ring: parts.ring,
+            pool: parts.pool,
+            lists: parts.lists,
+            flight: Flight::new(depth, pool_pages, parts.merge, limits),
+            path: parts.path,
+            link: parts.link,
+            mailbox: parts.mailbox,
+            taken: 0,
+            backend: Backend::Down,
+            connection: 0,
+            on_the_way: 0,
+            unanswered: Vec::with_capacity(Flight::max_requests(depth, pool_pages)),
+            next_limits: None,
+            plugged: false,
+            armed: false,
+            done: Vec::with_capacity(depth),
+            spinner: Spinner::new(parts.waiting),
+            waker,
+            counters: parts.counters,
+            ring_counters: parts.ring_counters,
+        };
+        queue.read_mail();
+        Ok(queue)
+    }
+
     /// A buffer of `len` bytes, or `None` while too few pages of the pool are free. What is in it is
     /// whatever was there before (this queue's data, or zeroes).
     pub fn alloc(&mut self, len: usize) -> Option<IoBuffer> {
-        let _ = len;
-        None
+        self.pool.alloc(len)
     }
 
     /// Takes an I/O of any length. Unless the queue is plugged, it goes to the backend at once, or as
     /// soon as there are slots.
     ///
     /// # Errors
-    /// Gives the I/O back. [`crate::Refusal::WouldBlock`] when [`crate::Config::depth`] are inside.
+    /// Gives the I/O back. [`Refusal::WouldBlock`] when [`crate::Config::depth`] are inside.
     pub fn submit(&mut self, io: Io) -> Result<(), Refused> {
-        let _ = io;
+        if let Err(reason) = self.check(&io) {
+            return Err(Refused { reason, io });
+        }
+        self.counters.ios.add(1);
+        let admitted = self.flight.admit(io, &self.pool, &self.counters, &mut self.done);
+        admitted.map_err(|io| Refused { reason: Refusal::WouldBlock, io })?;
+        if !self.plugged {
+            self.issue();
+        }
+        Ok(())
+    }
+
+    fn check(&self, io: &Io) -> Result<(), Refusal> {
+        // What has completed still counts until it is taken back: there is room for no more.
+        if self.flight.is_full() || self.in_flight() >= self.done.capacity() {
+            return Err(Refusal::WouldBlock);
+        }
+        if self.backend == Backend::Gone {
+            return Err(Refusal::Gone);
+        }
+        let limits = &self.flight.limits;
+        let len = match (io.op, &io.buffer) {
+            (Op::Read | Op::Write { .. }, Some(buffer)) if self.pool.owns(buffer) => {
+                buffer.len() as u64
+            }
+            (Op::Read | Op::Write { .. }, _) => return Err(Refusal::ForeignBuffer),
+            (Op::Discard { secure, .. }, _)
+                if !limits.discard || (secure && !limits.secure_discard) =>
+            {
+                return Err(Refusal::NotSupported);
+            }
+            (Op::Discard { len, .. }, _) => len,
+            (Op::Flush, _) => return Ok(()),
+        };
+        if limits.read_only && io.op != Op::Read {
+            return Err(Refusal::ReadOnly);
+        }
+        let (offset, sector_size) = (io.offset, limits.sector_size);
+        if len == 0 || (offset | len) & (u64::from(sector_size) - 1) != 0 {
+            return Err(Refusal::Misaligned { offset, len, sector_size });
+        }
+        let size = self.size();
+        if offset.checked_add(len).is_none_or(|end| end > size) {
+            return Err(Refusal::PastEnd { offset, len, size });
+        }
         Ok(())
     }
 
     /// Holds I/O back, so that neighbours can be merged and all be sent with one notification.
-    pub fn plug(&mut self) {}
+    pub fn plug(&mut self) {
+        self.plugged = true;
+    }
 
     /// Sends what was held back.
-    pub fn unplug(&mut self) {}
+    pub fn unplug(&mut self) {
+        self.plugged = false;
+        self.issue();
+    }
+
+    /// Puts what waits on the ring, as far as there are slots, and tells the backend once.
+    fn issue(&mut self) {
+        if self.backend != Backend::Up || self.next_limits.is_some() {
+            return;
+        }
+        let mut pushed = false;
+        while let Some(request) = self.flight.front() {
+            let has_room = match &self.path {
+                Path::Own(hw) => hw.as_ref().is_some_and(|hw| !hw.is_full()),
+                Path::Shared(staging) => !staging.requests.is_full(),
+            };
+            let body = if has_room {
+                self.flight.body(request, &self.pool, &mut self.lists)
+            } else {
+                None
+            };
+            let Some(body) = body else {
+                if self.flight.blocked() {
+                    self.counters.requeues.add(1);
+                }
+                break;
+            };
+            if !self.push(request, body) {
+                break;
+            }
+            self.flight.issued();
+            pushed = true;
+        }
+        if pushed {
+            self.publish();
+        }
+    }
+
+    fn push(&mut self, request: u32, body: Body) -> bool {
+        match &mut self.path {
+            Path::Own(Some(hw)) => hw.push(Owner { user: self.vcpu, request }, body),
+            Path::Own(None) => false,
+            Path::Shared(staging) => {
+                let connection = self.connection;
+                let pushed = staging.requests.push(Staged { connection, request, body }).is_ok();
+                self.on_the_way += usize::from(pushed);
+                pushed
+            }
+        }
+    }
+
+    fn publish(&mut self) {
+        match &mut self.path {
+            Path::Own(Some(hw)) => {
+                if let Err(failure) = hw.publish() {
+                    self.fail(failure);
+                }
+            }
+            Path::Own(None) => {}
+            Path::Shared(staging) => {
+                if staging.owner.bell.ring_if_asleep() {
+                    self.counters.wakeups.add(1);
+                    self.counters.syscalls.add(1);
+                }
+            }
+        }
+    }
 
     /// Appends what has completed, without blocking, and says how many those are. Also sends what
     /// waited for slots, and notices a backend that went away or came back: call it regularly while
     /// anything is in flight.
     pub fn poll(&mut self, done: &mut Vec<Completed>) -> usize {
-        let _ = done;
-        0
+        let before = done.len();
+        if self.armed {
+            self.disarm();
+        }
+        if self.mailbox.has_news(self.taken) {
+            self.read_mail();
+        }
+        done.append(&mut self.done);
+        self.take_responses(done);
+        if self.next_limits.is_some() {
+            self.reissue();
+        }
+        if self.flight.is_waiting() && !self.plugged {
+            self.issue();
+        }
+        done.len() - before
+    }
+
+    fn take_responses(&mut self, done: &mut Vec<Completed>) {
+        let Self { flight, pool, counters, path, unanswered, .. } = self;
+        match path {
+            Path::Own(Some(hw)) => {
+                let end = |owner: Owner, status| {
+                    flight.complete(owner.request, status, pool, counters, done);
+                };
+                if let Err(failure) = hw.poll(end) {
+                    self.fail(failure);
+                }
+            }
+            Path::Own(None) => {}
+            Path::Shared(staging) => {
+                while let Ok(outcome) = staging.outcomes.pop() {
+                    self.on_the_way -= 1;
+                    match outcome.status {
+                        Some(status) => {
+                            flight.complete(outcome.request, status, pool, counters, done);
+                        }
+                        None => unanswered.push(outcome.request),
+                    }
+                }
+            }
+        }
+    }
+
+    fn read_mail(&mut self) {
+        while let Some(notice) = self.mailbox.take(&mut self.taken, &self.counters) {
+            if self.backend == Backend::Gone {
+                continue;
+            }
+            match notice {
+                Notice::Down => self.disconnect(),
+                Notice::Hold if self.backend == Backend::Up => self.backend = Backend::Hold,
+                Notice::Hold => {}
+                Notice::Up { connection, limits, ring } => {
+                    self.disconnect();
+                    self.connection = connection;
+                    self.next_limits = Some(limits);
+                    if let (Path::Own(own), Some(ring)) = (&mut self.path, ring) {
+                        let hw = HwQueue::new(*ring, self.ring_counters.clone());
+                        let event = EpollEvent::new(EpollFlags::EPOLLIN, 1);
+                        if let Err(e) = self.waker.add(hw.event_fd(), event) {
+                            tracing::error!(ring = self.ring, "cannot wait for events: {e}");
+                        }
+                        *own = Some(Box::new(hw));
+                    }
+                    self.backend = Backend::Up;
+                    self.reissue();
+                }
+                Notice::Gone => {
+                    self.disconnect();
+                    self.backend = Backend::Gone;
+                    self.unanswered.clear();
+                    self.flight.abandon(&mut self.done);
+                }
+            }
+        }
+    }
+
+    /// Lets go of our ring, if it is ours, keeping what was answered and noting what was not.
+    fn disconnect(&mut self) {
+        if self.backend != Backend::Gone {
+            self.backend = Backend::Down;
+        }
+        let Path::Own(own) = &mut self.path else { return };
+        let Some(mut hw) = own.take() else { return };
+        let Self { flight, pool, counters, done, .. } = self;
+        let end = |owner: Owner, status| {
+            flight.complete(owner.request, status, pool, counters, done);
+        };
+        // A backend that closed in good order has answered. One that did not gets no blame now.
+        let _ = hw.poll(end);
+        self.unanswered.extend(hw.unanswered().iter().map(|owner| owner.request));
+        let _ = self.waker.delete(hw.event_fd());
+    }
+
+    /// Once all that was on the old ring has come back, puts it together for the new one.
+    fn reissue(&mut self) {
+        if self.backend != Backend::Up || self.on_the_way > 0 {
+            return;
+        }
+        if let Some(limits) = self.next_limits.take() {
+            self.flight.reissue(&self.unanswered, limits, &self.pool, &self.counters);
+            self.unanswered.clear();
+            if !self.plugged {
+                self.issue();
+            }
+        }
+    }
+
+    fn fail(&mut self, failure: Failure) {
+        // Everything of ours ends with the notice that this posts to us, too.
+        self.link.fail(self.ring, failure);
+        self.read_mail();
     }
 
     /// As [`Queue::poll`], but waits as [`crate::Config::waiting`] says until something has
     /// completed, or `timeout` is over. With nothing in the queue it returns at once.
     pub fn wait(&mut self, done: &mut Vec<Completed>, timeout: Option<Duration>) -> usize {
-        let _ = (done, timeout);
-        0
+        let mut deadline = None;
+        loop {
+            let count = self.poll(done);
+            if count > 0 || self.in_flight() == 0 {
+                self.spinner.paid();
+                return count;
+            }
+            if self.spinner.spin(&self.counters) {
+                // A polling thread that was given a time looks at the clock each turn: it has nothing
+                // better to do, and turns are longer than a look only when there is work.
+                if self.spinner.is_endless() && expired(&mut deadline, timeout).is_none() {
+                    return 0;
+                }
+                continue;
+            }
+            let Some(left) = expired(&mut deadline, timeout) else { return 0 };
+            if self.arm() {
+                self.sleep(left);
+            }
+        }
+    }
+
+    fn sleep(&self, timeout: Option<Duration>) {
+        let bell = self.mailbox.bell.as_fd();
+        let other = match &self.path {
+            Path::Own(Some(hw)) => hw.event_fd(),
+            _ => bell,
+        };
+        sleep(&[bell, other], timeout, &self.counters);
     }
 
     /// Asks for an event and looks once more. Only when this says `true` is it safe to sleep on the
     /// descriptor; otherwise there is something for [`Queue::poll`].
     pub fn arm(&mut self) -> bool {
-        false
+        self.armed = true;
+        let idle = match &mut self.path {
+            Path::Own(Some(hw)) => hw.arm(),
+            Path::Own(None) => Ok(true),
+            Path::Shared(staging) => {
+                self.mailbox.bell.about_to_sleep();
+                Ok(staging.outcomes.is_empty())
+            }
+        };
+        match idle {
+            Ok(idle) => idle && self.done.is_empty() && !self.mailbox.has_news(self.taken),
+            Err(failure) => {
+                self.fail(failure);
+                false
+            }
+        }
+    }
+
+    fn disarm(&mut self) {
+        self.armed = false;
+        let taken = match &mut self.path {
+            Path::Own(Some(hw)) => hw.take_event(),
+            Path::Own(None) => Ok(false),
+            Path::Shared(_) => {
+                self.mailbox.bell.awake();
+                Ok(false)
+            }
+        };
+        match taken {
+            Ok(true) => {}
+            Ok(false) => {
+                self.counters.syscalls.add(1);
+                self.mailbox.bell.silence();
+            }
+            Err(failure) => self.fail(failure),
+        }
     }
 
     /// I/Os submitted and not yet taken back.
     pub fn in_flight(&self) -> usize {
-        0
+        self.flight.len() + self.done.len()
     }
 
     /// The vCPU this is the queue of.
     pub fn vcpu(&self) -> u32 {
-        0
+        self.vcpu
+    }
+
+    /// The ring it uses.
+    pub fn ring(&self) -> u32 {
+        self.ring
     }
 
     /// Bytes the disk has now.
     pub fn size(&self) -> u64 {
-        0
+        self.link.sectors.load(Ordering::Relaxed).saturating_mul(SECTOR_SIZE as u64)
     }
 
     /// How this thread waits from now on.
     pub fn set_waiting(&mut self, waiting: Waiting) {
-        let _ = waiting;
+        self.spinner = Spinner::new(waiting);
     }
 
-    /// What this vCPU has done.
+    /// What this vCPU has done, without what its ring has ([`crate::RingInfo::stats`]).
     pub fn stats(&self) -> Stats {
-        Stats::default()
-    }
-
-    /// Reads into `to`, of any length that is a multiple of the sector size. Blocks. Nothing else may
-    /// be in flight on this queue.
-    ///
-    /// # Errors
-    /// As [`Queue::submit`] and [`Completed::result`], as an `io::Error`.
-    pub fn read_at(&mut self, offset: u64, to: &mut [u8]) -> io::Result<()> {
-        let _ = (offset, to);
-        Ok(())
-    }
-
-    /// Writes `from`. As [`Queue::read_at`].
-    ///
-    /// # Errors
-    /// As [`Queue::read_at`].
-    pub fn write_at(&mut self, offset: u64, from: &[u8]) -> io::Result<()> {
-        let _ = (offset, from);
-        Ok(())
-    }
-
-    /// Makes completed writes durable. As [`Queue::read_at`].
-    ///
-    /// # Errors
-    /// As [`Queue::read_at`].
-    pub fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-
-    /// Gives `len` bytes from `offset` back. As [`Queue::read_at`].
-    ///
-    /// # Errors
-    /// As [`Queue::read_at`].
-    pub fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        let _ = (offset, len);
-        Ok(())
+        self.counters.snapshot()
     }
 }
 
 impl AsFd for Queue {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.wake.0.as_fd()
+        self.waker.0.as_fd()
+    }
+}
+
+/// The time that is left, for ever being `Some(None)`; `None` when it is over. The clock starts with the
+/// first call.
+fn expired(deadline: &mut Option<Instant>, timeout: Option<Duration>) -> Option<Option<Duration>> {
+    let Some(timeout) = timeout else { return Some(None) };
+    let now = Instant::now();
+    match *deadline {
+        None => {
+            *deadline = now.checked_add(timeout);
+            (!timeout.is_zero()).then_some(Some(timeout))
+        }
+        Some(deadline) => deadline.checked_duration_since(now).filter(|d| !d.is_zero()).map(Some),
     }
 }

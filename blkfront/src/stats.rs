@@ -66,8 +66,8 @@ counters! {
     splits,
     /// Requests that found the ring (or the staging queue to its owner) full and waited for a slot.
     requeues,
-    /// Requests issued again, because the backend went away with them.
-    reissues,
+    /// Requests that a backend went away with; they were issued again when it came back.
+    lost,
     /// Events sent to the backend.
     kicks_sent,
     /// Batches published that the backend wanted no event for: it was awake.

@@ -1,0 +1,123 @@
+//! Blocking I/O on a queue, copied through its buffers.
+
+use crate::{Completed, Io, IoBuffer, Queue};
+use ring_proto::abi::PAGE_SIZE;
+use std::io;
+
+/// Bytes of one I/O of a blocking call: enough that what a call costs does not show.
+const CHUNK: usize = 1 << 20;
+
+impl Queue {
+    /// Reads into `to`, of any length that is a multiple of the sector size. Blocks. Nothing else may
+    /// be in flight on this queue.
+    ///
+    /// # Errors
+    /// As [`Queue::submit`] and [`Completed::result`]; `ResourceBusy` while something is in flight,
+    /// `OutOfMemory` when every page of the pool is in a buffer.
+    pub fn read_at(&mut self, offset: u64, to: &mut [u8]) -> io::Result<()> {
+        let mut at = 0;
+        while let Some(rest) = to.get_mut(at..).filter(|rest| !rest.is_empty()) {
+            let buffer = self.chunk(rest.len())?;
+            let len = buffer.len();
+            let buffer = self.run(Io::read(0, position(offset, at)?, buffer))?;
+            if let (Some(buffer), Some(part)) = (buffer, rest.get_mut(..len)) {
+                buffer.read(0, part);
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Reads into each of `to` in turn. As [`Queue::read_at`]; each length must be a multiple of the
+    /// sector size.
+    ///
+    /// # Errors
+    /// As [`Queue::read_at`].
+    pub fn read_vectored_at(
+        &mut self,
+        offset: u64,
+        to: &mut [io::IoSliceMut<'_>],
+    ) -> io::Result<()> {
+        let mut at = 0;
+        for slice in to {
+            self.read_at(position(offset, at)?, slice)?;
+            at += slice.len();
+        }
+        Ok(())
+    }
+
+    /// Writes `from`. As [`Queue::read_at`].
+    ///
+    /// # Errors
+    /// As [`Queue::read_at`].
+    pub fn write_at(&mut self, offset: u64, from: &[u8]) -> io::Result<()> {
+        let mut at = 0;
+        while let Some(rest) = from.get(at..).filter(|rest| !rest.is_empty()) {
+            let mut buffer = self.chunk(rest.len())?;
+            let len = buffer.write(0, rest.get(..buffer.len()).unwrap_or(rest));
+            self.run(Io::write(0, position(offset, at)?, buffer))?;
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Writes each of `from` in turn. As [`Queue::read_vectored_at`].
+    ///
+    /// # Errors
+    /// As [`Queue::read_at`].
+    pub fn write_vectored_at(&mut self, offset: u64, from: &[io::IoSlice<'_>]) -> io::Result<()> {
+        let mut at = 0;
+        for slice in from {
+            self.write_at(position(offset, at)?, slice)?;
+            at += slice.len();
+        }
+        Ok(())
+    }
+
+    /// Makes completed writes durable. As [`Queue::read_at`].
+    ///
+    /// # Errors
+    /// As [`Queue::read_at`].
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.run(Io::flush(0)).map(drop)
+    }
+
+    /// Gives `len` bytes from `offset` back. As [`Queue::read_at`].
+    ///
+    /// # Errors
+    /// As [`Queue::read_at`].
+    pub fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.run(Io::discard(0, offset, len)).map(drop)
+    }
+
+    /// A buffer for as much of `len` bytes as there are pages for.
+    fn chunk(&mut self, len: usize) -> io::Result<IoBuffer> {
+        let mut len = len.min(CHUNK);
+        loop {
+            if let Some(buffer) = self.alloc(len) {
+                return Ok(buffer);
+            }
+            if len <= PAGE_SIZE {
+                return Err(io::ErrorKind::OutOfMemory.into());
+            }
+            len = (len / 2).next_multiple_of(PAGE_SIZE).min(len - 1);
+        }
+    }
+
+    fn run(&mut self, io: Io) -> io::Result<Option<IoBuffer>> {
+        if self.in_flight() > 0 {
+            return Err(io::ErrorKind::ResourceBusy.into());
+        }
+        self.unplug();
+        self.submit(io).map_err(|refused| io::Error::from(refused.reason))?;
+        let mut done = Vec::with_capacity(1);
+        while self.wait(&mut done, None) == 0 {}
+        let Some(Completed { result, buffer, .. }) = done.pop() else { return Ok(None) };
+        result?;
+        Ok(buffer)
+    }
+}
+
+fn position(offset: u64, at: usize) -> io::Result<u64> {
+    offset.checked_add(at as u64).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+}

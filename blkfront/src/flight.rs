@@ -1,0 +1,454 @@
+//! From I/Os to requests and back: split, merge, requeue, complete.
+//!
+//! An I/O is cut into pieces that each fit a request; pieces of neighbouring I/Os that wait together
+//! become one request. Nothing here touches a ring, so an I/O survives any number of them: when a
+//! backend is replaced, the pieces of every unanswered request are put together anew, within whatever limits
+//! the new one has.
+
+use crate::pool::{IoBuffer, Pool};
+use crate::slab::{NONE, Slab};
+use crate::stats::Counters;
+use crate::{Completed, Io, IoError, Op};
+use ring_proto::abi::{MAX_INDIRECT_PAGES, MAX_INDIRECT_SEGMENTS, SECTOR_SIZE, SECTORS_PER_PAGE};
+use ring_proto::{Body, GrantRef, Segment, Segments, Status, Transfer, encode_segment};
+use std::collections::VecDeque;
+
+/// Requests at the tail of those waiting that a new piece is tried against. The last one is hit by a
+/// sequential stream; the others by as many interleaved streams.
+const MERGE_WINDOW: usize = 4;
+/// 512-byte sectors in a page, as the arithmetic here needs it.
+const PAGE_SECTORS: u32 = SECTORS_PER_PAGE as u32;
+
+/// How the backend makes writes durable.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum FlushMode {
+    /// Not at all: there is no volatile cache, or none it tells us of. As in Linux, flushes succeed.
+    None,
+    /// `FLUSH_DISKCACHE`.
+    Cache,
+    /// `WRITE_BARRIER`, which Linux also uses only where there is no `FLUSH_DISKCACHE`.
+    Barrier,
+}
+
+/// What one connection to a backend allows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Limits {
+    /// Segments of a direct request.
+    pub(crate) direct: u16,
+    /// Segments of an indirect request; 0 without.
+    pub(crate) indirect: u16,
+    pub(crate) flush: FlushMode,
+    pub(crate) discard: bool,
+    pub(crate) secure_discard: bool,
+    pub(crate) read_only: bool,
+    /// Bytes.
+    pub(crate) sector_size: u32,
+}
+
+impl Limits {
+    fn segments(&self) -> u32 {
+        u32::from(self.direct.max(self.indirect)).max(1)
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Kind {
+    Read,
+    Write,
+    Barrier,
+    Flush,
+    Discard { sectors: u64, secure: bool },
+}
+
+impl Kind {
+    fn merges(self) -> bool {
+        matches!(self, Self::Read | Self::Write)
+    }
+}
+
+#[derive(Debug)]
+struct Flying {
+    io: Io,
+    /// Pieces not answered.
+    left: u32,
+    result: Result<(), IoError>,
+    /// A flush is to follow.
+    flush_after: bool,
+}
+
+/// A part of an I/O that starts at a page of its buffer.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    io: u32,
+    page: u32,
+    sectors: u32,
+    /// The piece behind it in its request.
+    next: u32,
+}
+
+#[derive(Debug)]
+struct Assembled {
+    kind: Kind,
+    sector: u64,
+    sectors: u32,
+    segments: u32,
+    first: u32,
+    last: u32,
+    /// The page of segments, while the backend has it.
+    indirect: Option<IoBuffer>,
+    /// Counted as waiting for a slot.
+    waited: bool,
+}
+
+/// A vCPU's I/Os.
+#[derive(Debug)]
+pub(crate) struct Flight {
+    pub(crate) limits: Limits,
+    merge: bool,
+    ios: Slab<Flying>,
+    pieces: Slab<Piece>,
+    requests: Slab<Assembled>,
+    /// Held back by a plug, or waiting for a slot.
+    waiting: VecDeque<u32>,
+}
+
+impl Flight {
+    /// `pages` is how many the data pool has: every piece but that of a flush or discard holds one.
+    pub(crate) fn new(depth: usize, pages: usize, merge: bool, limits: Limits) -> Self {
+        Self {
+            limits,
+            merge,
+            ios: Slab::new(depth),
+            pieces: Slab::new(depth + pages),
+            requests: Slab::new(depth + pages),
+            waiting: VecDeque::with_capacity(depth + pages),
+        }
+    }
+
+    /// The most requests there can be at a time.
+    pub(crate) fn max_requests(depth: usize, pages: usize) -> usize {
+        depth + pages
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.ios.len()
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.ios.is_full()
+    }
+
+    /// Whether requests wait to be issued.
+    pub(crate) fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Takes an I/O that was checked against the limits; gives it back when full. What needs no request
+    /// is completed at once.
+    pub(crate) fn admit(
+        &mut self,
+        io: Io,
+        pool: &Pool,
+        counters: &Counters,
+        done: &mut Vec<Completed>,
+    ) -> Result<(), Io> {
+        if self.ios.is_full() {
+            return Err(io);
+        }
+        let sector = io.offset / SECTOR_SIZE as u64;
+        let (op, flush) = (io.op, self.limits.flush);
+        let data = io.buffer.as_ref().map(|b| (b.page_at(0), (b.len() / SECTOR_SIZE) as u32));
+        let (page, sectors) = data.unwrap_or((NONE, 0));
+        let barrier = flush == FlushMode::Barrier
+            && sectors.div_ceil(PAGE_SECTORS) <= u32::from(self.limits.direct);
+        let (kind, flush_after) = match op {
+            Op::Read => (Kind::Read, false),
+            Op::Write { fua: true } if barrier => (Kind::Barrier, false),
+            Op::Write { fua } => (Kind::Write, fua && flush != FlushMode::None),
+            Op::Flush => (Kind::Flush, false),
+            Op::Discard { len, secure } => {
+                (Kind::Discard { sectors: len / SECTOR_SIZE as u64, secure }, false)
+            }
+        };
+        let flying = Flying { io, left: 0, result: Ok(()), flush_after };
+        let Some(key) = self.ios.insert(flying) else { return Ok(()) };
+        if op == Op::Flush && flush == FlushMode::None {
+            self.land(key, done);
+            return Ok(());
+        }
+        self.assemble(key, kind, sector, page, sectors, pool, counters);
+        Ok(())
+    }
+
+    /// Cuts a range into pieces and finds or makes a request for each.
+    #[expect(clippy::too_many_arguments, reason = "a range of an I/O, and what is done with it")]
+    fn assemble(
+        &mut self,
+        io: u32,
+        kind: Kind,
+        mut sector: u64,
+        mut page: u32,
+        mut sectors: u32,
+        pool: &Pool,
+        counters: &Counters,
+    ) {
+        let most = self.limits.segments() * PAGE_SECTORS;
+        loop {
+            let part = sectors.min(most);
+            self.add_piece(Piece { io, page, sectors: part, next: NONE }, kind, sector, counters);
+            sectors -= part;
+            if sectors == 0 {
+                return;
+            }
+            counters.splits.add(1);
+            sector += u64::from(part);
+            for _ in 0..part / PAGE_SECTORS {
+                page = pool.next(page);
+            }
+        }
+    }
+
+    fn add_piece(&mut self, piece: Piece, kind: Kind, sector: u64, counters: &Counters) {
+        let sectors = piece.sectors;
+        let segments = sectors.div_ceil(PAGE_SECTORS);
+        // Cannot fail: `new` made room for every page and every I/O.
+        let Some(key) = self.pieces.insert(piece) else { return };
+        if let Some(flying) = self.ios.get_mut(piece.io) {
+            flying.left += 1;
+        }
+        if self.merge && kind.merges() && self.join(key, kind, sector, sectors, segments) {
+            counters.merges.add(1);
+            return;
+        }
+        let request = Assembled {
+            kind,
+            sector,
+            sectors,
+            segments,
+            first: key,
+            last: key,
+            indirect: None,
+            waited: false,
+        };
+        if let Some(request) = self.requests.insert(request) {
+            self.waiting.push_back(request);
+        }
+    }
+
+    /// Back or front merge with one of the last requests that wait.
+    fn join(&mut self, key: u32, kind: Kind, sector: u64, sectors: u32, segments: u32) -> bool {
+        let most = self.limits.segments();
+        for &candidate in self.waiting.iter().rev().take(MERGE_WINDOW) {
+            let Some(request) = self.requests.get_mut(candidate) else { continue };
+            if request.kind != kind || request.segments + segments > most {
+                continue;
+            }
+            if request.sector + u64::from(request.sectors) == sector {
+                let last = std::mem::replace(&mut request.last, key);
+                if let Some(last) = self.pieces.get_mut(last) {
+                    last.next = key;
+                }
+            } else if sector + u64::from(sectors) == request.sector {
+                let first = std::mem::replace(&mut request.first, key);
+                request.sector = sector;
+                if let Some(piece) = self.pieces.get_mut(key) {
+                    piece.next = first;
+                }
+            } else {
+                continue;
+            }
+            request.sectors += sectors;
+            request.segments += segments;
+            return true;
+        }
+        false
+    }
+
+    /// The request that is next to be issued.
+    pub(crate) fn front(&self) -> Option<u32> {
+        self.waiting.front().copied()
+    }
+
+    /// [`Flight::front`] was issued.
+    pub(crate) fn issued(&mut self) {
+        self.waiting.pop_front();
+    }
+
+    /// [`Flight::front`] found no slot: says whether for the first time.
+    pub(crate) fn blocked(&mut self) -> bool {
+        let request = self.front().and_then(|key| self.requests.get_mut(key));
+        request.is_some_and(|request| !std::mem::replace(&mut request.waited, true))
+    }
+
+    /// What goes on the ring for a request; `None` while there is no page for its segments.
+    pub(crate) fn body(&mut self, key: u32, pool: &Pool, lists: &mut Pool) -> Option<Body> {
+        let request = self.requests.get_mut(key)?;
+        let transfer = match request.kind {
+            Kind::Read => Transfer::Read,
+            Kind::Write => Transfer::Write,
+            Kind::Barrier => Transfer::Barrier,
+            Kind::Flush => {
+                return Some(Body::Flush { barrier: self.limits.flush == FlushMode::Barrier });
+            }
+            Kind::Discard { sectors, secure } => {
+                return Some(Body::Discard { sector: request.sector, sectors, secure });
+            }
+        };
+        let sector = request.sector;
+        if request.segments <= u32::from(self.limits.direct) {
+            let mut segments = Segments::EMPTY;
+            each_segment(&self.pieces, request.first, pool, |segment| {
+                segments.push(segment);
+            });
+            return Some(Body::Direct { transfer, sector, segments });
+        }
+        let mut list = lists.alloc(SEGMENT_LIST_BYTES)?;
+        let mut bytes = [0; SEGMENT_LIST_BYTES];
+        let mut used = 0;
+        each_segment(&self.pieces, request.first, pool, |segment| {
+            let encoded = encode_segment(&segment);
+            if let Some(place) = bytes.get_mut(used..used + encoded.len()) {
+                place.copy_from_slice(&encoded);
+                used += encoded.len();
+            }
+        });
+        list.write(0, bytes.get(..used).unwrap_or_default());
+        let mut pages = [GrantRef(0); MAX_INDIRECT_PAGES];
+        pages[0] = lists.gref(list.page_at(0));
+        let nr_segments = request.segments as u16;
+        request.indirect = Some(list);
+        Some(Body::Indirect { transfer, sector, nr_segments, pages })
+    }
+
+    /// A response came.
+    pub(crate) fn complete(
+        &mut self,
+        key: u32,
+        status: Status,
+        pool: &Pool,
+        counters: &Counters,
+        done: &mut Vec<Completed>,
+    ) {
+        let Some(request) = self.requests.remove(key) else { return };
+        let result = match (status, request.kind) {
+            (Status::Okay, _) => Ok(()),
+            // As in Linux: there is nothing to flush, then.
+            (Status::NotSupported, Kind::Flush) => {
+                self.limits.flush = FlushMode::None;
+                Ok(())
+            }
+            // Here Linux calls it done. It was not written.
+            (Status::NotSupported, Kind::Barrier) => {
+                self.limits.flush = FlushMode::None;
+                return self.reassemble(request, Kind::Write, pool, counters);
+            }
+            (Status::NotSupported, kind) => {
+                if matches!(kind, Kind::Discard { .. }) {
+                    self.limits.discard = false;
+                }
+                Err(IoError::NotSupported)
+            }
+            (Status::Error, _) => Err(IoError::Backend),
+        };
+        let mut next = request.first;
+        while let Some(piece) = self.pieces.remove(next) {
+            next = piece.next;
+            let Some(flying) = self.ios.get_mut(piece.io) else { continue };
+            flying.left -= 1;
+            flying.result = flying.result.and(result);
+            if flying.left > 0 {
+                continue;
+            }
+            let flush = std::mem::take(&mut flying.flush_after) && flying.result.is_ok();
+            if flush && self.limits.flush != FlushMode::None {
+                self.assemble(piece.io, Kind::Flush, 0, NONE, 0, pool, counters);
+            } else {
+                self.land(piece.io, done);
+            }
+        }
+    }
+
+    fn land(&mut self, key: u32, done: &mut Vec<Completed>) {
+        if let Some(Flying { io, result, .. }) = self.ios.remove(key) {
+            done.push(Completed { cookie: io.cookie, result, buffer: io.buffer });
+        }
+    }
+
+    /// Puts requests that will not be answered, in the order in which they were issued, and those that
+    /// wait, together anew within `limits`.
+    pub(crate) fn reissue(
+        &mut self,
+        unanswered: &[u32],
+        limits: Limits,
+        pool: &Pool,
+        counters: &Counters,
+    ) {
+        self.limits = limits;
+        let waiting = std::mem::take(&mut self.waiting);
+        self.waiting.reserve(waiting.capacity());
+        for &key in unanswered.iter().chain(&waiting) {
+            let Some(request) = self.requests.remove(key) else { continue };
+            let kind = match request.kind {
+                // The new backend may have no barriers, or none that take so much.
+                Kind::Barrier => {
+                    self.flush_after_each(request.first, limits.flush != FlushMode::None);
+                    Kind::Write
+                }
+                kind => kind,
+            };
+            self.reassemble(request, kind, pool, counters);
+        }
+    }
+
+    fn flush_after_each(&mut self, mut piece: u32, flush: bool) {
+        while let Some(Piece { io, next, .. }) = self.pieces.get(piece).copied() {
+            if let Some(flying) = self.ios.get_mut(io) {
+                flying.flush_after = flush;
+            }
+            piece = next;
+        }
+    }
+
+    fn reassemble(&mut self, request: Assembled, kind: Kind, pool: &Pool, counters: &Counters) {
+        let (mut next, mut sector) = (request.first, request.sector);
+        while let Some(piece) = self.pieces.remove(next) {
+            if let Some(flying) = self.ios.get_mut(piece.io) {
+                flying.left -= 1;
+            }
+            self.assemble(piece.io, kind, sector, piece.page, piece.sectors, pool, counters);
+            sector += u64::from(piece.sectors);
+            next = piece.next;
+        }
+    }
+
+    /// Fails everything.
+    pub(crate) fn abandon(&mut self, done: &mut Vec<Completed>) {
+        self.waiting.clear();
+        self.requests.drain().for_each(drop);
+        self.pieces.drain().for_each(drop);
+        let gone = |flying: Flying| Completed {
+            cookie: flying.io.cookie,
+            result: Err(IoError::Gone),
+            buffer: flying.io.buffer,
+        };
+        done.extend(self.ios.drain().map(gone));
+    }
+}
+
+/// Bytes of the longest list of segments; it fits in one page.
+const SEGMENT_LIST_BYTES: usize = MAX_INDIRECT_SEGMENTS * size_of::<Segment>();
+const _: () = assert!(SEGMENT_LIST_BYTES <= ring_proto::abi::PAGE_SIZE);
+
+fn each_segment(pieces: &Slab<Piece>, first: u32, pool: &Pool, mut to: impl FnMut(Segment)) {
+    let mut next = first;
+    while let Some(piece) = pieces.get(next) {
+        let (mut page, mut sectors) = (piece.page, piece.sectors);
+        while sectors > 0 {
+            let part = sectors.min(PAGE_SECTORS);
+            to(Segment::new(pool.gref(page), 0, (part - 1) as u8));
+            page = pool.next(page);
+            sectors -= part;
+        }
+        next = piece.next;
+    }
+}

@@ -1,0 +1,196 @@
+//! A ring and what is in flight on it.
+
+use crate::Violation;
+use crate::stats::Counters;
+use ring_proto::{Body, Request, RequestProducer, ResponseConsumer, Status};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use xen_platform::{EventChannel, GrantedPages};
+
+/// Bits of a request's id that name its tag; the rest count its uses, so that a response that comes
+/// twice, or late, is no response to the request that has the tag by then. 32 bits in all, because the
+/// split layout carries no more.
+const TAG_BITS: u32 = 16;
+const TAG_MASK: u32 = (1 << TAG_BITS) - 1;
+
+/// One connection's ring, with all that must stay as long as it does.
+#[derive(Debug)]
+pub(crate) struct Ring {
+    pub(crate) producer: RequestProducer,
+    pub(crate) consumer: ResponseConsumer,
+    pub(crate) channel: Box<dyn EventChannel>,
+    /// Dropped last: revoking comes after the last use.
+    pub(crate) _pages: Vec<Box<dyn GrantedPages>>,
+}
+
+/// Whose request it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Owner {
+    /// Which of the vCPUs that share the ring.
+    pub(crate) user: u32,
+    /// Its number there.
+    pub(crate) request: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Tag {
+    /// The id it was last, or is, in flight under.
+    id: u32,
+    busy: bool,
+    operation: u8,
+    owner: Owner,
+    /// Counts issues: the order to reissue in.
+    order: u64,
+}
+
+/// What went wrong with a ring.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    Violation(Violation),
+    Platform(xen_platform::Error),
+}
+
+impl From<Violation> for Failure {
+    fn from(violation: Violation) -> Self {
+        Self::Violation(violation)
+    }
+}
+
+impl From<ring_proto::RingError> for Failure {
+    fn from(error: ring_proto::RingError) -> Self {
+        Self::Violation(error.into())
+    }
+}
+
+impl From<xen_platform::Error> for Failure {
+    fn from(error: xen_platform::Error) -> Self {
+        Self::Platform(error)
+    }
+}
+
+/// A hardware queue, in blk-mq's terms. Owned by one thread.
+#[derive(Debug)]
+pub(crate) struct HwQueue {
+    ring: Ring,
+    /// As many as the ring has slots.
+    tags: Box<[Tag]>,
+    free: Vec<u32>,
+    issues: u64,
+    pushed: u64,
+    masked: bool,
+    counters: Arc<Counters>,
+}
+
+impl HwQueue {
+    pub(crate) fn new(ring: Ring, counters: Arc<Counters>) -> Self {
+        let slots = ring.producer.slots();
+        let owner = Owner { user: 0, request: 0 };
+        let tag = |n| Tag { id: n, busy: false, operation: 0, owner, order: 0 };
+        Self {
+            tags: (0..slots).map(tag).collect(),
+            free: (0..slots).rev().collect(),
+            ring,
+            issues: 0,
+            pushed: 0,
+            masked: false,
+            counters,
+        }
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.free.is_empty()
+    }
+
+    pub(crate) fn event_fd(&self) -> BorrowedFd<'_> {
+        self.ring.channel.as_fd()
+    }
+
+    /// Puts a request on the ring; `false` when it is full. The backend sees it after
+    /// [`HwQueue::publish`].
+    pub(crate) fn push(&mut self, owner: Owner, body: Body) -> bool {
+        let Some(&n) = self.free.last() else { return false };
+        let Some(tag) = self.tags.get_mut(n as usize) else { return false };
+        let id = n | (tag.id & !TAG_MASK).wrapping_add(1 << TAG_BITS);
+        let request = Request { id: id.into(), body };
+        if self.ring.producer.push(&request).is_err() {
+            return false;
+        }
+        let operation = request.response_operation();
+        *tag = Tag { id, busy: true, operation, owner, order: self.issues };
+        self.free.pop();
+        self.issues += 1;
+        self.pushed += 1;
+        true
+    }
+
+    /// Shows the backend what was pushed, and wakes it if it sleeps.
+    pub(crate) fn publish(&mut self) -> Result<(), Failure> {
+        if self.pushed == 0 {
+            return Ok(());
+        }
+        self.counters.requests.add(std::mem::take(&mut self.pushed));
+        if self.ring.producer.publish() {
+            self.counters.kicks_sent.add(1);
+            self.counters.syscalls.add(1);
+            self.ring.channel.notify()?;
+        } else {
+            self.counters.kicks_avoided.add(1);
+        }
+        Ok(())
+    }
+
+    /// Takes the responses there are, and says how many. Each is checked: to a request in flight, under
+    /// its id, of its operation.
+    pub(crate) fn poll(&mut self, mut end: impl FnMut(Owner, Status)) -> Result<u32, Failure> {
+        let waiting = self.ring.consumer.poll()?;
+        if waiting == 0 {
+            return Ok(0);
+        }
+        while let Some(response) = self.ring.consumer.pop() {
+            let id = response.id;
+            let tag = u32::try_from(id).ok().and_then(|id| {
+                let tag = self.tags.get_mut((id & TAG_MASK) as usize)?;
+                (tag.busy && tag.id == id).then_some(tag)
+            });
+            let Some(tag) = tag else { return Err(Violation::Id { id }.into()) };
+            if response.operation != tag.operation {
+                let (operation, expected) = (response.operation, tag.operation);
+                return Err(Violation::Operation { id, operation, expected }.into());
+            }
+            tag.busy = false;
+            self.free.push(tag.id & TAG_MASK);
+            end(tag.owner, response.status);
+        }
+        self.counters.responses.add(waiting.into());
+        Ok(waiting)
+    }
+
+    /// Asks for an event and looks once more; `true` when it is safe to sleep.
+    pub(crate) fn arm(&mut self) -> Result<bool, Failure> {
+        if std::mem::take(&mut self.masked) {
+            self.counters.syscalls.add(1);
+            self.ring.channel.unmask()?;
+        }
+        Ok(!self.ring.consumer.final_check()?)
+    }
+
+    /// After a sleep: takes the event, if that is what ended it. The channel stays masked until
+    /// [`HwQueue::arm`], so that a backend cannot make us run faster than we work (XSA-391).
+    pub(crate) fn take_event(&mut self) -> Result<bool, Failure> {
+        self.counters.syscalls.add(1);
+        let taken = self.ring.channel.take()?;
+        if taken {
+            self.masked = true;
+            self.counters.events.add(1);
+        }
+        Ok(taken)
+    }
+
+    /// What was not answered, in the order in which it was issued. For a ring that is given up.
+    pub(crate) fn unanswered(&self) -> Vec<Owner> {
+        let mut busy: Vec<&Tag> = self.tags.iter().filter(|tag| tag.busy).collect();
+        busy.sort_unstable_by_key(|tag| tag.order);
+        self.counters.lost.add(busy.len() as u64);
+        busy.into_iter().map(|tag| tag.owner).collect()
+    }
+}
