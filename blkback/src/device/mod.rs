@@ -20,7 +20,7 @@ use xen_platform::Platform;
 use xenstore_glue::client::{self, Client, Watch};
 use xenstore_glue::vbd::{
     Agreement, BackendOffer, DevicePaths, DeviceProperties, Discard, FrontendRequest, QueueKeys,
-    Refusal,
+    Refusal, VirtualDevice,
 };
 use xenstore_glue::xenbus::{BackendAction, BackendEvent, BackendMachine, StalePeer, XenbusState};
 
@@ -55,7 +55,9 @@ pub(crate) struct Pokes {
 
 /// Serves a device until it is gone or the daemon exits.
 pub(crate) async fn serve(context: Context, paths: DevicePaths, pokes: Arc<Pokes>) {
-    let span = info_span!("vbd", dom = %paths.frontend_domain, dev = paths.device);
+    let name = VirtualDevice::from_number(paths.device)
+        .map_or_else(|| paths.device.to_string(), |device| device.to_string());
+    let span = info_span!("vbd", dom = %paths.frontend_domain, dev = name);
     async {
         let path = paths.backend();
         let registry = context.registry.clone();
@@ -209,7 +211,6 @@ impl Device {
             Ok(Ok(storage)) => {
                 let geometry = storage.geometry();
                 info!(
-                    disk = %self.description.name,
                     target = %self.description.params,
                     mib = geometry.sectors >> 11,
                     read_only = geometry.read_only,
@@ -236,7 +237,7 @@ impl Device {
 
     /// Says what went wrong, in the log and where the toolstack looks (`xenbus_dev_error` in Linux).
     async fn fail(&self, what: &str) -> Result<(), Abandoned> {
-        warn!(disk = %self.description.name, "{what}");
+        warn!("{what}");
         self.context.registry.update(&self.dir, |view| view.error = Some(what.to_owned()));
         let Some((domain, rest)) = self.dir.split_once("/backend/") else { return Ok(()) };
         let node = format!("{domain}/error/backend/{rest}/error");
@@ -274,7 +275,7 @@ impl Device {
         let refreshed = tokio::task::spawn_blocking(move || storage.refresh()).await;
         match refreshed {
             Ok(Ok(geometry)) if geometry.sectors != before => {
-                info!(disk = %self.description.name, before, now = geometry.sectors, "resized");
+                info!(before, now = geometry.sectors, "resized");
                 if let Some(link) = &self.link {
                     link.resize(geometry.sectors);
                 }
@@ -360,7 +361,7 @@ impl Device {
             })
             .await?;
         if written {
-            info!(disk = %self.description.name, %state);
+            info!(%state);
         }
         self.closing_since =
             (state == XenbusState::Closing && self.link.is_some()).then(tokio::time::Instant::now);
@@ -389,7 +390,6 @@ impl Device {
             ended: &self.ended,
         })?;
         info!(
-            disk = %self.description.name,
             rings = agreement.queues.len(),
             slots = agreement.slots(),
             layout = ?agreement.layout,
@@ -460,7 +460,7 @@ impl Device {
     async fn disconnect(&mut self) {
         if let Some(link) = self.link.take() {
             link.stop().await;
-            info!(disk = %self.description.name, "rings detached");
+            info!("rings detached");
         }
         self.context.registry.update(&self.dir, |view| view.rings.clear());
     }
@@ -469,7 +469,7 @@ impl Device {
     /// where the toolstack does that, remove its directory.
     async fn retire(&mut self) -> Result<(), Abandoned> {
         self.publish(Vec::new(), XenbusState::Closed).await?;
-        info!(disk = %self.description.name, "device removed");
+        info!("device removed");
         self.storage = None;
         if self.context.platform.domid().0 == 0 {
             return Ok(());
