@@ -9,14 +9,15 @@ mod rig;
 #[path = "storage/wrappers.rs"]
 mod wrappers;
 
-use blkback::storage::{Direct, OpKind, OpenError, Options, Target, open};
+use blkback::storage::{Direct, OpKind, OpenError, Options, open};
 use nix::sys::eventfd::EventFd;
-use rig::{DEPTH, HUNG, Rig, SECTOR, TestFile};
+use rig::{DEPTH, HUNG, Rig, SECTOR, TestFile, parse};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
+use xenstore_glue::disk::{Store, Target};
 
 const MIB: usize = 1 << 20;
 
@@ -139,16 +140,15 @@ fn dropping_a_queue_waits_for_its_operations() {
 /// Every kind of queue, wrapped and not.
 fn wakeable() -> (Vec<Target>, TestFile) {
     let file = TestFile::on_disk(MIB as u64);
-    let null = Target::Null { bytes: MIB as u64 };
-    let delay = Duration::from_secs(60);
-    let targets = vec![
-        null.clone(),
-        Target::Memory { bytes: MIB as u64 },
-        file.target(),
-        Target::Delay(delay, Box::new(null)),
-        Target::Delay(delay, Box::new(file.target())),
+    let path = file.0.display();
+    let targets = [
+        "null:1M".into(),
+        "memory:1M".into(),
+        format!("{path}"),
+        "delay:60s,null:1M".into(),
+        format!("limit:1000iops,error:50%,delay:60s,{path}"),
     ];
-    (targets, file)
+    (targets.iter().map(|text| parse(text)).collect(), file)
 }
 
 #[test]
@@ -185,7 +185,12 @@ fn a_wake_descriptor_ends_a_wait_as_long_as_it_is_readable() {
 #[test]
 fn a_refusal_says_why() {
     let check = |path: &Path, expect: &str| {
-        let error = open(&Target::Path(path.into()), Options::default()).err().expect("refused");
+        let error = open(
+            &Target { wrappers: Vec::new(), store: Store::Path(path.into()) },
+            Options::default(),
+        )
+        .err()
+        .expect("refused");
         let text = error.to_string();
         assert!(text.contains(expect) && text.contains(path.to_str().expect("UTF-8")), "{text}");
     };
@@ -195,8 +200,8 @@ fn a_refusal_says_why() {
     check(&TestFile::on_disk(0).0, "is empty");
     check(&TestFile::on_disk(1000).0, "has 1000 bytes, not a multiple of 512");
     for bytes in [0, 511] {
-        for target in [Target::Null { bytes }, Target::Memory { bytes }] {
-            let outcome = open(&target, Options::default());
+        for store in [Store::Null(bytes), Store::Memory(bytes)] {
+            let outcome = open(&Target { wrappers: Vec::new(), store }, Options::default());
             assert!(matches!(outcome, Err(OpenError::TargetSize { .. })));
         }
     }

@@ -46,7 +46,7 @@ impl FileDisk {
         if bytes == 0 {
             return Err(OpenError::Empty { path: path.into() });
         }
-        if bytes % u64::from(sector_size) != 0 {
+        if !bytes.is_multiple_of(u64::from(sector_size)) {
             return Err(OpenError::Size { path: path.into(), bytes, sector_size });
         }
 

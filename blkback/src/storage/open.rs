@@ -158,7 +158,7 @@ pub fn open(target: &Target, options: Options) -> Result<Arc<dyn Storage>, OpenE
 /// Sectors of a disk whose size the configuration gives.
 fn sectors(bytes: u64) -> Result<u64, OpenError> {
     let sector = SECTOR_SIZE as u64;
-    if bytes == 0 || bytes % sector != 0 {
+    if bytes == 0 || !bytes.is_multiple_of(sector) {
         return Err(OpenError::TargetSize { bytes });
     }
     Ok(bytes / sector)

@@ -1,10 +1,11 @@
 //! Block devices, where loop devices can be made.
 
 use crate::model;
-use crate::rig::{Rig, SECTOR, TestFile};
-use blkback::storage::{Direct, OpKind, OpenError, Options, Target, open};
+use crate::rig::{Rig, SECTOR, TestFile, parse};
+use blkback::storage::{Direct, OpKind, OpenError, Options, open};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use xenstore_glue::disk::Target;
 
 /// A loop device on a file.
 struct Loop {
@@ -33,7 +34,7 @@ impl Loop {
     }
 
     fn target(&self) -> Target {
-        Target::Path(self.device.clone())
+        parse(&self.device.display().to_string())
     }
 
     /// Flushes that reached the device: field 16 of its statistics.

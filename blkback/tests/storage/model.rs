@@ -1,11 +1,9 @@
 //! The same random operations on every kind of disk and on a plain vector.
 
-use crate::rig::{AREA, DEPTH, Random, Rig, SECTOR, TestFile};
-use blkback::storage::{Direct, IoVec, Limits, OpKind, Options, Storage, Target, open};
-use std::num::NonZeroU64;
+use crate::rig::{AREA, DEPTH, Random, Rig, SECTOR, TestFile, parse};
+use blkback::storage::{Direct, IoVec, OpKind, Options, Storage, open};
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
 
 /// The disk fits into the memory of a tag, to be read at once in the end.
 pub(crate) const DISK: usize = AREA;
@@ -93,7 +91,7 @@ fn options(direct: Direct) -> Options {
 
 #[test]
 fn memory() {
-    let storage = open(&Target::Memory { bytes: DISK as u64 }, Options::default()).expect("open");
+    let storage = open(&parse("memory:1M"), Options::default()).expect("open");
     check(storage, true, 1);
 }
 
@@ -123,8 +121,6 @@ fn file_in_memory() {
 #[test]
 fn wrapped() {
     let file = TestFile::on_disk(DISK as u64);
-    let limits = Limits { operations: NonZeroU64::new(20_000), bytes: NonZeroU64::new(1 << 30) };
-    let limited = Target::Limit(limits, Box::new(file.target()));
-    let target = Target::Delay(Duration::from_micros(50), Box::new(limited));
-    check(open(&target, Options::default()).expect("open"), true, 6);
+    let target = format!("delay:50us,limit:20000iops,limit:1G/s,error:0%,{}", file.0.display());
+    check(open(&parse(&target), Options::default()).expect("open"), true, 6);
 }

@@ -1,8 +1,6 @@
 //! A queue on a disk, with memory to read into and write from.
 
-use blkback::storage::{
-    Completion, IoVec, Op, OpKind, Options, Queue, QueueSetup, Storage, Target, open,
-};
+use blkback::storage::{Completion, IoVec, Op, OpKind, Options, Queue, QueueSetup, Storage, open};
 use ring_proto::SharedMemory;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -11,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use xen_platform::LocalRegion;
+use xenstore_glue::disk::Target;
 
 pub(crate) const SECTOR: usize = 512;
 pub(crate) const DEPTH: usize = 8;
@@ -95,6 +94,10 @@ impl Rig {
     }
 }
 
+pub(crate) fn parse(target: &str) -> Target {
+    target.parse().expect("a target")
+}
+
 /// A file that is gone with the value.
 pub(crate) struct TestFile(pub(crate) PathBuf);
 
@@ -114,7 +117,7 @@ impl TestFile {
     }
 
     pub(crate) fn target(&self) -> Target {
-        Target::Path(self.0.clone())
+        parse(&self.0.display().to_string())
     }
 }
 

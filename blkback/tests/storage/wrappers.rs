@@ -1,35 +1,22 @@
 //! Disks that are slow, limited and broken on purpose.
 
-use crate::rig::{DEPTH, Rig, SECTOR, TestFile};
-use blkback::storage::{FaultKind, FaultRate, Faults, Limits, OpKind, Options, Target, open};
-use std::num::NonZeroU64;
+use crate::rig::{DEPTH, Rig, SECTOR, TestFile, parse};
+use blkback::storage::{OpKind, Options, open};
 use std::time::{Duration, Instant};
-
-const NULL: Target = Target::Null { bytes: 1 << 20 };
-
-fn faulty(kind: Option<FaultKind>, rate: FaultRate) -> Rig {
-    Rig::new(&Target::Error(Faults { kind, rate }, Box::new(NULL)), Options::default())
-}
-
-#[test]
-fn every_third_write_fails() {
-    let period = NonZeroU64::new(3).expect("not zero");
-    let mut rig = faulty(Some(FaultKind::Write), FaultRate::Every(period));
-    let outcomes: Vec<_> = (0..9)
-        .map(|_| {
-            rig.read(0, SECTOR).expect("reads do not fail");
-            rig.write(0, &[0; SECTOR]).map_err(|e| e.raw_os_error())
-        })
-        .collect();
-    let failed = Err(Some(libc::EIO));
-    assert_eq!(outcomes, [Ok(()), Ok(()), failed].repeat(3));
-}
 
 #[test]
 fn a_share_fails_the_same_way_every_time() {
     let sequence = || -> Vec<bool> {
-        let mut rig = faulty(None, FaultRate::PerMillion(10_000));
-        (0..20_000).map(|_| rig.run(OpKind::Flush, 0, Vec::new()).is_err()).collect()
+        let mut rig = Rig::new(&parse("error:flush@1%,null:1M"), Options::default());
+        (0..20_000)
+            .map(|_| {
+                rig.read(0, SECTOR).expect("only flushes fail");
+                match rig.run(OpKind::Flush, 0, Vec::new()) {
+                    Ok(()) => false,
+                    Err(e) => e.raw_os_error() == Some(libc::EIO),
+                }
+            })
+            .collect()
     };
     let first = sequence();
     let failed = first.iter().filter(|failed| **failed).count();
@@ -38,9 +25,16 @@ fn a_share_fails_the_same_way_every_time() {
 }
 
 #[test]
+fn a_failed_write_is_not_done() {
+    let mut rig = Rig::new(&parse("error:write@100%,memory:1M"), Options::default());
+    rig.write(0, &[1; SECTOR]).expect_err("all writes fail");
+    assert_eq!(rig.read(0, SECTOR).expect("reads do not"), [0; SECTOR]);
+}
+
+#[test]
 fn a_delay_is_kept_and_counted_in_flight() {
     let delay = Duration::from_millis(5);
-    let mut rig = Rig::new(&Target::Delay(delay, Box::new(NULL)), Options::default());
+    let mut rig = Rig::new(&parse("delay:5ms,null:1M"), Options::default());
     let start = Instant::now();
     for tag in 0..DEPTH as u16 {
         rig.submit(tag, OpKind::Flush, 0, Vec::new());
@@ -61,11 +55,8 @@ fn a_delay_is_kept_and_counted_in_flight() {
 fn held_operations_do_not_keep_a_queue() {
     let file = TestFile::on_disk(1 << 20);
     let minute = Duration::from_secs(60);
-    let one = Limits { operations: NonZeroU64::new(1), bytes: None };
-    for target in [
-        Target::Delay(minute, Box::new(file.target())),
-        Target::Limit(one, Box::new(file.target())),
-    ] {
+    for wrapper in ["delay:60s", "limit:1iops"] {
+        let target = parse(&format!("{wrapper},{}", file.0.display()));
         let start = Instant::now();
         let mut rig = Rig::new(&target, Options::default());
         for tag in 0..DEPTH as u16 {
@@ -83,11 +74,8 @@ fn held_operations_do_not_keep_a_queue() {
 fn a_limit_is_shared_by_the_queues_of_a_disk() {
     const RINGS: u64 = 2;
     const EACH: u64 = 1000;
-    // 512 bytes each: the second bucket is the narrow one the second time.
-    for (operations, bytes) in [(10_000, 1 << 40), (1 << 40, 10_000 * 512)] {
-        let limits =
-            Limits { operations: NonZeroU64::new(operations), bytes: NonZeroU64::new(bytes) };
-        let target = Target::Limit(limits, Box::new(NULL));
+    for limit in ["10000iops", "5000k/s"] {
+        let target = parse(&format!("limit:{limit},null:1M"));
         let storage = open(&target, Options::default()).expect("open");
         let start = Instant::now();
         std::thread::scope(|scope| {
