@@ -4,6 +4,7 @@ use crate::{Error, Result};
 use ring_proto::abi::PAGE_SIZE;
 use ring_proto::{SharedMemory, copy_volatile};
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::ptr::NonNull;
 
 /// Anonymous, zeroed, page-aligned memory that the kernel backs only where it is touched.
@@ -50,6 +51,25 @@ impl LocalRegion {
         Ok(Self { base: base.cast(), len: len.get() })
     }
 
+    /// Gives the memory behind some pages back to the kernel: they read as zeroes from then on.
+    ///
+    /// # Errors
+    /// When the pages are not all within the region; then nothing is given back.
+    pub fn release(&self, pages: Range<usize>) -> Result<()> {
+        use nix::sys::mman::{MmapAdvise, madvise};
+        let failed = |e| Error::io(format!("release pages {pages:?}"), e);
+        let (first, end) = (pages.start, pages.end);
+        if first > end || end > self.len / PAGE_SIZE {
+            return Err(failed(nix::Error::EINVAL));
+        }
+        let at = self.base.as_ptr().wrapping_add(first * PAGE_SIZE);
+        let at = NonNull::new(at).ok_or_else(|| failed(nix::Error::EINVAL))?;
+        let len = (end - first) * PAGE_SIZE;
+        // SAFETY: whole pages of our own private mapping; whoever uses them goes through raw
+        // pointers and expects them to change.
+        unsafe { madvise(at.cast(), len, MmapAdvise::MADV_DONTNEED) }.map_err(failed)
+    }
+
     /// Makes `len` bytes from `offset` read as zeroes and gives the pages that lie wholly in them back to the kernel.
     ///
     /// # Errors
@@ -86,5 +106,27 @@ impl Drop for LocalRegion {
         // SAFETY: `base` and `len` are the mapping made in `new`, and nothing refers into it any
         // more. A failure would mean they are not, and leaves the memory mapped.
         let _ = unsafe { nix::sys::mman::munmap(self.base.cast(), self.len) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ring_proto::Window;
+    use std::sync::Arc;
+
+    #[test]
+    fn released_pages_are_zero_and_the_others_are_not() {
+        let region = Arc::new(LocalRegion::new(3).expect("memory"));
+        let all = Window::new(Arc::clone(&region) as Arc<dyn SharedMemory>, 0, 3 * PAGE_SIZE);
+        let all = all.expect("within");
+        all.write(&[1; 3 * PAGE_SIZE]);
+        region.release(1..2).expect("within");
+        let mut bytes = [0; 3 * PAGE_SIZE];
+        all.read(&mut bytes);
+        assert_eq!(bytes[..PAGE_SIZE], [1; PAGE_SIZE]);
+        assert_eq!(bytes[PAGE_SIZE..2 * PAGE_SIZE], [0; PAGE_SIZE]);
+        assert_eq!(bytes[2 * PAGE_SIZE..], [1; PAGE_SIZE]);
+        assert!(region.release(2..4).is_err());
     }
 }

@@ -54,7 +54,7 @@ pub struct EmbeddedPlatform {
     dir: PathBuf,
     connection: Arc<Connection>,
     own: Arc<OwnDomain>,
-    /// Dead ones are replaced when they are next asked for.
+    /// Dead ones are forgotten when any is next asked for.
     peers: Mutex<HashMap<DomId, Arc<Peer>>>,
 }
 
@@ -89,14 +89,15 @@ impl EmbeddedPlatform {
 
     fn peer(&self, domid: DomId) -> Result<Option<Arc<Peer>>> {
         let mut peers = locked(&self.peers);
-        if let Some(peer) = peers.get(&domid).filter(|p| !p.is_gone()) {
+        // Each keeps the memory of its domain.
+        peers.retain(|_, peer| !peer.is_gone());
+        if let Some(peer) = peers.get(&domid) {
             return Ok(Some(Arc::clone(peer)));
         }
         let peer = Peer::connect(Arc::clone(&self.connection), domid)?.map(Arc::new);
-        match &peer {
-            Some(peer) => peers.insert(domid, Arc::clone(peer)),
-            None => peers.remove(&domid),
-        };
+        if let Some(peer) = &peer {
+            peers.insert(domid, Arc::clone(peer));
+        }
         Ok(peer)
     }
 }

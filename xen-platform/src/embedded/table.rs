@@ -335,3 +335,80 @@ fn count_down(active: &AtomicU64, entry: &Entry, access: Access) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    const OWNER_FRAMES: u32 = 4;
+    const B: DomId = DomId(2);
+    const C: DomId = DomId(3);
+
+    fn tables() -> (GrantTable, ActiveTable) {
+        let grants = GrantTable::create("test").expect("memory");
+        let active = ActiveTable::create("test").expect("memory");
+        let grants = GrantTable::map(grants.as_fd()).expect("mapping");
+        (grants, ActiveTable::map(active.as_fd()).expect("mapping"))
+    }
+
+    #[test]
+    fn a_process_that_dies_at_any_point_of_a_use_leaves_nothing() {
+        let (grants, active) = tables();
+        let gref = GrantRef(RESERVED_ENTRIES);
+        let pin = |domid| active.pin(&grants, gref, domid, Access::ReadWrite, OWNER_FRAMES);
+        grants.permit(gref, B, 1, Access::ReadWrite);
+        let word = active.entry(gref).expect("in range");
+        let status = &grants.entry(gref).expect("in range").status;
+        let permitted = status.load(Ordering::Relaxed);
+
+        // Counted, but the grant entry not yet marked; marked; about to be unmarked, and locked.
+        let of_b = u64::from(B.0) << DOMID_SHIFT | WRITER;
+        for (left, marks) in [(of_b, 0), (of_b, READING | WRITING), (of_b | LOCK, WRITING)] {
+            word.store(left, Ordering::Relaxed);
+            status.store(permitted | marks, Ordering::Relaxed);
+            active.unpin_all(&grants, C);
+            assert_eq!(word.load(Ordering::Relaxed), left, "it was not C's");
+            active.unpin_all(&grants, B);
+            assert_eq!(status.load(Ordering::Relaxed), permitted);
+            assert_eq!(pin(B), Ok(1));
+            active.unpin(&grants, gref, Access::ReadWrite);
+            assert_eq!(word.load(Ordering::Relaxed), 0);
+        }
+        assert!(grants.revoke(gref));
+    }
+
+    #[test]
+    fn a_grant_redirected_while_in_use_is_refused_to_its_new_domain() {
+        let (grants, active) = tables();
+        let gref = GrantRef(RESERVED_ENTRIES);
+        let pin = |domid| active.pin(&grants, gref, domid, Access::ReadOnly, OWNER_FRAMES);
+        grants.permit(gref, B, 1, Access::ReadWrite);
+        assert_eq!(pin(B), Ok(1));
+        grants.permit(gref, C, 2, Access::ReadWrite);
+        assert_eq!(pin(C), Err(GrantStatus::BadRef));
+        active.unpin(&grants, gref, Access::ReadOnly);
+        assert_eq!(pin(C), Ok(2));
+    }
+
+    #[test]
+    fn uses_are_counted_up_to_the_limit_and_not_beyond() {
+        let (grants, active) = tables();
+        let gref = GrantRef(RESERVED_ENTRIES);
+        let pin = |access| active.pin(&grants, gref, B, access, OWNER_FRAMES);
+        grants.permit(gref, B, 1, Access::ReadWrite);
+        for _ in 0..COUNT_MASK {
+            assert_eq!(pin(Access::ReadOnly), Ok(1));
+        }
+        assert_eq!(pin(Access::ReadOnly), Err(GrantStatus::Other(GENERAL_ERROR)));
+        assert_eq!(pin(Access::ReadWrite), Ok(1));
+        active.unpin(&grants, gref, Access::ReadWrite);
+        for _ in 0..COUNT_MASK {
+            assert!(!grants.revoke(gref));
+            active.unpin(&grants, gref, Access::ReadOnly);
+        }
+        // One more than there were: the count stays at zero.
+        active.unpin(&grants, gref, Access::ReadOnly);
+        assert!(grants.revoke(gref));
+    }
+}

@@ -81,6 +81,25 @@ fn destroying_a_domain_kills_its_process() {
 }
 
 #[test]
+fn a_killed_process_can_be_replaced_at_once() {
+    let host = TestHost::start();
+    let a = host.guest("a");
+    let victim = host.create("victim", OnCrash::Preserve);
+    for _ in 0..20 {
+        let pages = a.grant(victim, 1, Access::ReadWrite).unwrap();
+        let channel = a.alloc_unbound(victim).unwrap();
+        let mut child = start_victim(&host, channel.port(), pages.refs());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let next = EmbeddedPlatform::attach(&host.dir, "victim").unwrap();
+        // Nothing of it is held any more, and its successor can take its place.
+        drop(next.bind_interdomain(a.domid(), channel.port()).unwrap());
+        drop(next.map(a.domid(), pages.refs(), Access::ReadWrite).unwrap());
+        pages.revoke().map_err(|(_, e)| e).unwrap();
+    }
+}
+
+#[test]
 fn a_domain_that_is_preserved_starts_afresh() {
     let host = TestHost::start();
     let (a, b) = (host.guest("a"), host.guest("b"));

@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::AsyncReadExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
@@ -37,7 +38,7 @@ pub(super) fn listen(broker: Arc<Broker>, path: &Path, domid: DomId) -> Result<J
     }))
 }
 
-pub(super) const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
+pub(super) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Tokio knows no `SOCK_SEQPACKET`, but accepts and reads such a socket like a stream: each read
 /// gives one packet, or nothing at the end.
@@ -64,6 +65,9 @@ async fn serve(broker: Arc<Broker>, domid: u16, mut stream: UnixStream) {
                 break;
             }
         };
+        if !attached {
+            let_go(&broker, domid).await;
+        }
         // A process waits for each reply, so there is room for it, or the process misbehaves.
         let mut send =
             |reply: &Reply, fds: &[BorrowedFd<'_>]| protocol::send(stream.as_fd(), reply, fds);
@@ -87,5 +91,22 @@ async fn serve(broker: Arc<Broker>, domid: u16, mut stream: UnixStream) {
     }
     if attached {
         broker.process_ended(domid, pid).await;
+    }
+}
+
+/// How long the end of a process may take to be seen here.
+const LET_GO_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Waits a little for the process that is the domain to be gone: whoever restarts a process that
+/// died can be here before its end of file is.
+async fn let_go(broker: &Broker, domid: u16) {
+    let ended = {
+        let host = locked(&broker.host);
+        let attached = host.get(domid).is_some_and(|d| d.process.is_some());
+        host.end_of_process(domid).filter(|_| attached)
+    };
+    if let Some(ended) = ended {
+        // Nothing else runs between the look above and the first poll of this.
+        let _ = tokio::time::timeout(LET_GO_TIMEOUT, ended.notified()).await;
     }
 }
