@@ -74,3 +74,7 @@ pub use mapping::map_vcpus;
 pub use pool::IoBuffer;
 pub use queue::Queue;
 pub use stats::Stats;
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+mod tests;

@@ -1,0 +1,60 @@
+//! A backend that lies loses its device, and nothing else happens.
+
+use super::*;
+use crate::{Cause, Io, IoError, Refusal, Violation};
+
+fn lie(conduct: Conduct, vcpus: u32) -> Violation {
+    let mut rig = Rig::new(small(vcpus), 1);
+    let _backend = rig.connect(UNION, Rig::limits(UNION, 0, FlushMode::None), conduct);
+    let mut queues: Vec<Queue> = (0..vcpus).map(|vcpu| rig.queue(vcpu)).collect();
+    let mut done = Vec::new();
+    for queue in &mut queues {
+        queue.plug();
+        for cookie in 0..8 {
+            let buffer = queue.alloc(4096).unwrap();
+            // Far apart: eight requests.
+            queue.submit(Io::read(cookie, cookie * 8192, buffer)).unwrap();
+        }
+        queue.unplug();
+    }
+    for queue in &mut queues {
+        while queue.in_flight() > 0 {
+            queue.wait(&mut done, None);
+        }
+        let buffer = queue.alloc(4096).unwrap();
+        let refused = queue.submit(Io::read(0, 0, buffer)).unwrap_err();
+        assert_eq!(refused.reason, Refusal::Gone);
+    }
+    assert_eq!(done.len(), 8 * vcpus as usize);
+    assert!(done.iter().any(|completed| completed.result == Err(IoError::Gone)));
+    assert!(done.iter().all(|completed| completed.buffer.is_some()));
+    match rig.commands.try_recv().unwrap() {
+        Command::Failed(Cause::Violation { violation, ring: 0 }) => violation,
+        other => unreachable!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_lie_stops_the_device() {
+    for vcpus in [1, 2] {
+        assert!(matches!(lie(Conduct::UnknownId, vcpus), Violation::Id { .. }));
+        assert!(matches!(lie(Conduct::TagBeyondRing, vcpus), Violation::Id { .. }));
+        assert!(matches!(lie(Conduct::Twice, vcpus), Violation::Id { .. }));
+        assert!(matches!(lie(Conduct::OtherOperation, vcpus), Violation::Operation { .. }));
+        assert!(matches!(lie(Conduct::Overrun, vcpus), Violation::Ring(_)));
+    }
+}
+
+#[test]
+fn an_error_is_an_error_of_its_io_only() {
+    let mut rig = Rig::new(small(1), 1);
+    let backend = rig.connect(UNION, Rig::limits(UNION, 0, FlushMode::None), Conduct::Fails);
+    let mut queue = rig.queue(0);
+    assert_eq!(
+        queue.read_at(0, &mut [0; 512]).unwrap_err().kind(),
+        std::io::Error::from_raw_os_error(libc::EIO).kind()
+    );
+    drop(backend);
+    let _backend = rig.connect(UNION, Rig::limits(UNION, 0, FlushMode::None), Conduct::Good);
+    queue.read_at(0, &mut [0; 512]).unwrap();
+}

@@ -1,0 +1,105 @@
+//! A backend that dies, and the one that comes after it.
+
+use super::*;
+use crate::link::Notice;
+use crate::{Io, Refusal};
+
+/// Sectors of each of the writes: 24 pages, an indirect request.
+const LONG: usize = 24 * 4096;
+const WRITES: u64 = 20;
+
+fn replaced(vcpus: u32, first: RingLayout, second: RingLayout) {
+    let mut rig = Rig::new(small(vcpus), 1);
+    let limits = Rig::limits(first, 32, FlushMode::Cache);
+    let backend = rig.connect(first, limits, Conduct::FallsSilent(3));
+    let mut queues: Vec<Queue> = (0..vcpus).map(|vcpu| rig.queue(vcpu)).collect();
+    let mut done = Vec::new();
+    let part = DISK as u64 / u64::from(vcpus);
+    for (base, queue) in (0..).map(|n| n * part).zip(&mut queues) {
+        for n in 0..WRITES {
+            let mut buffer = queue.alloc(LONG).unwrap();
+            buffer.write(0, &[n as u8 + 1; LONG]);
+            let io = Io::write_fua(n, base + n * LONG as u64, buffer);
+            queue.submit(io).unwrap();
+        }
+    }
+    // All three answers: what follows is in flight, or waits.
+    while rig.fabric.stats(0).responses < 3 {
+        queues.iter_mut().for_each(|queue| {
+            queue.poll(&mut done);
+        });
+    }
+    drop(backend);
+    rig.fabric.post(|| Notice::Down);
+    for queue in &mut queues {
+        queue.poll(&mut done);
+        // Taken while nobody is there, too.
+        let mut buffer = queue.alloc(512).unwrap();
+        buffer.write(0, &[99; 512]);
+        queue.submit(Io::write(99, part * u64::from(queue.vcpu()) + part - 512, buffer)).unwrap();
+        assert!(queue.in_flight() > 0);
+    }
+    rig.storage().log.clear();
+    // No indirect requests any more: what was one is several.
+    let limits = Rig::limits(second, 0, FlushMode::Cache);
+    let _backend = rig.connect(second, limits, Conduct::Good);
+    for queue in &mut queues {
+        while queue.in_flight() > 0 {
+            queue.wait(&mut done, None);
+        }
+    }
+    assert_eq!(done.len() as u64, (WRITES + 1) * u64::from(vcpus));
+    assert!(done.iter().all(|completed| completed.result.is_ok()));
+    let storage = rig.storage();
+    for vcpu in 0..vcpus as usize {
+        let base = vcpu * part as usize;
+        for n in 0..WRITES as usize {
+            let at = base + n * LONG;
+            assert!(storage.data[at..at + LONG].iter().all(|b| usize::from(*b) == n + 1));
+        }
+        assert_eq!(storage.data[base + part as usize - 1], 99);
+    }
+    let most = second.max_direct_segments() as u64 * 8;
+    assert!(storage.log.iter().all(|(_, sectors)| *sectors <= most));
+    assert!(rig.fabric.stats(0).lost > 0);
+}
+
+#[test]
+fn what_was_in_flight_is_issued_again() {
+    replaced(1, UNION, UNION);
+    replaced(1, RingLayout::Split, UNION);
+    replaced(2, UNION, RingLayout::Split);
+}
+
+#[test]
+fn a_backend_that_never_comes_back_fails_what_waits() {
+    let mut rig = Rig::new(small(1), 1);
+    let limits = Rig::limits(UNION, 0, FlushMode::None);
+    let backend = rig.connect(UNION, limits, Conduct::FallsSilent(0));
+    let mut queue = rig.queue(0);
+    let buffer = queue.alloc(512).unwrap();
+    queue.submit(Io::read(1, 0, buffer)).unwrap();
+    drop(backend);
+    rig.fabric.post(|| Notice::Down);
+    rig.fabric.post(|| Notice::Gone);
+    let mut done = Vec::new();
+    queue.wait(&mut done, None);
+    assert_eq!(done[0].result, Err(crate::IoError::Gone));
+    let refused = queue.submit(Io::flush(2)).unwrap_err();
+    assert_eq!(refused.reason, Refusal::Gone);
+}
+
+#[test]
+fn the_thread_that_sleeps_hears_of_it() {
+    let mut rig = Rig::new(small(1), 1);
+    let limits = Rig::limits(UNION, 0, FlushMode::None);
+    let backend = rig.connect(UNION, limits, Conduct::FallsSilent(0));
+    let mut queue = rig.queue(0);
+    let reader = std::thread::spawn(move || queue.read_at(0, &mut [0; 512]));
+    while rig.storage().log.is_empty() {
+        std::thread::yield_now();
+    }
+    drop(backend);
+    let _backend = rig.connect(UNION, limits, Conduct::Good);
+    reader.join().unwrap().unwrap();
+}
