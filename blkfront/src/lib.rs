@@ -55,6 +55,7 @@ mod hw;
 mod io;
 mod link;
 mod mapping;
+pub mod nbd;
 mod owner;
 mod pool;
 mod queue;

@@ -231,6 +231,23 @@ impl IoBuffer {
         done
     }
 
+    /// Where bytes `offset..` of the buffer lie, page by page, for a system call that fills or drains
+    /// them. The pointers are good for as long as the buffer lives.
+    pub(crate) fn runs(&self, offset: usize) -> impl Iterator<Item = (*mut u8, usize)> + '_ {
+        let base = self.pages.memory.base().as_ptr();
+        let mut page = self.page_at(offset);
+        let mut at = offset;
+        std::iter::from_fn(move || {
+            let left = self.len.checked_sub(at).filter(|&left| left > 0)?;
+            let within = at % PAGE_SIZE;
+            let len = left.min(PAGE_SIZE - within);
+            let run = base.wrapping_add(page as usize * PAGE_SIZE + within);
+            page = self.pages.next(page);
+            at += len;
+            Some((run, len))
+        })
+    }
+
     /// The page that byte `offset` is in.
     pub(crate) fn page_at(&self, offset: usize) -> u32 {
         let mut page = self.first;

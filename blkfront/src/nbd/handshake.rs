@@ -128,15 +128,7 @@ impl Handshake {
 
     /// `OPT_INFO` and `OPT_GO`: writes what there is to know, or says which error it is.
     fn info(&self, name: &str, option: u32, data: &[u8], out: &mut Vec<u8>) -> Result<(), u32> {
-        let mut reader = Reader(data);
-        let asked = |reader: &mut Reader<'_>| {
-            let len = reader.u32()? as usize;
-            let asked = reader.bytes(len)?;
-            let infos = usize::from(reader.u16()?);
-            let infos = reader.bytes(infos * 2)?;
-            reader.0.is_empty().then_some((asked, infos))
-        };
-        let (asked, infos) = asked(&mut reader).ok_or(proto::REP_ERR_INVALID)?;
+        let (asked, infos) = parse_info(data).ok_or(proto::REP_ERR_INVALID)?;
         if !names(asked, name) {
             return Err(proto::REP_ERR_UNKNOWN);
         }
@@ -155,6 +147,15 @@ impl Handshake {
         }
         Ok(())
     }
+}
+
+/// The name and the list of 16-bit numbers in an `OPT_INFO` or `OPT_GO`, if they fill it.
+fn parse_info(data: &[u8]) -> Option<(&[u8], &[u8])> {
+    let mut reader = Reader(data);
+    let len = reader.u32()? as usize;
+    let name = reader.bytes(len)?;
+    let infos = usize::from(reader.u16()?);
+    (reader.0.len() == infos * 2).then_some((name, reader.0))
 }
 
 /// Whether a client means our export: by its name, or as the default one.

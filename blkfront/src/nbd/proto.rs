@@ -199,6 +199,11 @@ impl Header {
         if self.flags & !flags == 0 { Ok(command) } else { Err(Errno::Inval) }
     }
 
+    /// Whether the reply is one to a read, valid or not: those alone may have to be structured.
+    pub(super) fn is_read(&self) -> bool {
+        self.command == CMD_READ
+    }
+
     /// Bytes of data that follow the header, whether its other fields make sense or not.
     pub(super) fn payload(&self) -> u32 {
         if self.command == CMD_WRITE { self.len } else { 0 }

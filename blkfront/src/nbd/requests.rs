@@ -177,7 +177,8 @@ impl Requests {
         let (offset, len) = (*next, end.saturating_sub(*next).min(ZERO_BYTES as u64));
         *next = offset.saturating_add(len);
         buffer.set_len(len as usize);
-        let io = Io { cookie: key.into(), op: Op::Write { fua: false }, offset, buffer: Some(buffer) };
+        let io =
+            Io { cookie: key.into(), op: Op::Write { fua: false }, offset, buffer: Some(buffer) };
         let refused = self.queue.submit(io).err()?;
         self.zeroes = refused.io.buffer;
         self.zeroing.pop_front();

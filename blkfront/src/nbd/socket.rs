@@ -13,22 +13,17 @@ use std::os::fd::{AsFd, AsRawFd};
 const MAX_PIECES: usize = 256;
 
 /// Pieces of memory that outlive `'a`, for one system call.
-pub(super) struct Pieces<'a> {
+struct Pieces<'a> {
     pieces: [libc::iovec; MAX_PIECES],
     count: usize,
     len: usize,
-    _memory: PhantomData<&'a mut [u8]>,
+    memory: PhantomData<&'a mut [u8]>,
 }
 
 impl<'a> Pieces<'a> {
-    pub(super) fn new() -> Self {
+    fn new() -> Self {
         const NOTHING: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-        Self { pieces: [NOTHING; MAX_PIECES], count: 0, len: 0, _memory: PhantomData }
-    }
-
-    /// Bytes in all.
-    pub(super) fn len(&self) -> usize {
-        self.len
+        Self { pieces: [NOTHING; MAX_PIECES], count: 0, len: 0, memory: PhantomData }
     }
 
     /// Whether there was room.
@@ -49,8 +44,16 @@ impl<'a> Pieces<'a> {
     }
 
     /// Bytes `offset..` of a buffer, as far as there is room.
-    pub(super) fn push_buffer(&mut self, buffer: &'a IoBuffer, offset: usize) -> bool {
+    fn push_buffer(&mut self, buffer: &'a IoBuffer, offset: usize) -> bool {
         buffer.runs(offset).all(|(base, len)| self.push(base, len))
+    }
+
+    fn message(&mut self) -> libc::msghdr {
+        // SAFETY: all zeroes is a msghdr: no address, no data, no control messages.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = self.pieces.as_mut_ptr();
+        message.msg_iovlen = self.count;
+        message
     }
 }
 
@@ -63,16 +66,16 @@ impl<'a> Receive<'a> {
     }
 
     /// Bytes `offset..` of a buffer, as far as there is room, and says whether that was all of it.
-    pub(super) fn into_buffer(&mut self, buffer: &'a mut IoBuffer, offset: usize) -> bool {
+    pub(super) fn fill_buffer(&mut self, buffer: &'a mut IoBuffer, offset: usize) -> bool {
         self.0.push_buffer(buffer, offset)
     }
 
-    pub(super) fn into_slice(&mut self, slice: &'a mut [u8]) {
+    pub(super) fn fill_slice(&mut self, slice: &'a mut [u8]) {
         self.0.push(slice.as_mut_ptr(), slice.len());
     }
 
     pub(super) fn len(&self) -> usize {
-        self.0.len()
+        self.0.len
     }
 
     /// Fills the pieces in order with what there is, without blocking. Returns how many bytes came;
@@ -104,6 +107,10 @@ impl<'a> Send<'a> {
         slice.is_empty() || self.0.push(slice.as_ptr().cast_mut(), slice.len())
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.0.len
+    }
+
     /// Sends as much as the socket takes now, and returns how many bytes that is.
     pub(super) fn run(mut self, socket: impl AsFd) -> io::Result<usize> {
         let message = self.0.message();
@@ -112,15 +119,5 @@ impl<'a> Send<'a> {
         // SAFETY: the pieces are memory that outlives 'a; the kernel only reads it.
         let n = unsafe { libc::sendmsg(fd, &message, flags) };
         usize::try_from(n).map_err(|_| io::Error::last_os_error())
-    }
-}
-
-impl Pieces<'_> {
-    fn message(&mut self) -> libc::msghdr {
-        // SAFETY: all zeroes is a msghdr: no address, no data, no control messages.
-        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-        message.msg_iov = self.pieces.as_mut_ptr();
-        message.msg_iovlen = self.count;
-        message
     }
 }
