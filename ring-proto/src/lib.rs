@@ -36,7 +36,8 @@ mod request;
 mod shared;
 mod sync;
 
-#[cfg(all(test, loom))]
+#[cfg(loom)]
+#[cfg(test)]
 mod loom_tests;
 
 pub use abi::Segment;
