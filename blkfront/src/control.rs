@@ -393,6 +393,7 @@ impl Control {
             for (key, value) in &nodes {
                 store.write(&format!("{frontend}/{key}"), value).await?;
             }
+            store.write(&format!("{frontend}/{}", FrontendRequest::REISSUE_KEY), "1").await?;
             let state = XenbusState::Initialised.value();
             store.write(&format!("{frontend}/state"), state).await
         });

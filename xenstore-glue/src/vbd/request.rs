@@ -90,6 +90,11 @@ impl FrontendRequest {
         "split-ring",
     ];
 
+    /// Written as 1 by a frontend that makes new rings and issues again what was in flight when its
+    /// backend, once connected, goes back to `InitWait`. Linux's does not; an extension, see
+    /// docs/protocol.md.
+    pub const REISSUE_KEY: &'static str = "feature-reissue";
+
     /// What the frontend writes, in one transaction, before `Initialised`.
     pub fn to_keys(&self) -> Nodes {
         let (abi, split) = match self.layout {
