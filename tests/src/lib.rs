@@ -2,5 +2,6 @@
 //!
 //! Everything runs as it is deployed: separate processes, real sockets, real files.
 
+pub mod cpu;
 pub mod host;
 pub mod process;
