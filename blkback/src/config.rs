@@ -1,5 +1,6 @@
 //! The configuration file, and the flags that go before it.
 
+use crate::metrics::Address;
 use crate::tuning::{DataPath, DirectIo, Tuning, WaitMode};
 use anyhow::{Context, bail};
 use clap::Args;
@@ -24,7 +25,7 @@ pub struct Config {
     /// Offers and strategies.
     pub tuning: Tuning,
     /// Where statistics can be had.
-    pub listen: Option<String>,
+    pub listen: Option<Address>,
     /// How often the sizes of disks are looked at.
     pub resize_interval: Option<Duration>,
 }
@@ -70,7 +71,7 @@ pub struct Flags {
     kinds: Option<Vec<String>>,
     /// Where to offer statistics: `unix:PATH`, or `HOST:PORT` with a loopback host
     #[arg(long, value_name = "ADDRESS")]
-    listen: Option<String>,
+    listen: Option<Address>,
     /// Rings a device may have [default: one a CPU, at most 4]
     #[arg(long, value_name = "N")]
     max_queues: Option<u16>,
@@ -106,11 +107,7 @@ impl Config {
     /// # Errors
     /// Which file, key or flag is wrong, and how.
     pub fn load(flags: Flags) -> anyhow::Result<Self> {
-        let file = match &flags.config {
-            Some(path) => read(path)?,
-            None if Path::new(DEFAULT_PATH).exists() => read(Path::new(DEFAULT_PATH))?,
-            None => File::default(),
-        };
+        let file = File::find(flags.config.as_deref())?;
         let mut tuning = file.tuning;
         set(&mut tuning.max_queues, flags.max_queues);
         set(&mut tuning.max_ring_page_order, flags.max_ring_page_order);
@@ -128,7 +125,7 @@ impl Config {
             platform: platform(flags.platform.or(file.platform), flags.domain.or(file.domain))?,
             kinds: kinds.iter().map(|name| kind(name)).collect::<anyhow::Result<_>>()?,
             tuning,
-            listen: flags.listen.or(file.listen),
+            listen: flags.listen.or(listen(file.listen)?),
             resize_interval: (!interval.is_zero()).then_some(interval),
         })
     }
@@ -138,6 +135,28 @@ fn set<T>(place: &mut T, value: Option<T>) {
     if let Some(value) = value {
         *place = value;
     }
+}
+
+impl File {
+    fn find(path: Option<&Path>) -> anyhow::Result<Self> {
+        match path {
+            Some(path) => read(path),
+            None if Path::new(DEFAULT_PATH).exists() => read(Path::new(DEFAULT_PATH)),
+            None => Ok(Self::default()),
+        }
+    }
+}
+
+/// Where a daemon with the configuration file `path`, or the usual one, serves statistics.
+///
+/// # Errors
+/// What is wrong with the file.
+pub fn listen_address(path: Option<&Path>) -> anyhow::Result<Option<Address>> {
+    listen(File::find(path)?.listen)
+}
+
+fn listen(text: Option<String>) -> anyhow::Result<Option<Address>> {
+    text.map(|text| text.parse().context("listen")).transpose()
 }
 
 fn read(path: &Path) -> anyhow::Result<File> {

@@ -4,11 +4,12 @@
 //! - [`daemon`]: finds devices in xenstore and gives each a task (tokio, the control plane).
 //! - [`ring`]: a thread a ring, from the event to the response (the data plane).
 //! - [`storage`]: what a disk is made of.
-//! - [`stats`], [`registry`]: what can be seen of all that.
+//! - [`stats`], [`registry`], [`metrics`]: what can be seen of all that.
 
 pub mod config;
 pub mod daemon;
 mod device;
+pub mod metrics;
 pub mod registry;
 pub mod ring;
 pub mod stats;

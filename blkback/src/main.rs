@@ -1,8 +1,11 @@
 //! `blkback`: serves virtual disks to other domains.
 
+mod stats_cli;
+
 use anyhow::Context;
 use blkback::config::{Config, Flags, PlatformChoice};
 use blkback::daemon::Daemon;
+use blkback::metrics::{Clock, Server};
 use blkback::registry::Registry;
 use clap::{Parser, Subcommand};
 use std::io::IsTerminal;
@@ -30,6 +33,10 @@ enum Command {
     /// SIGHUP looks at the sizes of all disks. SIGTERM and SIGINT answer what is in flight and exit;
     /// the disks stay attached for the next daemon to take up. The log is set with RUST_LOG (info).
     Serve(Flags),
+    /// Show what a running daemon does: requests, errors, their cost and latency, by disk and ring
+    ///
+    /// The daemon serves statistics where `listen` of its configuration or `serve --listen` says.
+    Stats(stats_cli::Args),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -44,6 +51,7 @@ fn main() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     match cli.command {
         Command::Serve(flags) => runtime.block_on(serve(Config::load(flags)?)),
+        Command::Stats(args) => runtime.block_on(stats_cli::run(args)),
     }
 }
 
@@ -59,6 +67,11 @@ fn open(choice: &PlatformChoice) -> anyhow::Result<(Arc<dyn Platform>, Endpoint)
 }
 
 async fn serve(config: Config) -> anyhow::Result<()> {
+    let registry = Arc::new(Registry::default());
+    let statistics = match &config.listen {
+        Some(address) => Some(Server::bind(address, registry.clone(), Clock::start()).await?),
+        None => None,
+    };
     let (platform, endpoint) = open(&config.platform)?;
     let client = Client::connect(endpoint).await.context("connect to xenstore")?;
     let (stop, stopped) = watch::channel(false);
@@ -78,7 +91,6 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         let _ = stop.send(true);
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     });
-    let registry = Arc::new(Registry::default());
     info!(domain = %platform.domid(), kinds = ?config.kinds, "serving");
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
         warn!(%error, "cannot tell the service manager");
@@ -91,7 +103,17 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         registry,
         resize_interval: config.resize_interval,
     };
-    daemon.serve(stopped, rescanned).await.context("xenstore")?;
+    let statistics = async {
+        match statistics {
+            Some(server) => server.run().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        // While it drains there are statistics still.
+        served = daemon.serve(stopped, rescanned) => served.context("xenstore")?,
+        never = statistics => match never {},
+    }
     info!("done");
     Ok(())
 }

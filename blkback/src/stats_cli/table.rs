@@ -1,0 +1,253 @@
+//! Tables of a [`Snapshot`].
+
+use super::units::{byte_rate, bytes, count, duration, plain, rate, ratio, time};
+use blkback::metrics::{Device, Quantiles, Ring, Snapshot};
+use std::fmt::Write;
+
+const SECTOR: u64 = 512;
+const NOTE: &str = "p50, p99: upper bounds, of power-of-two buckets; /r: per request\n";
+
+/// Everything since each disk was connected.
+pub(super) fn totals(now: &Snapshot) -> String {
+    let mut out = heading(now);
+    for device in &now.devices {
+        about(&mut out, device);
+        let rows = rows(device);
+        for section in [requests, costs, latencies, grants] {
+            out.push_str(&aligned(&section(&rows)));
+        }
+    }
+    if !now.devices.is_empty() {
+        out.push('\n');
+        out.push_str(NOTE);
+    }
+    out
+}
+
+/// What happened between two readings, a second, by disk and ring.
+pub(super) fn rates(before: &Snapshot, now: &Snapshot) -> String {
+    let mut out = heading(now);
+    let elapsed = now.process.uptime_ms.checked_sub(before.process.uptime_ms);
+    let Some(ms) = elapsed.filter(|ms| *ms > 0) else {
+        out.push_str("the daemon was started anew\n\n");
+        return out;
+    };
+    let seconds = ms as f64 / 1e3;
+    let mut table = vec![cells([
+        "DISK",
+        "RING",
+        "r/s",
+        "w/s",
+        "other/s",
+        "read/s",
+        "written/s",
+        "err/s",
+        "batch",
+        "kick/r",
+        "sys/r",
+        "dev p50",
+        "dev p99",
+    ])];
+    for device in &now.devices {
+        let earlier = before.devices.iter().find(|earlier| earlier.backend == device.backend);
+        let nothing = Vec::new();
+        let earlier = earlier.map_or(&nothing, |earlier| &earlier.rings);
+        let new = Ring::default();
+        let rings = device.rings.iter().enumerate();
+        let rings: Vec<_> =
+            rings.map(|(index, ring)| ring.since(earlier.get(index).unwrap_or(&new))).collect();
+        let total = Ring::total(&rings);
+        for (name, ring) in named(&rings, &total) {
+            let Ring { counts, derived, .. } = ring;
+            let errors = counts.device_errors + counts.grant_errors + derived.refused;
+            table.push(vec![
+                format!("{}/{}", device.domain, plain(&device.name)),
+                name,
+                rate(counts.rd_req, seconds),
+                rate(counts.wr_req, seconds),
+                rate(counts.f_req + counts.ds_req, seconds),
+                byte_rate(counts.rd_sect.saturating_mul(SECTOR), seconds),
+                byte_rate(counts.wr_sect.saturating_mul(SECTOR), seconds),
+                rate(errors, seconds),
+                ratio(derived.mean_batch),
+                ratio(derived.kicks_per_request),
+                ratio(derived.system_calls_per_request),
+                time(derived.device_ns.p50),
+                time(derived.device_ns.p99),
+            ]);
+        }
+    }
+    out.push_str(&aligned(&table));
+    out.push('\n');
+    out
+}
+
+fn heading(now: &Snapshot) -> String {
+    let process = &now.process;
+    format!(
+        "blkback: {} disks, up {}, {} of CPU time, {} resident, {} of {} descriptors\n",
+        now.devices.len(),
+        duration(process.uptime_ms / 1000),
+        duration(process.cpu_ms / 1000),
+        bytes(process.resident_bytes),
+        process.open_fds,
+        count(process.max_fds),
+    )
+}
+
+fn about(out: &mut String, device: &Device) {
+    let mut words = vec![
+        format!("device {}", device.device),
+        device.kind.clone(),
+        device.state.clone(),
+        bytes(device.sectors.saturating_mul(SECTOR)),
+        if device.read_only { "read-only" } else { "read-write" }.to_owned(),
+    ];
+    words.extend(device.strategy.clone());
+    words.extend(device.layout.clone());
+    let name = format!("{}/{}", device.domain, device.name);
+    // Writing to a string does not fail.
+    let _ = writeln!(out, "\n{}: {}", plain(&name), plain(&words.join(", ")));
+    let _ = writeln!(out, "  on {}", plain(&device.target));
+    if let Some(error) = &device.error {
+        let _ = writeln!(out, "  error: {}", plain(error));
+    }
+}
+
+type Rows<'a> = Vec<(String, &'a Ring)>;
+
+fn rows(device: &Device) -> Rows<'_> {
+    named(&device.rings, &device.total)
+}
+
+/// Each ring with its number, and all of them where there are several.
+fn named<'a>(rings: &'a [Ring], total: &'a Ring) -> Rows<'a> {
+    let each = rings.iter().enumerate().map(|(index, ring)| (index.to_string(), ring));
+    each.chain((rings.len() > 1).then(|| ("all".to_owned(), total))).collect()
+}
+
+type Table = Vec<Vec<String>>;
+
+fn requests(rows: &Rows<'_>) -> Table {
+    let head = [
+        "RING", "reads", "writes", "flushes", "discards", "read", "written", "indirect", "waited",
+        "failed", "refused",
+    ];
+    table(head, rows, |Ring { counts, derived, .. }| {
+        [
+            count(counts.rd_req),
+            count(counts.wr_req),
+            count(counts.f_req),
+            count(counts.ds_req),
+            bytes(counts.rd_sect.saturating_mul(SECTOR)),
+            bytes(counts.wr_sect.saturating_mul(SECTOR)),
+            count(counts.indirect_req),
+            count(counts.oo_req),
+            count(counts.device_errors.saturating_add(counts.grant_errors)),
+            count(derived.refused),
+        ]
+    })
+}
+
+fn costs(rows: &Rows<'_>) -> Table {
+    let head = [
+        "RING",
+        "batch",
+        "events",
+        "spurious",
+        "kicks",
+        "saved",
+        "sleeps",
+        "event/r",
+        "kick/r",
+        "sleep/r",
+        "syscall/r",
+    ];
+    table(head, rows, |Ring { counts, derived, .. }| {
+        [
+            ratio(derived.mean_batch),
+            count(counts.events),
+            count(counts.spurious_events),
+            count(counts.kicks),
+            count(counts.kicks_saved),
+            count(counts.sleeps),
+            ratio(derived.events_per_request),
+            ratio(derived.kicks_per_request),
+            ratio(derived.sleeps_per_request),
+            ratio(derived.system_calls_per_request),
+        ]
+    })
+}
+
+fn latencies(rows: &Rows<'_>) -> Table {
+    let head = [
+        "RING",
+        "wait mean",
+        "p50",
+        "p99",
+        "device mean",
+        "p50",
+        "p99",
+        "completion mean",
+        "p50",
+        "p99",
+    ];
+    table(head, rows, |Ring { derived, .. }| {
+        let parts = [&derived.ring_wait_ns, &derived.device_ns, &derived.completion_ns];
+        let [wait, device, completion] = parts.map(|Quantiles { mean, p50, p99 }| {
+            [time(mean.map(|ns| ns as u64)), time(*p50), time(*p99)]
+        });
+        wait.into_iter().chain(device).chain(completion)
+    })
+}
+
+fn grants(rows: &Rows<'_>) -> Table {
+    let head = ["RING", "copies", "maps", "persistent hits", "evicted", "held"];
+    table(head, rows, |ring| {
+        let Ring { counts, persistent_held, .. } = ring;
+        [
+            count(counts.grant_copies),
+            count(counts.grant_maps),
+            count(counts.persistent_hits),
+            count(counts.persistent_evictions),
+            count(*persistent_held),
+        ]
+    })
+}
+
+fn table<const N: usize, I>(head: [&str; N], rows: &Rows<'_>, line: impl Fn(&Ring) -> I) -> Table
+where
+    I: IntoIterator<Item = String>,
+{
+    let lines = rows.iter().map(|(name, ring)| [name.clone()].into_iter().chain(line(ring)));
+    let lines: Vec<Vec<_>> = lines.map(Iterator::collect).collect();
+    if lines.is_empty() {
+        return lines;
+    }
+    [cells(head)].into_iter().chain(lines).collect()
+}
+
+fn cells<const N: usize>(text: [&str; N]) -> Vec<String> {
+    text.map(str::to_owned).to_vec()
+}
+
+/// The first column to the left, the others to the right, each as wide as it must be.
+fn aligned(table: &Table) -> String {
+    let columns = table.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        let cells = table.iter().filter_map(|row| row.get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut out = String::new();
+    for row in table {
+        for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+            let _ = match column {
+                0 => write!(out, "  {cell:<width$}"),
+                _ => write!(out, " {cell:>width$}"),
+            };
+        }
+        out.push('\n');
+    }
+    out
+}
