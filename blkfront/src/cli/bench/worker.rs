@@ -1,0 +1,403 @@
+//! A job: one thread, one queue.
+
+use super::Shared;
+use super::job::Job;
+use super::verify::Ledger;
+use anyhow::{Context, anyhow};
+use blkfront::{Completed, Io, IoBuffer, IoError, Queue};
+use hdrhistogram::Histogram;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+use std::ops::AddAssign;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// The longest latency that is told from longer ones: a minute.
+const LONGEST_NS: u64 = 60_000_000_000;
+/// Decimal digits a latency is kept to.
+const DIGITS: u8 = 3;
+/// Faults that are shown; the rest are counted.
+const SHOWN: u64 = 10;
+/// How long a job that waits for a completion may not notice that the run is over.
+const PATIENCE: Duration = Duration::from_millis(100);
+/// Sizes are drawn from a table of this many, so that per cents come out whole.
+const DRAWS: usize = 100;
+/// Places that are tried for one that does not overlap what is in flight, before one is waited for.
+const TRIES: u32 = 16;
+
+/// Reads, or writes.
+#[derive(Clone, Debug)]
+pub(crate) struct Side {
+    pub(crate) ios: u64,
+    pub(crate) bytes: u64,
+    /// Nanoseconds.
+    pub(crate) latency: Option<Histogram<u64>>,
+}
+
+impl Default for Side {
+    fn default() -> Self {
+        // The bounds are constants that the histogram takes.
+        Self { ios: 0, bytes: 0, latency: Histogram::new_with_bounds(1, LONGEST_NS, DIGITS).ok() }
+    }
+}
+
+impl Side {
+    fn record(&mut self, bytes: u64, ns: u64) {
+        self.ios += 1;
+        self.bytes += bytes;
+        if let Some(latency) = &mut self.latency {
+            latency.saturating_record(ns);
+        }
+    }
+
+    fn reset(&mut self) {
+        (self.ios, self.bytes) = (0, 0);
+        if let Some(latency) = &mut self.latency {
+            latency.reset();
+        }
+    }
+}
+
+impl AddAssign<&Self> for Side {
+    fn add_assign(&mut self, other: &Self) {
+        self.ios += other.ios;
+        self.bytes += other.bytes;
+        if let (Some(mine), Some(theirs)) = (&mut self.latency, &other.latency) {
+            // Same bounds: nothing to refuse.
+            let _ = mine.add(theirs);
+        }
+    }
+}
+
+/// What a job, or all of them, came to.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Outcome {
+    pub(crate) reads: Side,
+    pub(crate) writes: Side,
+    pub(crate) errors: u64,
+    /// Chunks that were not what was written.
+    pub(crate) faults: u64,
+    /// Bytes read back at the end.
+    pub(crate) verified: u64,
+    /// Of the longest job, without the ramp and the reading back.
+    pub(crate) elapsed: Duration,
+}
+
+impl Outcome {
+    pub(crate) fn ios(&self) -> u64 {
+        self.reads.ios + self.writes.ios
+    }
+}
+
+impl AddAssign for Outcome {
+    fn add_assign(&mut self, other: Self) {
+        self.reads += &other.reads;
+        self.writes += &other.writes;
+        self.errors += other.errors;
+        self.faults += other.faults;
+        self.verified += other.verified;
+        self.elapsed = self.elapsed.max(other.elapsed);
+    }
+}
+
+/// An I/O in flight; the cookie is its number.
+#[derive(Debug, Default)]
+struct Slot {
+    /// While nothing is in flight.
+    buffer: Option<IoBuffer>,
+    write: bool,
+    offset: u64,
+    len: u64,
+    /// Nanoseconds since the run began.
+    since: u64,
+}
+
+#[derive(Debug)]
+pub(crate) struct Worker {
+    n: usize,
+    queue: Queue,
+    job: Arc<Job>,
+    shared: Arc<Shared>,
+    slots: Vec<Slot>,
+    idle: Vec<usize>,
+    done: Vec<Completed>,
+    ledger: Option<Ledger>,
+    /// The job's part of the disk.
+    start: u64,
+    size: u64,
+    /// Where a sequential pattern goes on, from `start`.
+    position: u64,
+    sizes: Vec<u64>,
+    random: u64,
+    outcome: Outcome,
+}
+
+impl Worker {
+    pub(crate) fn new(
+        n: usize,
+        mut queue: Queue,
+        job: Arc<Job>,
+        shared: Arc<Shared>,
+    ) -> anyhow::Result<Self> {
+        let size = job.size.context("the job has no size")?;
+        let start = job.offset + n as u64 * size;
+        let mut slots = Vec::new();
+        for _ in 0..job.iodepth {
+            let buffer = queue.alloc(job.buffer_bytes()).context("no pages left for a buffer")?;
+            slots.push(Slot { buffer: Some(buffer), ..Slot::default() });
+        }
+        let ledger = match job.verify {
+            Some(_) => Some(Ledger::new(start, size, job.min_block(), job.max_block())?),
+            None => None,
+        };
+        let sizes = job.bssplit.iter();
+        let sizes = sizes.flat_map(|b| std::iter::repeat_n(b.bytes, b.percent.into())).collect();
+        let seed = job.randseed.wrapping_add(n as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        Ok(Self {
+            n,
+            idle: (0..slots.len()).rev().collect(),
+            done: Vec::with_capacity(slots.len()),
+            slots,
+            queue,
+            job,
+            shared,
+            ledger,
+            start,
+            size,
+            position: 0,
+            sizes,
+            random: seed | 1,
+            outcome: Outcome::default(),
+        })
+    }
+
+    pub(crate) fn run(mut self, cpu: Option<usize>) -> anyhow::Result<Outcome> {
+        let pinned = cpu.map_or(Ok(()), |cpu| {
+            let mut set = CpuSet::new();
+            set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set))
+        });
+        // Also when it failed: the others wait for us here.
+        self.shared.ready.wait();
+        pinned.map_err(|e| anyhow!("pin job {} to CPU {cpu:?}: {e}", self.n))?;
+        let begin = self.now();
+        self.load(begin)?;
+        if self.ledger.is_some() {
+            self.read_back()?;
+        }
+        Ok(self.outcome)
+    }
+
+    fn now(&self) -> u64 {
+        nanos(self.shared.epoch.elapsed())
+    }
+
+    fn load(&mut self, begin: u64) -> anyhow::Result<()> {
+        let ramp = nanos(self.job.ramp_time);
+        let end = self.job.runtime.map_or(u64::MAX, |time| begin + ramp + nanos(time));
+        let budget = if self.job.time_based { u64::MAX } else { self.size };
+        let (mut from, mut now, mut issued, mut bytes) = (begin, begin, 0u64, 0u64);
+        let mut ramping = ramp > 0;
+        loop {
+            if ramping && now >= begin + ramp {
+                ramping = false;
+                from = now;
+                self.outcome.reads.reset();
+                self.outcome.writes.reset();
+            }
+            let over = now >= end || bytes >= budget || self.shared.stop.load(Ordering::Relaxed);
+            if over && self.queue.in_flight() == 0 {
+                break;
+            }
+            if !over {
+                let allowed = self.job.rate_iops.map_or(u64::MAX, |rate| {
+                    let due = u128::from(now - begin) * u128::from(rate) / 1_000_000_000 + 1;
+                    u64::try_from(due).unwrap_or(u64::MAX).saturating_sub(issued)
+                });
+                self.queue.plug();
+                for _ in 0..allowed.min(self.idle.len() as u64) {
+                    let Some(len) = self.issue(now)? else { break };
+                    issued += 1;
+                    bytes += len;
+                    if bytes >= budget {
+                        break;
+                    }
+                }
+                self.queue.unplug();
+            }
+            if self.queue.in_flight() == 0 {
+                // The rate leaves nothing to do yet.
+                std::thread::sleep(Duration::from_micros(50));
+                now = self.now();
+                continue;
+            }
+            // A job that may issue more before anything completes does not sleep past that.
+            let paced = self.job.rate_iops.is_some() && !self.idle.is_empty();
+            let patience = if paced { Duration::from_millis(1) } else { PATIENCE };
+            self.queue.wait(&mut self.done, Some(patience));
+            now = self.now();
+            self.reap(now);
+        }
+        self.outcome.elapsed = Duration::from_nanos(now - from);
+        Ok(())
+    }
+
+    /// Starts an I/O, of how many bytes; `None` when every place overlaps what is in flight.
+    fn issue(&mut self, now: u64) -> anyhow::Result<Option<u64>> {
+        let write = self.draw_direction();
+        let len = self.draw_size();
+        let Some(offset) = self.draw_place(len) else { return Ok(None) };
+        let Some(n) = self.idle.pop() else { return Ok(None) };
+        self.submit(n, write, offset, len, now)?;
+        Ok(Some(len))
+    }
+
+    fn submit(
+        &mut self,
+        n: usize,
+        write: bool,
+        offset: u64,
+        len: u64,
+        now: u64,
+    ) -> anyhow::Result<()> {
+        let slot = self.slots.get_mut(n).context("no such slot")?;
+        let mut buffer = slot.buffer.take().context("the slot is in use")?;
+        buffer.set_len(len as usize);
+        if let (true, Some(ledger)) = (write, &mut self.ledger) {
+            buffer.write(0, ledger.fill(offset, len as usize));
+        }
+        *slot = Slot { buffer: None, write, offset, len, since: now };
+        let cookie = n as u64;
+        let io = if write {
+            Io::write(cookie, offset, buffer)
+        } else {
+            Io::read(cookie, offset, buffer)
+        };
+        self.queue
+            .submit(io)
+            .map_err(|refused| anyhow!("{len} bytes at offset {offset}: {}", refused.reason))
+    }
+
+    fn reap(&mut self, now: u64) {
+        let completed = self.done.len() as u64;
+        for Completed { cookie, result, buffer } in self.done.drain(..) {
+            let n = cookie as usize;
+            let Some(slot) = self.slots.get_mut(n) else { continue };
+            self.idle.push(n);
+            let outcome = &mut self.outcome;
+            match (result, &mut self.ledger, &buffer) {
+                (Err(error), ..) => failed(outcome, slot, error),
+                (Ok(()), Some(ledger), Some(buffer)) if !slot.write => {
+                    check(ledger, slot, buffer, &mut outcome.faults);
+                }
+                _ => {}
+            }
+            if result.is_ok() {
+                let side = if slot.write { &mut outcome.writes } else { &mut outcome.reads };
+                side.record(slot.len, now.saturating_sub(slot.since));
+            }
+            slot.buffer = buffer;
+        }
+        if let Some(done) = self.shared.done.get(self.n) {
+            done.store(done.load(Ordering::Relaxed) + completed, Ordering::Relaxed);
+        }
+    }
+
+    /// Reads all that was written, as much at a time as the largest block.
+    fn read_back(&mut self) -> anyhow::Result<()> {
+        let (reads, writes) = (self.outcome.reads.clone(), self.outcome.writes.clone());
+        let (mut at, largest) = (0, self.job.max_block());
+        while at < self.size || self.queue.in_flight() > 0 {
+            self.queue.plug();
+            while at < self.size && !self.shared.stop.load(Ordering::Relaxed) {
+                let len = largest.min(self.size - at);
+                let offset = self.start + at;
+                let written = self.ledger.as_ref().is_some_and(|l| l.any(offset, len as usize));
+                if written {
+                    let Some(n) = self.idle.pop() else { break };
+                    self.submit(n, false, offset, len, 0)?;
+                    self.outcome.verified += len;
+                }
+                at += len;
+            }
+            if self.shared.stop.load(Ordering::Relaxed) {
+                at = self.size;
+            }
+            self.queue.unplug();
+            self.queue.wait(&mut self.done, Some(PATIENCE));
+            self.reap(0);
+        }
+        (self.outcome.reads, self.outcome.writes) = (reads, writes);
+        Ok(())
+    }
+
+    fn draw(&mut self, below: u64) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        (u128::from(self.random) * u128::from(below) >> 64) as u64
+    }
+
+    fn draw_direction(&mut self) -> bool {
+        match (self.job.rw.reads(), self.job.rw.writes()) {
+            (true, true) => self.draw(100) >= u64::from(self.job.rwmixread),
+            (_, writes) => writes,
+        }
+    }
+
+    fn draw_size(&mut self) -> u64 {
+        let n = if self.job.bssplit.len() == 1 { 0 } else { self.draw(DRAWS as u64) as usize };
+        self.sizes.get(n).copied().unwrap_or_else(|| self.job.min_block())
+    }
+
+    fn draw_place(&mut self, len: u64) -> Option<u64> {
+        if !self.job.rw.random() {
+            let at = if self.position + len > self.size { 0 } else { self.position };
+            let place = self.start + at;
+            if self.overlaps(place, len) {
+                return None;
+            }
+            self.position = at + len;
+            return Some(place);
+        }
+        // As in fio, places are multiples of the smallest block.
+        let unit = self.job.min_block();
+        let places = (self.size - len) / unit + 1;
+        for _ in 0..TRIES {
+            let place = self.start + self.draw(places) * unit;
+            if !self.overlaps(place, len) {
+                return Some(place);
+            }
+        }
+        None
+    }
+
+    /// Whether the range is in flight already, which only matters to what is checked.
+    fn overlaps(&self, offset: u64, len: u64) -> bool {
+        let flying = |slot: &&Slot| slot.buffer.is_none();
+        let meets = |slot: &Slot| slot.offset < offset + len && offset < slot.offset + slot.len;
+        self.ledger.is_some() && self.slots.iter().filter(flying).any(meets)
+    }
+}
+
+fn failed(outcome: &mut Outcome, slot: &Slot, error: IoError) {
+    outcome.errors += 1;
+    if outcome.errors <= SHOWN {
+        let what = if slot.write { "write" } else { "read" };
+        eprintln!("blkfront: {what} of {} bytes at offset {}: {error}", slot.len, slot.offset);
+    }
+}
+
+fn check(ledger: &mut Ledger, slot: &Slot, buffer: &IoBuffer, faults: &mut u64) {
+    let read = |to: &mut [u8]| buffer.read(0, to);
+    ledger.check(slot.offset, slot.len as usize, read, |at, fault| {
+        *faults += 1;
+        if *faults <= SHOWN {
+            eprintln!("blkfront: verify: offset {at}: {fault}");
+        }
+    });
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX / 4)
+}

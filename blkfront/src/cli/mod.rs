@@ -1,0 +1,124 @@
+//! What the subcommands share: the host, the rings, units.
+
+pub(crate) mod bench;
+pub(crate) mod info;
+pub(crate) mod nbd;
+pub(crate) mod units;
+
+use anyhow::{Context, bail};
+use blkfront::{Config, DEFAULT_SPIN, Disk, Waiting};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use xen_platform::Platform;
+use xen_platform::embedded::EmbeddedPlatform;
+use xenstore_glue::client::Endpoint;
+
+/// Which hypervisor, and which of its domains.
+#[derive(clap::Args, Debug)]
+pub(crate) struct Host {
+    /// The hypervisor: `embedded:DIR`, where DIR is what `xen-embedded serve` was given
+    #[arg(long, global = true, value_name = "PLATFORM")]
+    platform: Option<String>,
+    /// The domain to be, on the embedded platform: name or number
+    #[arg(long, global = true, value_name = "DOMAIN")]
+    domain: Option<String>,
+}
+
+impl Host {
+    /// Becomes the domain.
+    pub(crate) fn attach(&self) -> anyhow::Result<(Arc<dyn Platform>, Endpoint)> {
+        let Some(platform) = &self.platform else {
+            bail!("which hypervisor? Say --platform embedded:DIR");
+        };
+        let Some(dir) = platform.strip_prefix("embedded:") else {
+            bail!("platform {platform:?} is not known: say embedded:DIR");
+        };
+        let Some(domain) = &self.domain else {
+            bail!("which domain of {dir}? Say --domain NAME");
+        };
+        let platform = EmbeddedPlatform::attach(Path::new(dir), domain)
+            .with_context(|| format!("become domain {domain} of the platform in {dir}"))?;
+        let endpoint = Endpoint::Unix(platform.xenstore_socket());
+        Ok((platform, endpoint))
+    }
+
+    /// Opens a disk.
+    pub(crate) fn open(&self, device: &str, config: Config) -> anyhow::Result<Disk> {
+        let (platform, endpoint) = self.attach()?;
+        Ok(Disk::open(platform, endpoint, device, config)?)
+    }
+}
+
+/// How a thread waits for responses.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum)]
+pub(crate) enum Wait {
+    /// Spin, and never sleep
+    Poll,
+    /// Sleep at once
+    Event,
+    /// Spin as long as it pays, then sleep
+    #[default]
+    Adaptive,
+}
+
+/// How to talk to the backend.
+#[derive(clap::Args, Debug)]
+#[command(next_help_heading = "Rings")]
+pub(crate) struct Rings {
+    /// Rings [default: one a vCPU, or as many as the backend takes]
+    #[arg(long, value_name = "N")]
+    queues: Option<u32>,
+    /// log2 of the pages of a ring, 0 to 4, or less if the backend takes less
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    ring_order: u8,
+    /// Use the split ring layout if the backend knows it
+    #[arg(long)]
+    split: bool,
+    /// The most segments of an indirect request; 0 for none
+    #[arg(long, value_name = "N", default_value_t = blkfront::DEFAULT_INDIRECT_SEGMENTS)]
+    indirect: u16,
+    /// Do not offer persistent grants
+    #[arg(long)]
+    no_persistent: bool,
+    /// Do not merge neighbouring I/Os
+    #[arg(long)]
+    no_merge: bool,
+    /// How threads wait for responses
+    #[arg(long, value_enum, default_value_t)]
+    wait: Wait,
+    /// Same as --wait=poll
+    #[arg(long, conflicts_with = "wait")]
+    poll: bool,
+    /// Longest spin of adaptive waiting, in microseconds
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_SPIN.as_micros() as u64)]
+    spin_us: u64,
+    /// Seconds that I/O waits for a backend that went away before it fails [default: for ever]
+    #[arg(long, value_name = "SECONDS")]
+    reconnect_timeout: Option<u64>,
+}
+
+impl Rings {
+    pub(crate) fn wait(&self) -> Wait {
+        if self.poll { Wait::Poll } else { self.wait }
+    }
+
+    pub(crate) fn config(&self, vcpus: u32) -> Config {
+        Config {
+            vcpus,
+            queues: self.queues,
+            ring_order: self.ring_order,
+            persistent: !self.no_persistent,
+            split_ring: self.split,
+            max_indirect_segments: self.indirect,
+            merge: !self.no_merge,
+            waiting: match self.wait() {
+                Wait::Poll => Waiting::Poll,
+                Wait::Event => Waiting::Event,
+                Wait::Adaptive => Waiting::Adaptive(Duration::from_micros(self.spin_us)),
+            },
+            reconnect_timeout: self.reconnect_timeout.map(Duration::from_secs),
+            ..Config::default()
+        }
+    }
+}
