@@ -76,6 +76,7 @@ impl RequestConsumer {
     ///
     /// # Errors
     /// When `req_prod` cannot be what it is.
+    #[inline]
     pub fn poll(&mut self) -> Result<u32, RingError> {
         // Acquire: the requests themselves were written before the index.
         let req_prod = self.ring.req_prod().load(Ordering::Acquire);
@@ -105,6 +106,7 @@ impl RequestConsumer {
     }
 
     /// Copies the next request out of the ring, of those that [`Self::poll`] has seen.
+    #[inline]
     pub fn pop(&mut self) -> Option<RawRequest> {
         if self.taken == self.seen {
             return None;
@@ -152,6 +154,7 @@ impl ResponseProducer {
     ///
     /// # Errors
     /// [`RingFull`] when every request that was taken has had its response.
+    #[inline]
     pub fn push(&mut self, response: &Response) -> Result<(), RingFull> {
         if self.pushed == self.taken {
             self.taken = self.halves.requests.0.load(Ordering::Acquire);
@@ -167,6 +170,7 @@ impl ResponseProducer {
     /// Shows the frontend what was pushed, and says whether it wants an event for it
     /// (`RING_PUSH_RESPONSES_AND_CHECK_NOTIFY`).
     #[must_use = "a frontend that asked for an event sleeps until it comes"]
+    #[inline]
     pub fn publish(&mut self) -> bool {
         if self.published == self.pushed {
             return false;

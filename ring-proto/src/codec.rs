@@ -7,36 +7,43 @@ use crate::shared::Word;
 use crate::{GrantRef, RingLayout, indirect_pages};
 
 /// A read beyond the slot cannot happen: the fields of a layout lie within its stride.
+#[inline]
 fn load(slot: &[Word], word: usize) -> u32 {
     slot.get(word).map_or(0, Word::get)
 }
 
+#[inline]
 fn store(slot: &[Word], word: usize, value: u32) {
     if let Some(w) = slot.get(word) {
         w.set(value);
     }
 }
 
+#[inline]
 fn load_wide(slot: &[Word], word: usize) -> u64 {
     u64::from(load(slot, word)) | u64::from(load(slot, word + 1)) << 32
 }
 
+#[inline]
 fn store_wide(slot: &[Word], word: usize, value: u64) {
     store(slot, word, value as u32);
     store(slot, word + 1, (value >> 32) as u32);
 }
 
 /// `operation`, the byte behind it, and the half word behind that.
+#[inline]
 fn load_head(slot: &[Word]) -> (u8, u8, u16) {
     let [operation, detail, low, high] = load(slot, 0).to_le_bytes();
     (operation, detail, u16::from_le_bytes([low, high]))
 }
 
+#[inline]
 fn store_head(slot: &[Word], operation: u8, detail: u8, half: u16) {
     let [low, high] = half.to_le_bytes();
     store(slot, 0, u32::from_le_bytes([operation, detail, low, high]));
 }
 
+#[inline]
 fn store_id(slot: &[Word], fields: &Fields, id: u64) {
     if fields.wide_id {
         store_wide(slot, fields.id, id);
@@ -46,6 +53,7 @@ fn store_id(slot: &[Word], fields: &Fields, id: u64) {
 }
 
 /// Copies a request out of its slot. Each word is read once, and how many are is decided by the copy (XSA-155).
+#[inline]
 pub(crate) fn decode_request(slot: &[Word], layout: RingLayout) -> RawRequest {
     let fields = layout.fields();
     let (operation, detail, half) = load_head(slot);
@@ -74,6 +82,7 @@ pub(crate) fn decode_request(slot: &[Word], layout: RingLayout) -> RawRequest {
 }
 
 /// Writes a request into its slot.
+#[inline]
 pub(crate) fn encode_request(slot: &[Word], layout: RingLayout, request: &Request) {
     let fields = layout.fields();
     let body = fields.body;
@@ -112,6 +121,7 @@ pub(crate) fn encode_request(slot: &[Word], layout: RingLayout, request: &Reques
 
 /// Writes a response into its slot, field by field: nothing else of the slot changes, and no padding
 /// of ours reaches the peer (XSA-216).
+#[inline]
 pub(crate) fn encode_response(slot: &[Word], layout: RingLayout, response: &Response) {
     let [low, high] = (response.status as i16).to_le_bytes();
     let tail = u32::from_le_bytes([response.operation, 0, low, high]);
@@ -128,6 +138,7 @@ pub(crate) fn encode_response(slot: &[Word], layout: RingLayout, response: &Resp
 }
 
 /// Copies a response out of its slot.
+#[inline]
 pub(crate) fn decode_response(slot: &[Word], layout: RingLayout) -> Response {
     let (id, tail) = match layout {
         RingLayout::Union(_) => (load_wide(slot, 0), load(slot, 2)),

@@ -89,6 +89,7 @@ impl RequestProducer {
     ///
     /// # Errors
     /// [`RingFull`] when no slot is free.
+    #[inline]
     pub fn push(&mut self, request: &Request) -> Result<(), RingFull> {
         let full = |freed| self.pushed.wrapping_sub(freed) >= self.ring.slots();
         if full(self.freed) {
@@ -106,6 +107,7 @@ impl RequestProducer {
     /// Shows the backend what was pushed, and says whether it wants an event for it
     /// (`RING_PUSH_REQUESTS_AND_CHECK_NOTIFY`).
     #[must_use = "a backend that asked for an event sleeps until it comes"]
+    #[inline]
     pub fn publish(&mut self) -> bool {
         if self.published == self.pushed {
             return false;
@@ -138,6 +140,7 @@ impl ResponseConsumer {
     ///
     /// # Errors
     /// When `rsp_prod` cannot be what it is.
+    #[inline]
     pub fn poll(&mut self) -> Result<u32, RingError> {
         // Acquire: the responses themselves were written before the index.
         let rsp_prod = self.ring.rsp_prod().load(Ordering::Acquire);
@@ -160,6 +163,7 @@ impl ResponseConsumer {
     }
 
     /// Copies the next response out of the ring, of those that [`Self::poll`] has seen, and frees its slot.
+    #[inline]
     pub fn pop(&mut self) -> Option<Response> {
         if self.taken == self.seen {
             return None;

@@ -20,6 +20,7 @@ impl Segments {
         Self { list: [Segment::new(GrantRef(0), 0, 0); MAX_DIRECT_SEGMENTS], len: 0 };
 
     /// Appends a segment; `false` when there is no room.
+    #[inline]
     pub fn push(&mut self, segment: Segment) -> bool {
         let Some(place) = self.list.get_mut(usize::from(self.len)) else { return false };
         *place = segment;
@@ -30,6 +31,7 @@ impl Segments {
 
 impl Deref for Segments {
     type Target = [Segment];
+    #[inline]
     fn deref(&self) -> &[Segment] {
         // `push` and the decoder keep `len` within the array.
         self.list.get(..usize::from(self.len)).unwrap_or(&self.list)
@@ -120,6 +122,7 @@ pub enum Body {
 impl Request {
     /// The operation code that the response carries: for an indirect request the inner one, or
     /// Linux's frontend disables the device.
+    #[inline]
     pub const fn response_operation(&self) -> u8 {
         match &self.body {
             Body::Direct { transfer, .. } | Body::Indirect { transfer, .. } => transfer.operation(),
@@ -292,6 +295,7 @@ impl RawRequest {
         room: 0,
     };
 
+    #[inline]
     pub(crate) fn set_segments(&mut self, count: usize, mut at: impl FnMut(usize) -> Segment) {
         for (k, place) in self.segments.list.iter_mut().take(count).enumerate() {
             *place = at(k);
@@ -303,6 +307,7 @@ impl RawRequest {
     ///
     /// # Errors
     /// The first rule that is broken; the request is to be answered with that and nothing else done.
+    #[inline]
     pub fn validate(&self, limits: &Limits) -> Result<Request, Refused> {
         let refuse = |operation, reason| Refused { id: self.id, operation, reason };
         let body = match self.operation {
@@ -316,6 +321,7 @@ impl RawRequest {
         Ok(Request { id: self.id, body })
     }
 
+    #[inline]
     fn direct(&self, limits: &Limits) -> Result<Body, Reason> {
         let transfer = match self.operation {
             op::READ => Transfer::Read,
@@ -339,6 +345,7 @@ impl RawRequest {
         Ok(Body::Direct { transfer, sector: self.sector, segments: self.segments })
     }
 
+    #[inline]
     fn indirect(&self, limits: &Limits) -> Result<Body, Reason> {
         let transfer = match self.detail {
             op::READ => Transfer::Read,
@@ -363,6 +370,7 @@ impl RawRequest {
         })
     }
 
+    #[inline]
     fn discard(&self, limits: &Limits) -> Result<Body, Reason> {
         if !limits.discard {
             return Err(Reason::NotOffered(op::DISCARD));
@@ -381,6 +389,7 @@ impl Limits {
     ///
     /// # Errors
     /// The first rule that is broken.
+    #[inline]
     pub fn check_segments(&self, sector: u64, segments: &[Segment]) -> Result<u64, Reason> {
         let mut sectors = 0u64;
         let mut edges = sector;
@@ -397,6 +406,7 @@ impl Limits {
         Ok(sectors)
     }
 
+    #[inline]
     fn check_range(&self, sector: u64, sectors: u64) -> Result<(), Reason> {
         match sector.checked_add(sectors) {
             Some(end) if end <= self.sectors => Ok(()),
@@ -405,11 +415,13 @@ impl Limits {
     }
 
     /// `edges` is the bitwise or of every start and length.
+    #[inline]
     fn check_aligned(&self, edges: u64) -> Result<(), Reason> {
         let mask = u64::from(self.granule.max(1)) - 1;
         if edges & mask == 0 { Ok(()) } else { Err(Reason::Misaligned) }
     }
 
+    #[inline]
     fn check_writable(&self, transfer: Transfer) -> Result<(), Reason> {
         if self.read_only && transfer != Transfer::Read { Err(Reason::ReadOnly) } else { Ok(()) }
     }
