@@ -64,7 +64,7 @@ pub(super) struct LinkSetup<'a> {
 
 impl Link {
     /// Maps, binds and starts every ring, or none.
-    pub(super) fn start(setup: &LinkSetup<'_>) -> Result<Self, LinkError> {
+    pub(super) async fn start(setup: &LinkSetup<'_>) -> Result<Self, LinkError> {
         let geometry = setup.geometry;
         let large = geometry.sector_size > SECTOR_SIZE as u32;
         if geometry.sector_size > MAX_SECTOR_SIZE || large && !setup.agreement.large_sector_size {
@@ -73,8 +73,14 @@ impl Link {
         let strategy = strategy(setup);
         let mut link = Self { rings: Vec::new(), strategy };
         for (ring, keys) in setup.agreement.queues.iter().enumerate() {
-            // Rings started so far stop when `link` is dropped.
-            link.rings.push(start_ring(setup, strategy, ring, keys)?);
+            match start_ring(setup, strategy, ring, keys) {
+                Ok(ring) => link.rings.push(ring),
+                Err(error) => {
+                    // Or the frontend would hear of the failure while its pages are still mapped.
+                    link.stop().await;
+                    return Err(error);
+                }
+            }
         }
         Ok(link)
     }

@@ -22,16 +22,17 @@ use xenstore_glue::vbd::{
     Agreement, BackendOffer, DevicePaths, DeviceProperties, Discard, FrontendRequest, QueueKeys,
     Refusal, VirtualDevice,
 };
+use xenstore_glue::wire::Errno;
 use xenstore_glue::xenbus::{BackendAction, BackendEvent, BackendMachine, StalePeer, XenbusState};
 
 /// Between `Closed` and the removal of the directory: libxl waits for the value of `state`, and
 /// takes a missing node for a failure.
 const RETIRE_GRACE: Duration = Duration::from_secs(1);
+/// Between giving a device up and looking at it again: whatever is wrong with it, looking must not
+/// keep the daemon busy.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
 /// A frontend that is asked to close and does not is left to itself after this long.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
-/// Set by frontends that make new rings and reissue their requests when their backend goes back to
-/// `InitWait`, as ours does. Linux's does not.
-const REISSUE_KEY: &str = "feature-reissue";
 
 /// What every device of a daemon shares.
 #[derive(Clone)]
@@ -61,10 +62,30 @@ pub(crate) async fn serve(context: Context, paths: DevicePaths, pokes: Arc<Pokes
     async {
         let path = paths.backend();
         let registry = context.registry.clone();
-        if let Err(error) = run(context, paths, &pokes).await {
-            warn!(%error, "device given up");
-        }
+        let client = context.client.clone();
+        let mut shutdown = context.shutdown.clone();
+        let outcome = run(context, paths, &pokes).await;
         registry.remove(&path);
+        match outcome {
+            Ok(End::Stopped) => {}
+            Ok(End::Gone) => {
+                if let Err(error) = nodes::remove_with_parent(&client, &error_dir(&path)).await {
+                    warn!(%error, "cannot remove what was said of the device");
+                }
+            }
+            Err(error) => {
+                // Half a directory: the toolstack writes it in one transaction, so this is none of its.
+                if matches!(error, Abandoned::Description(_)) {
+                    debug!(%error, "not a device (yet)");
+                } else {
+                    warn!(%error, "device given up");
+                }
+                tokio::select! {
+                    () = tokio::time::sleep(RETRY_PAUSE) => {}
+                    () = stopped(&mut shutdown) => {}
+                }
+            }
+        }
     }
     .instrument(span)
     .await;
@@ -72,8 +93,34 @@ pub(crate) async fn serve(context: Context, paths: DevicePaths, pokes: Arc<Pokes
 
 /// What a device's task cannot go on after. Everything else is told to the frontend and the toolstack.
 #[derive(Debug, thiserror::Error)]
-#[error("xenstore: {0}")]
-struct Abandoned(#[from] client::Error);
+enum Abandoned {
+    #[error("xenstore: {0}")]
+    Store(#[from] client::Error),
+    #[error(transparent)]
+    Description(DescriptionError),
+}
+
+/// How a device's task ended.
+enum End {
+    /// Nobody wants the device any more.
+    Gone,
+    /// The daemon exits; its successor takes the device up.
+    Stopped,
+}
+
+/// Where errors of a backend are told (`error_path` in Linux's xenbus_client.c).
+fn error_dir(backend: &str) -> String {
+    backend.replacen("/backend/", "/error/backend/", 1)
+}
+
+/// Reads a node of the frontend's. One that we may not read is as good as missing: its permissions
+/// are the frontend's to set.
+async fn read_frontend(client: &Client, path: &str) -> Result<Option<Vec<u8>>, client::Error> {
+    match client.read_optional(path).await {
+        Err(error) if error.errno() == Some(Errno::Eacces) => Ok(None),
+        other => other,
+    }
+}
 
 /// Why a connect failed; the frontend is told.
 #[derive(Debug, thiserror::Error)]
@@ -90,25 +137,25 @@ enum ConnectError {
     NoDisk,
 }
 
-async fn run(context: Context, paths: DevicePaths, pokes: &Pokes) -> Result<(), Abandoned> {
+async fn run(context: Context, paths: DevicePaths, pokes: &Pokes) -> Result<End, Abandoned> {
     let dir = paths.backend();
     let description = match Description::read(&context.client, &paths).await {
         Ok(description) => description,
         Err(DescriptionError::Store(error)) => return Err(error.into()),
-        Err(error) => {
-            // Half a directory: the toolstack writes it in one transaction, so this is none of its.
-            debug!(%error, "not a device (yet)");
-            return Ok(());
-        }
+        Err(error) => return Err(Abandoned::Description(error)),
     };
     let (ended, mut ring_ended) = mpsc::unbounded_channel();
     let state_node = format!("{}/state", paths.frontend());
     let mut frontend = context.client.watch(&state_node).await?;
-    let stale =
-        match context.client.read_optional(&format!("{}/{REISSUE_KEY}", paths.frontend())).await? {
-            Some(value) if value == b"1" => StalePeer::Restart,
-            _ => StalePeer::Attach,
-        };
+    let stale = match read_frontend(
+        &context.client,
+        &format!("{}/{}", paths.frontend(), FrontendRequest::REISSUE_KEY),
+    )
+    .await?
+    {
+        Some(value) if value == b"1" => StalePeer::Restart,
+        _ => StalePeer::Attach,
+    };
     context.registry.insert(DeviceView {
         paths,
         name: description.name.clone(),
@@ -156,11 +203,11 @@ async fn run(context: Context, paths: DevicePaths, pokes: &Pokes) -> Result<(), 
             () = stopped(&mut shutdown) => {
                 // Answer what is in flight and leave `state` for a successor to find.
                 device.disconnect().await;
-                return Ok(());
+                return Ok(End::Stopped);
             }
         }
     }
-    Ok(())
+    Ok(End::Gone)
 }
 
 /// Waits until the daemon is about to exit.
@@ -239,9 +286,13 @@ impl Device {
     async fn fail(&self, what: &str) -> Result<(), Abandoned> {
         warn!("{what}");
         self.context.registry.update(&self.dir, |view| view.error = Some(what.to_owned()));
-        let Some((domain, rest)) = self.dir.split_once("/backend/") else { return Ok(()) };
-        let node = format!("{domain}/error/backend/{rest}/error");
-        Ok(self.context.client.write(&node, what).await?)
+        let node = format!("{}/error", error_dir(&self.dir));
+        match self.context.client.write(&node, what).await {
+            // A quota, most likely: the device does not suffer from what cannot be said about it.
+            Err(error) if error.errno().is_some() => warn!(%error, "cannot tell the toolstack"),
+            other => other?,
+        }
+        Ok(())
     }
 
     /// Reads what the machine needs to know and feeds it.
@@ -252,7 +303,7 @@ impl Device {
         }
         let online = client.read_optional(&self.node("online")).await?;
         self.feed(BackendEvent::Online(online.as_deref() == Some(b"1"))).await?;
-        let state = client.read_optional(&self.state_node).await?;
+        let state = read_frontend(&client, &self.state_node).await?;
         let state = state.as_deref().and_then(XenbusState::parse);
         self.feed(BackendEvent::Frontend(state)).await?;
         // A watch does not show the states in between: a frontend that started over and is connected
@@ -388,7 +439,8 @@ impl Device {
             geometry: &geometry,
             tuning: &self.context.tuning,
             ended: &self.ended,
-        })?;
+        })
+        .await?;
         info!(
             rings = agreement.queues.len(),
             slots = agreement.slots(),
@@ -429,7 +481,7 @@ impl Device {
     ) -> Result<(), client::Error> {
         for name in names {
             let path = format!("{}/{name}", self.description.frontend);
-            if let Some(value) = self.context.client.read_optional(&path).await? {
+            if let Some(value) = read_frontend(&self.context.client, &path).await? {
                 values.insert(name, value);
             }
         }
@@ -478,9 +530,10 @@ impl Device {
         let (client, dir) = (&self.context.client, &self.dir);
         client
             .transact(async |transaction| {
+                // The toolstack may have attached it anew.
                 let online = transaction.read_optional(&format!("{dir}/online")).await?;
                 if online.as_deref() == Some(b"0") {
-                    transaction.rm(dir).await?;
+                    nodes::remove_with_parent(transaction, dir).await?;
                 }
                 Ok(())
             })

@@ -3,7 +3,7 @@
 use crate::storage::{self, Direct, OpenError, Storage};
 use ring_proto::DomId;
 use std::sync::Arc;
-use xenstore_glue::client::{self, Client};
+use xenstore_glue::client::{self, Client, Nodes};
 use xenstore_glue::disk::{Target, TargetError};
 use xenstore_glue::vbd::DevicePaths;
 
@@ -86,5 +86,22 @@ impl Description {
             .map_err(|source| DescriptionError::Target { params: self.params.clone(), source })?;
         let options = storage::Options { read_only: self.read_only, direct, discard: self.discard };
         Ok(storage::open(&target, options)?)
+    }
+}
+
+/// Removes a device's directory, and that of its frontend's domain if nothing is left in it: each
+/// domain that comes and goes would leave a node to this one's quota.
+pub(super) async fn remove_with_parent(nodes: &Nodes, dir: &str) -> Result<(), client::Error> {
+    nodes.rm(dir).await?;
+    let Some((parent, _)) = dir.rsplit_once('/') else { return Ok(()) };
+    match nodes.directory(parent).await {
+        Ok(names) if names.is_empty() => {}
+        Err(error) if error.errno().is_none() => return Err(error),
+        _ => return Ok(()),
+    }
+    match nodes.rm(parent).await {
+        // The toolstack's own, which it cleans up itself.
+        Err(error) if error.errno().is_some() => Ok(()),
+        other => other,
     }
 }

@@ -14,6 +14,12 @@ use xen_platform::{
     Platform,
 };
 
+/// Pages that a ring keeps mapped for requests in flight, beside its persistent grants. As much as
+/// grant copy's large buffers hold, and 8 MiB keep any disk busy. Without a bound, indirect requests
+/// could use up the mappings that a process may have (`vm.max_map_count`), those of other guests'
+/// devices included.
+const MAX_MAPPED_PAGES: usize = 2048;
+
 /// How a frontend's data is reached.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Strategy {
@@ -44,6 +50,8 @@ struct Held {
     bounce: Option<Range<usize>>,
     pins: Vec<GrantRef>,
     maps: Vec<Arc<dyn MappedGrants>>,
+    /// Pages in `maps`.
+    mapped: usize,
     refused: bool,
 }
 
@@ -62,6 +70,8 @@ pub(super) struct Data {
     via: Via,
     /// By tag.
     held: Vec<Held>,
+    /// Pages that all of them have mapped.
+    mapped: usize,
     /// Grant copies to be made together, and the tag that each is for.
     copies: Vec<CopySegment>,
     owners: Vec<u16>,
@@ -97,6 +107,7 @@ impl Data {
             peer,
             via,
             held: (0..slots).map(|_| Held::default()).collect(),
+            mapped: 0,
             copies: Vec::with_capacity(slots * direct_segments),
             owners: Vec::with_capacity(slots * direct_segments),
             page: Box::new([0; PAGE_SIZE]),
@@ -197,6 +208,10 @@ impl Data {
         segments: &[Segment],
         buffers: &mut IoVecs,
     ) -> Result<(), Unreachable> {
+        // A request of its own always fits.
+        if self.mapped > 0 && self.mapped + segments.len() > MAX_MAPPED_PAGES {
+            return Err(Unreachable::Busy);
+        }
         let held = &mut self.held[usize::from(tag)];
         match &mut self.via {
             Via::Copy(bounce) => {
@@ -240,6 +255,8 @@ impl Data {
                             maps += 1;
                             let address = page.base().as_ptr();
                             held.maps.push(page);
+                            held.mapped += 1;
+                            self.mapped += 1;
                             address
                         }
                         Err(_) => {
@@ -276,6 +293,8 @@ impl Data {
                     buffers.push(unsafe { IoVec::new(address, segment.bytes()) });
                 }
                 held.maps.push(map);
+                held.mapped = segments.len();
+                self.mapped += held.mapped;
                 self.stats.grant_maps.add(segments.len() as u64);
             }
             Via::Nothing => {}
@@ -337,11 +356,11 @@ impl Data {
                 for gref in held.pins.drain(..) {
                     pool.unpin(gref);
                 }
-                held.maps.clear();
             }
-            Via::Map => held.maps.clear(),
-            Via::Nothing => {}
+            Via::Map | Via::Nothing => {}
         }
+        held.maps.clear();
+        self.mapped -= std::mem::take(&mut held.mapped);
     }
 }
 

@@ -73,7 +73,7 @@ impl Spin {
                     self.budget = Duration::ZERO;
                 }
             } else {
-                self.budget = (self.budget * 2).clamp(FIRST_BUDGET, most);
+                self.budget = (self.budget * 2).max(FIRST_BUDGET).min(most);
             }
         }
         self.found();
