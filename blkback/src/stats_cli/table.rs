@@ -59,13 +59,13 @@ pub(super) fn rates(before: &Snapshot, now: &Snapshot) -> String {
         let total = Ring::total(&rings);
         for (name, ring) in named(&rings, &total) {
             let Ring { counts, derived, .. } = ring;
-            let errors = counts.device_errors + counts.grant_errors + derived.refused;
+            let errors = failed(ring).saturating_add(derived.refused);
             table.push(vec![
                 format!("{}/{}", device.domain, plain(&device.name)),
                 name,
                 rate(counts.rd_req, seconds),
                 rate(counts.wr_req, seconds),
-                rate(counts.f_req + counts.ds_req, seconds),
+                rate(counts.f_req.saturating_add(counts.ds_req), seconds),
                 byte_rate(counts.rd_sect.saturating_mul(SECTOR), seconds),
                 byte_rate(counts.wr_sect.saturating_mul(SECTOR), seconds),
                 rate(errors, seconds),
@@ -85,7 +85,7 @@ pub(super) fn rates(before: &Snapshot, now: &Snapshot) -> String {
 fn heading(now: &Snapshot) -> String {
     let process = &now.process;
     format!(
-        "blkback: {} disks, up {}, {} of CPU time, {} resident, {} of {} descriptors\n",
+        "blkback: disks: {}, up {}, {} of CPU time, {} resident, {} of {} descriptors\n",
         now.devices.len(),
         duration(process.uptime_ms / 1000),
         duration(process.cpu_ms / 1000),
@@ -100,9 +100,10 @@ fn about(out: &mut String, device: &Device) {
         format!("device {}", device.device),
         device.kind.clone(),
         device.state.clone(),
-        bytes(device.sectors.saturating_mul(SECTOR)),
         if device.read_only { "read-only" } else { "read-write" }.to_owned(),
     ];
+    // The size is known once the disk is.
+    words.extend((device.sectors > 0).then(|| bytes(device.sectors.saturating_mul(SECTOR))));
     words.extend(device.strategy.clone());
     words.extend(device.layout.clone());
     let name = format!("{}/{}", device.domain, device.name);
@@ -126,6 +127,10 @@ fn named<'a>(rings: &'a [Ring], total: &'a Ring) -> Rows<'a> {
     each.chain((rings.len() > 1).then(|| ("all".to_owned(), total))).collect()
 }
 
+fn failed(ring: &Ring) -> u64 {
+    ring.counts.device_errors.saturating_add(ring.counts.grant_errors)
+}
+
 type Table = Vec<Vec<String>>;
 
 fn requests(rows: &Rows<'_>) -> Table {
@@ -133,7 +138,8 @@ fn requests(rows: &Rows<'_>) -> Table {
         "RING", "reads", "writes", "flushes", "discards", "read", "written", "indirect", "waited",
         "failed", "refused",
     ];
-    table(head, rows, |Ring { counts, derived, .. }| {
+    table(head, rows, |ring| {
+        let Ring { counts, derived, .. } = ring;
         [
             count(counts.rd_req),
             count(counts.wr_req),
@@ -143,7 +149,7 @@ fn requests(rows: &Rows<'_>) -> Table {
             bytes(counts.wr_sect.saturating_mul(SECTOR)),
             count(counts.indirect_req),
             count(counts.oo_req),
-            count(counts.device_errors.saturating_add(counts.grant_errors)),
+            count(failed(ring)),
             count(derived.refused),
         ]
     })
@@ -250,4 +256,68 @@ fn aligned(table: &Table) -> String {
         out.push('\n');
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// The document as the schema has it, with what a later daemon may add and less than it has.
+    fn reading(uptime_ms: u64, requests: u64) -> Snapshot {
+        let ring = json!({
+            "rd_req": requests, "rd_sect": requests * 8, "events": requests / 4,
+            "kicks": requests / 8, "sleeps": requests / 4, "system_calls": requests / 2,
+            "persistent_held": 11, "refused": { "segment": 0, "of the future": 0 },
+            "batch": { "buckets": [0, 0, 0, requests / 4], "sum": requests },
+            "ring_wait_ns": { "buckets": [], "sum": 0 },
+            "device_ns": { "buckets": [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, requests], "sum": requests },
+            "completion_ns": { "buckets": [], "sum": 0 },
+            "derived": Ring::default().derived, "new": 1
+        });
+        let of =
+            |ring| serde_json::from_value::<Ring>(ring).expect("a ring").since(&Ring::default());
+        let ring = of(ring);
+        let device = Device {
+            backend: "/local/domain/0/backend/vbd3/5/51712".to_owned(),
+            domain: 5,
+            name: "xvda".to_owned(),
+            error: Some("\x1b]0;evil\x07".to_owned()),
+            sectors: 1 << 31,
+            total: Ring::total(&[ring.clone(), ring.clone()]),
+            rings: vec![ring.clone(), ring],
+            ..Device::default()
+        };
+        let mut now = Snapshot { devices: vec![device], ..Snapshot::default() };
+        now.process.uptime_ms = uptime_ms;
+        now
+    }
+
+    fn words(text: &str, first: &str) -> Vec<Vec<String>> {
+        let lines = text.lines().map(|line| line.split_whitespace().map(str::to_owned).collect());
+        lines.filter(|words: &Vec<_>| words.first().is_some_and(|word| word == first)).collect()
+    }
+
+    #[test]
+    fn totals_are_rows_by_ring_and_of_all() {
+        let text = totals(&reading(1000, 80_000));
+        assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "{text}");
+        assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
+        let sections = words(&text, "all");
+        assert_eq!(sections[0][1..7], ["160k", "0", "0", "0", "625M", "0B"].map(str::to_owned)[..]);
+        assert_eq!(sections[1].last().map(String::as_str), Some("0.88"), "1/2 + 1/4 + 1/8");
+        assert_eq!(sections[3].last().map(String::as_str), Some("22"));
+        assert_eq!(words(&text, "1").len(), 4);
+    }
+
+    #[test]
+    fn rates_are_what_happened_a_second() {
+        let text = rates(&reading(1000, 80_000), &reading(3000, 88_000));
+        assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
+        let rows = words(&text, "5/xvda");
+        let row = ["5/xvda", "all", "8000", "0", "0", "31.2M", "0B", "0", "4.00", "0.12", "0.88"];
+        assert_eq!(rows[2][..11], row.map(str::to_owned)[..]);
+        assert_eq!(rows[2][11..], ["1.0us", "1.0us"].map(str::to_owned)[..]);
+        assert!(rates(&reading(3000, 1), &reading(1000, 1)).contains("started anew"));
+    }
 }

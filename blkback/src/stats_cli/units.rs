@@ -79,7 +79,7 @@ mod tests {
             [bytes(1023), bytes(1024), bytes((1 << 20) - 1), bytes(3 << 29)]
         );
         assert_eq!(
-            ["-", "511ns", "65.5us", "1.0ms", "274s"].map(str::to_owned),
+            ["-", "511ns", "65.5us", "1.0ms", "275s"].map(str::to_owned),
             [
                 time(None),
                 time(Some(511)),
