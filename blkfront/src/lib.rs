@@ -44,6 +44,7 @@
 //! split into, and some 200 bytes for each of [`Config::depth`] I/Os. All of it is allocated
 //! when the disk is opened: an I/O allocates nothing.
 
+mod asynchronous;
 mod blocking;
 mod config;
 mod control;
@@ -64,6 +65,7 @@ mod slab;
 mod stats;
 mod wait;
 
+pub use asynchronous::AsyncQueue;
 pub use config::{
     Config, DEFAULT_DEPTH, DEFAULT_INDIRECT_SEGMENTS, DEFAULT_POOL_BYTES, DEFAULT_SPIN, MAX_DEPTH,
     MAX_POOL_BYTES, MAX_VCPUS, Waiting,
@@ -77,5 +79,4 @@ pub use queue::Queue;
 pub use stats::Stats;
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 mod tests;

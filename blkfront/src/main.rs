@@ -51,8 +51,20 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("blkfront: {error:#}");
+            eprintln!("blkfront: {}", told(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// The error and its causes, without those that the one before has told already.
+fn told(error: &anyhow::Error) -> String {
+    let mut told = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !told.contains(&cause) {
+            let colon = if told.is_empty() { "" } else { ": " };
+            told = told + colon + &cause;
+        }
+    }
+    told
 }

@@ -103,7 +103,7 @@ mod tests {
     fn numbers_are_written_to_be_read() {
         assert_eq!(show_bytes(512.0), "512 B");
         assert_eq!(show_bytes(4096.0), "4 KiB");
-        assert_eq!(show_count(1_348_488.0), "1.35M");
+        assert_eq!(show_count(1_348_488.0), "1.35 M");
         assert_eq!(show_ns(25_400.0), "25.40 us");
     }
 }

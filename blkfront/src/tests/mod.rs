@@ -1,6 +1,7 @@
 //! The data path against a backend on a thread of this process.
 
 mod alloc;
+mod asynchronous;
 mod backend;
 mod host;
 mod hostile;

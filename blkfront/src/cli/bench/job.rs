@@ -199,7 +199,7 @@ impl Job {
     /// The same with a size, which must be there on the disk.
     pub(crate) fn fit(mut self, disk: &Geometry) -> anyhow::Result<Self> {
         let unit = u64::from(disk.sector_size);
-        if let Some(wrong) = self.bssplit.iter().find(|b| b.bytes % unit != 0) {
+        if let Some(wrong) = self.bssplit.iter().find(|b| !b.bytes.is_multiple_of(unit)) {
             bail!("block size {} is no multiple of the disk's sectors of {unit}", wrong.bytes);
         }
         if disk.read_only && self.rw.writes() {
@@ -208,7 +208,7 @@ impl Job {
         let room = disk.size.saturating_sub(self.offset) / u64::from(self.numjobs);
         let size = self.size.unwrap_or(room).min(room);
         let size = size - size % self.min_block();
-        if size < self.max_block() || self.offset % unit != 0 {
+        if size < self.max_block() || !self.offset.is_multiple_of(unit) {
             return Err(anyhow!(
                 "{} jobs from offset {} have {room} bytes each of the disk's {}: too few, or not aligned",
                 self.numjobs,

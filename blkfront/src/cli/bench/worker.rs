@@ -335,7 +335,7 @@ impl Worker {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
-        (u128::from(self.random) * u128::from(below) >> 64) as u64
+        ((u128::from(self.random) * u128::from(below)) >> 64) as u64
     }
 
     fn draw_direction(&mut self) -> bool {
