@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use xenstore_glue::vbd::DevicePaths;
@@ -225,9 +226,11 @@ fn the_exposition_parses_back_to_what_was_counted() {
     }
 }
 
-fn socket(test: &str) -> PathBuf {
-    let name = format!("blkback-{test}-{}", std::process::id());
-    std::env::temp_dir().join(name).join("stats.sock")
+/// A directory that goes with the test, and a socket in one below it that is not there yet.
+fn socket() -> (TempDir, PathBuf) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("blkback/stats.sock");
+    (dir, path)
 }
 
 async fn bound(path: &std::path::Path) -> Result<Server, ListenError> {
@@ -248,7 +251,7 @@ async fn raw(path: &std::path::Path, request: &str) -> String {
 
 #[tokio::test]
 async fn the_socket_is_the_owners_and_goes_with_the_server() {
-    let path = socket("mode");
+    let (_dir, path) = socket();
     let server = bound(&path).await.expect("bound");
     let mode = std::fs::metadata(&path).expect("a socket").permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
@@ -261,12 +264,11 @@ async fn the_socket_is_the_owners_and_goes_with_the_server() {
     drop(bound(&path).await.expect("bound in its place"));
     std::fs::write(&path, "precious").expect("written");
     assert!(matches!(bound(&path).await, Err(ListenError::NotASocket(_))));
-    std::fs::remove_dir_all(path.parent().expect("a directory")).expect("removed");
 }
 
 #[tokio::test]
 async fn http_is_answered_as_it_should_be() {
-    let path = socket("http");
+    let (_dir, path) = socket();
     let server = tokio::spawn(bound(&path).await.expect("bound").run());
     let metrics = raw(&path, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").await;
     let (head, body) = metrics.split_once("\r\n\r\n").expect("a body");
@@ -291,7 +293,7 @@ async fn http_is_answered_as_it_should_be() {
 async fn the_json_is_read_back_over_either_socket() {
     let registry = registry();
     let here = Snapshot::take(&registry, &Clock::start());
-    let path = socket("json");
+    let (_dir, path) = socket();
     let any_port = Address::Loopback(([127, 0, 0, 1], 0).into());
     for address in [Address::Unix(path), any_port] {
         let server = Server::bind(&address, registry.clone(), Clock::start()).await.expect("bound");
@@ -309,7 +311,7 @@ async fn the_json_is_read_back_over_either_socket() {
 /// The clock stands still but for what nobody but a timer can end.
 #[tokio::test(start_paused = true)]
 async fn slow_clients_lock_nobody_out_and_are_hung_up_on() {
-    let path = socket("slow");
+    let (_dir, path) = socket();
     let server = tokio::spawn(bound(&path).await.expect("bound").run());
     let mut slow = Vec::new();
     for _ in 0..2 * MAX_CONNECTIONS {
