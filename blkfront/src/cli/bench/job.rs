@@ -76,7 +76,7 @@ pub(crate) struct JobArgs {
     #[arg(long, value_name = "N", default_value_t = 1)]
     numjobs: u32,
     /// Taken for fio's sake: there is no page cache to go around
-    #[arg(long, num_args = 0..=1, default_missing_value = "1", value_parser = units::boolean)]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "1", value_parser = units::boolean)]
     direct: Option<bool>,
     /// Bytes each job transfers, and the size of its part of the disk [default: its share]
     #[arg(long, value_name = "SIZE", value_parser = units::size)]
@@ -92,6 +92,7 @@ pub(crate) struct JobArgs {
         long = "time_based",
         alias = "time-based",
         num_args = 0..=1,
+        require_equals = true,
         default_value = "0",
         default_missing_value = "1",
         value_parser = units::boolean
