@@ -146,6 +146,7 @@ pub fn run(setup: RingSetup) -> Result<(), Exit> {
         spin: Spin::new(setup.wait),
         epoch: Instant::now(),
         spurious: 0,
+        answered: false,
         quiet: false,
         woken: None,
     }
@@ -215,6 +216,8 @@ struct Worker {
     spin: Spin,
     epoch: Instant,
     spurious: u32,
+    /// Responses were pushed and not published yet.
+    answered: bool,
     /// The idle time-out has been seen to.
     quiet: bool,
     /// When the last event came, until the first requests after it are taken.
@@ -522,10 +525,16 @@ impl Worker {
     fn answer(&mut self, id: u64, operation: u8, status: Status) {
         let pushed = self.responses.push(&Response { id, operation, status });
         debug_assert!(pushed.is_ok(), "one response a request taken");
+        self.answered = true;
     }
 
     fn publish(&mut self) {
+        if !std::mem::take(&mut self.answered) {
+            return;
+        }
+        self.stats.system_calls.set(self.queue.counters().system_calls);
         if !self.responses.publish() {
+            self.stats.kicks_saved.add(1);
             return;
         }
         self.stats.kicks.add(1);
@@ -565,7 +574,6 @@ impl Worker {
             self.data.purge();
             self.quiet = true;
         }
-        self.stats.system_calls.set(self.queue.counters().system_calls);
         Ok(())
     }
 }

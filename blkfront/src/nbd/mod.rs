@@ -3,7 +3,9 @@
 //! Fixed newstyle with `NBD_OPT_GO`, structured replies and many connections (nbd's `doc/proto.md`). A
 //! connection is pinned to a vCPU, whose one thread carries its requests from the socket to the
 //! ring and back: there is no lock and no other thread in between, and no copy of the data
-//! between the socket and the granted pages.
+//! between the socket and the granted pages. While answers are due from the backend the thread spins as
+//! [`Config::waiting`] says, but for [`crate::Waiting::Poll`], which is taken for
+//! [`crate::Waiting::Event`]: there are sockets to be watched, too.
 //!
 //! ```no_run
 //! # fn f(platform: std::sync::Arc<dyn xen_platform::Platform>,
@@ -235,6 +237,14 @@ impl<'a> Server<'a> {
             };
             workers.push((worker, shared, sender));
         }
+        // Connections go to workers in turn: to another ring first, then to another vCPU of a ring.
+        let mut on_ring = vec![0; disk.rings() as usize];
+        workers.sort_by_cached_key(|(worker, ..)| {
+            let ring = worker.requests.ring();
+            let before = &mut on_ring[ring as usize];
+            *before += 1;
+            (*before, ring)
+        });
         Ok(Self { disk, options, listener, file, workers })
     }
 

@@ -62,6 +62,11 @@ pub(super) struct Requests {
 }
 
 impl Requests {
+    /// The ring that they go through.
+    pub(super) fn ring(&self) -> u32 {
+        self.queue.ring()
+    }
+
     /// For as many as `depth` at a time. `None` when the queue's pool has no room for the zeroes.
     pub(super) fn new(
         mut queue: Queue,

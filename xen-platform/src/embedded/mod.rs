@@ -39,7 +39,7 @@ use granting::OwnDomain;
 use ring_proto::{DomId, GrantRef, Port, SharedMemory};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// Event channel ports of a domain: Xen's `EVTCHN_2L_NR_CHANNELS`, the limit of the two-level ABI
 /// on 64 bits. Ports start at 1.
@@ -54,8 +54,8 @@ pub struct EmbeddedPlatform {
     dir: PathBuf,
     connection: Arc<Connection>,
     own: Arc<OwnDomain>,
-    /// Dead ones are forgotten when any is next asked for.
-    peers: Mutex<HashMap<DomId, Arc<Peer>>>,
+    /// Kept alive by the maps and copiers made from them: each holds the memory of its domain.
+    peers: Mutex<HashMap<DomId, Weak<Peer>>>,
 }
 
 impl EmbeddedPlatform {
@@ -89,14 +89,13 @@ impl EmbeddedPlatform {
 
     fn peer(&self, domid: DomId) -> Result<Option<Arc<Peer>>> {
         let mut peers = locked(&self.peers);
-        // Each keeps the memory of its domain.
-        peers.retain(|_, peer| !peer.is_gone());
-        if let Some(peer) = peers.get(&domid) {
-            return Ok(Some(Arc::clone(peer)));
+        peers.retain(|_, peer| peer.upgrade().is_some_and(|peer| !peer.is_gone()));
+        if let Some(peer) = peers.get(&domid).and_then(Weak::upgrade) {
+            return Ok(Some(peer));
         }
         let peer = Peer::connect(Arc::clone(&self.connection), domid)?.map(Arc::new);
         if let Some(peer) = &peer {
-            peers.insert(domid, Arc::clone(peer));
+            peers.insert(domid, Arc::downgrade(peer));
         }
         Ok(peer)
     }
