@@ -275,7 +275,9 @@ impl Connection {
                 self.phase = Phase::Transmission { structured, max_payload };
             }
             Next::Close(reason) => {
-                tracing::info!(connection = self.place, "NBD client dropped: {reason}");
+                if let Some(reason) = reason {
+                    tracing::info!(connection = self.place, "NBD client dropped: {reason}");
+                }
                 self.drain();
             }
         }

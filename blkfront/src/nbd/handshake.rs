@@ -21,8 +21,8 @@ pub(super) enum Next {
     Skip(u64),
     /// The handshake is over: requests follow these bytes.
     Transmit(usize),
-    /// Send what is to be sent, then close.
-    Close(&'static str),
+    /// Send what is to be sent, then close: for this reason, or because the client wants it.
+    Close(Option<&'static str>),
 }
 
 /// The server's side of it.
@@ -59,7 +59,7 @@ impl Handshake {
         if !self.greeted {
             let Some(flags) = reader.u32() else { return Next::More };
             if flags & !u32::from(proto::FLAG_FIXED_NEWSTYLE | proto::FLAG_NO_ZEROES) != 0 {
-                return Next::Close("it has flags we do not know");
+                return Next::Close(Some("it has flags we do not know"));
             }
             self.no_zeroes = flags & u32::from(proto::FLAG_NO_ZEROES) != 0;
             self.greeted = true;
@@ -68,7 +68,7 @@ impl Handshake {
         match reader.u64() {
             None => return Next::More,
             Some(proto::OPTION_MAGIC) => {}
-            Some(_) => return Next::Close("an option has the wrong magic"),
+            Some(_) => return Next::Close(Some("an option has the wrong magic")),
         }
         let (Some(option), Some(len)) = (reader.u32(), reader.u32()) else { return Next::More };
         let whole = OPTION_HEAD_BYTES as u64 + u64::from(len);
@@ -82,7 +82,7 @@ impl Handshake {
             proto::OPT_EXPORT_NAME => return self.export_name(name, data, out),
             proto::OPT_ABORT => {
                 reply(out, option, proto::REP_ACK, &[]);
-                return Next::Close("it aborted the handshake");
+                return Next::Close(None);
             }
             proto::OPT_LIST if data.is_empty() => {
                 let mut server = (name.len() as u32).to_be_bytes().to_vec();
@@ -116,7 +116,7 @@ impl Handshake {
         /// Bytes that follow for clients that did not ask to be spared them.
         const ZEROES: usize = 124;
         if !names(data, name) {
-            return Next::Close("it asked for an export we do not have");
+            return Next::Close(Some("it asked for an export we do not have"));
         }
         out.extend(self.export.size.to_be_bytes());
         out.extend(self.export.flags(self.structured).to_be_bytes());

@@ -25,10 +25,10 @@
 //! ```
 //!
 //! # What a client can and cannot do
-//! Whoever may open the socket may read and write the disk; its directory decides who. Nobody can make the server
-//! hold more than [`Options::in_flight`] bytes of data and 128 requests: a client that does not
-//! take its answers is not read from. Memory and places in the queue are shared out in advance, so
-//! that a slow or hostile client delays no other.
+//! Whoever may open the socket may read and write the disk; its directory decides who. Nobody can
+//! make the server hold more than [`Options::in_flight`] bytes of data and 128 requests: a client
+//! that does not take its answers is not read from. Memory and places in the queue are shared out
+//! in advance, so that a slow or hostile client delays no other.
 
 mod connection;
 mod handshake;
@@ -55,10 +55,11 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use worker::{Newcomer, Shared, Worker};
 
-/// Clients at a time, unless [`Options::max_connections`] says otherwise: fio with eight jobs and an `nbdcopy` beside it.
+/// Clients at a time, unless [`Options::max_connections`] says otherwise: fio with eight jobs and an
+/// `nbdcopy` beside it.
 pub const DEFAULT_MAX_CONNECTIONS: usize = 16;
-/// Bytes in flight for a client, unless [`Options::in_flight`] says otherwise: the depth and size at which
-/// a fast disk is busy (32 of 64 KiB), and what `qemu-img convert` transfers at once.
+/// Bytes in flight for a client, unless [`Options::in_flight`] says otherwise: the depth and size at
+/// which a fast disk is busy (32 of 64 KiB), and what `qemu-img convert` transfers at once.
 pub const DEFAULT_IN_FLIGHT: usize = 2 << 20;
 /// The largest [`Options::in_flight`]: what clients may transfer at once when they were not told a
 /// limit, by the protocol.
@@ -77,8 +78,8 @@ pub struct Options {
     pub read_only: bool,
     /// Clients at a time. Those beyond are turned away.
     pub max_connections: usize,
-    /// Bytes of data a client may have in flight: whole pages, up to [`MAX_IN_FLIGHT`]. No single request
-    /// can be longer.
+    /// Bytes of data a client may have in flight: whole pages, up to [`MAX_IN_FLIGHT`]. No single
+    /// read or write can be longer.
     pub in_flight: usize,
 }
 
@@ -255,8 +256,8 @@ impl<'a> Server<'a> {
         format!("nbd+unix:///{export}?socket={path}")
     }
 
-    /// Serves until `stop` becomes readable: then requests that have come in are answered and all connections
-    /// are closed, a client being given 5 seconds to take its answers.
+    /// Serves until `stop` becomes readable: then requests that have come in are answered and all
+    /// connections are closed, a client being given 5 seconds to take its answers.
     ///
     /// # Errors
     /// When threads cannot be made, or one of them or the listener fails.

@@ -74,7 +74,12 @@ impl Worker {
                 }
             }
             let runnable = self.connections.iter().flatten().any(Connection::is_runnable);
-            let timeout = if runnable || !self.requests.queue().arm() {
+            let queue = self.requests.queue();
+            // With no time to wait it spins as the disk was configured to, and does not sleep.
+            if !runnable && queue.wait(&mut done, Some(Duration::ZERO)) > 0 {
+                continue;
+            }
+            let timeout = if runnable || !queue.arm() {
                 EpollTimeout::ZERO
             } else {
                 deadline.map_or(EpollTimeout::NONE, until)
