@@ -394,7 +394,6 @@ impl Control {
                 store.write(&format!("{frontend}/{key}"), value).await?;
             }
             store.write(&format!("{frontend}/{}", FrontendRequest::REISSUE_KEY), "1").await?;
-            store.write(&format!("{frontend}/{}", FrontendRequest::REISSUE_KEY), "1").await?;
             let state = XenbusState::Initialised.value();
             store.write(&format!("{frontend}/state"), state).await
         });

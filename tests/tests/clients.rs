@@ -1,0 +1,148 @@
+//! Programs that we did not write use a disk: fio, nbdcopy, qemu-io, mkfs, e2fsck.
+//!
+//! All of them speak NBD to `blkfront nbd`, and so go through two rings to `blkback` and to a file.
+
+use anyhow::{Context, Result, ensure};
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use xen_blk_tests::host::{DRIVER_DOMAIN, Host, Programs};
+use xen_blk_tests::process::{Process, run, wait_until};
+
+const MIB: u64 = 1 << 20;
+/// Block sizes of fio's iometer-file-access-server job.
+const IOMETER_SIZES: [&str; 8] = ["512", "1k", "2k", "4k", "8k", "16k", "32k", "64k"];
+
+/// A guest of four vCPUs with a file for a disk, exported over NBD.
+struct Exported {
+    nbd: Process,
+    _backend: Process,
+    host: Host,
+    file: PathBuf,
+    uri: String,
+}
+
+impl Exported {
+    fn new(bytes: u64, disk_options: &str, nbd_options: &[&str]) -> Result<Self> {
+        let host = Host::start(Programs::beside_us()?)?;
+        host.create_domain("guest", &["--vcpus", "4"])?;
+        let backend = host.backend(&["--max-queues", "2", "--resize-interval-s", "1"])?;
+        let file = host.dir().join("disk.raw");
+        File::create(&file)?.set_len(bytes)?;
+        host.attach(
+            "guest",
+            &format!(
+                "vdev=xvda,format=raw,{disk_options},backendtype=tap,backend={DRIVER_DOMAIN},target={}",
+                file.display()
+            ),
+        )?;
+        let socket = host.dir().join("nbd.sock");
+        let mut command = host.frontend("guest", "nbd");
+        command.args(["xvda", "--vcpus", "4", "--socket"]).arg(&socket).args(nbd_options);
+        let mut nbd = Process::start("nbd", host.dir(), &mut command)?;
+        nbd.wait_for("nbd+unix:")?;
+        let uri = format!("nbd+unix:///?socket={}", socket.display());
+        Ok(Self { nbd, _backend: backend, host, file, uri })
+    }
+
+    /// Runs fio with verification. Two jobs, each on a half of the disk.
+    fn fio(&self, options: &[&str]) -> Result<String> {
+        run(Command::new("fio")
+            .args(["--name=verify", "--ioengine=nbd", "--uri", &self.uri])
+            .args([
+                "--thread",
+                "--iodepth=64",
+                "--numjobs=2",
+                "--offset_increment=50%",
+                "--group_reporting",
+                "--verify=crc32c",
+                "--verify_fatal=1",
+            ])
+            .args(options))
+    }
+
+    fn allocated(&self) -> Result<u64> {
+        Ok(std::fs::metadata(&self.file)?.blocks() * 512)
+    }
+}
+
+/// fio writes patterns in every block size of the IOmeter mix and reads them back, on every ring.
+#[test]
+fn fio_verifies_every_block_size() -> Result<()> {
+    let disk = Exported::new(64 * MIB, "access=rw", &[])?;
+    for size in IOMETER_SIZES {
+        // Small blocks take their time; each size covers the rings many times over all the same.
+        let bytes = if size.len() == 3 { "4m" } else { "16m" };
+        disk.fio(&["--rw=randwrite", "--bs", size, "--size", bytes])
+            .with_context(|| format!("block size {size}"))?;
+    }
+    let stats = disk.host.stats()?;
+    let rings = stats["devices"][0]["rings"].as_array().context("rings")?;
+    ensure!(rings.len() == 2, "two rings were asked for: {stats:#}");
+    for ring in rings {
+        let (reads, writes) = (ring["rd_req"].as_u64(), ring["wr_req"].as_u64());
+        ensure!(reads > Some(0) && writes > Some(0), "a ring carried nothing: {stats:#}");
+    }
+    Ok(())
+}
+
+/// A file system goes in and out whole, and is sound.
+#[test]
+fn nbdcopy_keeps_a_file_system() -> Result<()> {
+    let disk = Exported::new(64 * MIB, "access=rw", &[])?;
+    let (before, after) = (disk.host.dir().join("before.img"), disk.host.dir().join("after.img"));
+    File::create(&before)?.set_len(64 * MIB)?;
+    run(Command::new("mkfs.ext4").args(["-q", "-F", "-d"]).arg(sources()).arg(&before))?;
+    run(Command::new("nbdcopy").arg("--flush").arg(&before).arg(&disk.uri))?;
+    run(Command::new("nbdcopy").arg(&disk.uri).arg(&after))?;
+    run(Command::new("cmp").args([&before, &after]))?;
+    run(Command::new("e2fsck").args(["-f", "-n"]).arg(&after))?;
+    // What the guest flushed is on the backend's file, not only in its cache.
+    run(Command::new("cmp").args([&before, &disk.file]))?;
+    Ok(())
+}
+
+/// A directory with some files in it.
+fn sources() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Discarded blocks are given back to the file system below, and read as zeroes.
+#[test]
+fn discard_frees_blocks() -> Result<()> {
+    let disk = Exported::new(32 * MIB, "access=rw", &[])?;
+    disk.fio(&["--rw=write", "--bs=64k", "--size=16m"])?;
+    ensure!(disk.allocated()? >= 32 * MIB, "fio wrote all of the disk");
+    run(Command::new("qemu-io").args(["-f", "raw", "-c", "discard 8M 16M", &disk.uri]))?;
+    ensure!(disk.allocated()? <= 17 * MIB, "{} bytes are still allocated", disk.allocated()?);
+    run(Command::new("qemu-io").args(["-f", "raw", "-c", "read -P 0 8M 16M", &disk.uri]))?;
+    Ok(())
+}
+
+/// A file that grows is a disk that grows, for whoever looks next.
+#[test]
+fn resize_reaches_the_client() -> Result<()> {
+    let disk = Exported::new(32 * MIB, "access=rw", &[])?;
+    File::options().write(true).open(&disk.file)?.set_len(48 * MIB)?;
+    wait_until("the client sees 48 MiB", || {
+        let size = run(Command::new("nbdinfo").args(["--size", &disk.uri]))?;
+        Ok(size.trim() == (48 * MIB).to_string())
+    })?;
+    run(Command::new("qemu-io").args(["-f", "raw", "-c", "write -P 7 47M 1M", &disk.uri]))?;
+    Ok(())
+}
+
+/// A read-only disk says so and refuses writes.
+#[test]
+fn read_only_disk_refuses_writes() -> Result<()> {
+    let mut disk = Exported::new(32 * MIB, "access=ro", &[])?;
+    let info = run(Command::new("nbdinfo").args(["--json", &disk.uri]))?;
+    let info: serde_json::Value = serde_json::from_str(&info)?;
+    ensure!(info["exports"][0]["is_read_only"] == true, "{info:#}");
+    let write = run(Command::new("qemu-io").args(["-f", "raw", "-c", "write 0 4k", &disk.uri]));
+    ensure!(write.is_err(), "a read-only disk was written: {write:?}");
+    ensure!(disk.allocated()? == 0);
+    ensure!(disk.nbd.terminate()?.success(), "{}", disk.nbd.log());
+    Ok(())
+}

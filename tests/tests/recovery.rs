@@ -1,0 +1,133 @@
+//! Either end is killed, and the other goes on.
+
+use anyhow::{Context, Result, ensure};
+use std::fs::File;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use xen_blk_tests::host::{DRIVER_DOMAIN, Host, Programs};
+use xen_blk_tests::process::{Process, run, wait_until};
+
+/// How often the backend is killed under one fio.
+const KILLS: usize = 20;
+
+/// Mappings that a process has of a domain's memory and tables.
+fn mapped(process: &Process, domain: &str) -> Result<usize> {
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", process.pid()))?;
+    let name = format!("/memfd:{domain} ");
+    Ok(maps.lines().filter(|line| line.contains(&name)).count())
+}
+
+fn descriptors(process: &Process) -> Result<usize> {
+    Ok(std::fs::read_dir(format!("/proc/{}/fd", process.pid()))?.count())
+}
+
+fn disk_line(vdev: &str, target: &str) -> String {
+    format!("vdev={vdev},format=raw,backendtype=tap,backend={DRIVER_DOMAIN},target={target}")
+}
+
+/// Requests that the backend has taken from a guest's disk, as far as it tells.
+fn requests(host: &Host, domain: u16) -> Result<u64> {
+    let Ok(stats) = host.stats() else { return Ok(0) };
+    let devices = stats["devices"].as_array().context("devices")?;
+    let of_guest = devices.iter().filter(|device| device["domain"] == domain);
+    let rings = of_guest.flat_map(|device| device["rings"].as_array().into_iter().flatten());
+    Ok(rings.filter_map(|ring| Some(ring["rd_req"].as_u64()? + ring["wr_req"].as_u64()?)).sum())
+}
+
+/// A frontend that is killed under load takes nothing with it: the backend frees all it held, and
+/// the disk of another guest does not notice.
+#[test]
+fn frontend_killed_under_load() -> Result<()> {
+    let host = Host::start(Programs::beside_us()?)?;
+    let mut backend = host.backend(&[])?;
+    let neighbour = host.create_domain("neighbour", &[])?;
+    host.attach("neighbour", &disk_line("xvda", "memory:64M"))?;
+    let socket = host.dir().join("neighbour.sock");
+    let mut command = host.frontend("neighbour", "nbd");
+    command.args(["xvda", "--socket"]).arg(&socket);
+    let mut nbd = Process::start("neighbour", host.dir(), &mut command)?;
+    nbd.wait_for("nbd+unix:")?;
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let before = descriptors(&backend)?;
+    for round in 0..5 {
+        let name = format!("guest{round}");
+        let domain = host.create_domain(&name, &["--vcpus", "2"])?;
+        host.attach(&name, &disk_line("xvda", "memory:64M"))?;
+        let mut command = host.frontend(&name, "bench");
+        command.args(["xvda", "--rw=randrw", "--bs=4k", "--iodepth=32", "--numjobs=2"]);
+        command.args(["--runtime=600", "--time_based"]);
+        let mut load = Process::start(&name, host.dir(), &mut command)?;
+        wait_until("the load runs", || {
+            ensure!(load.is_running()?, "bench ended: {}", load.log());
+            Ok(requests(&host, domain)? > 1000)
+        })?;
+        ensure!(mapped(&backend, &name)? > 0 && descriptors(&backend)? > before);
+        load.kill()?;
+        wait_until("the backend frees what the guest gave it", || {
+            Ok(mapped(&backend, &name)? == 0 && descriptors(&backend)? == before)
+        })?;
+        run(Command::new("qemu-io").args(["-f", "raw", "-c", "write -P 9 0 1M", &uri]))?;
+        run(Command::new("qemu-io").args(["-f", "raw", "-c", "read -P 9 0 1M", &uri]))?;
+    }
+    ensure!(requests(&host, neighbour)? > 0);
+    ensure!(backend.terminate()?.success(), "{}", backend.log());
+    Ok(())
+}
+
+/// A backend that is killed under fio with verification comes back, the frontend issues again what
+/// was in flight, and fio notices nothing. Twenty times.
+#[test]
+fn backend_killed_under_fio() -> Result<()> {
+    let host = Host::start(Programs::beside_us()?)?;
+    let domain = host.create_domain("guest", &["--vcpus", "2"])?;
+    let mut backend = host.backend(&[])?;
+    let file = host.dir().join("disk.raw");
+    File::create(&file)?.set_len(64 << 20)?;
+    host.attach("guest", &disk_line("xvda", &file.display().to_string()))?;
+    let socket = host.dir().join("nbd.sock");
+    let mut command = host.frontend("guest", "nbd");
+    command.args(["xvda", "--vcpus", "2", "--socket"]).arg(&socket);
+    let mut nbd = Process::start("nbd", host.dir(), &mut command)?;
+    nbd.wait_for("nbd+unix:")?;
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let fio = scope.spawn(|| -> Result<usize> {
+            let mut runs = 0;
+            while !done.load(Ordering::Relaxed) {
+                run(Command::new("fio")
+                    .args(["--name=kill", "--ioengine=nbd", "--uri", &uri])
+                    .args([
+                        "--thread",
+                        "--rw=randwrite",
+                        "--bs=4k",
+                        "--iodepth=32",
+                        "--numjobs=2",
+                        "--offset_increment=50%",
+                        "--size=16m",
+                        "--verify=crc32c",
+                        "--verify_fatal=1",
+                    ]))?;
+                runs += 1;
+            }
+            Ok(runs)
+        });
+        let killed = (0..KILLS).try_for_each(|kill| -> Result<()> {
+            wait_until("requests flow", || {
+                ensure!(!fio.is_finished(), "fio ended after {kill} kills");
+                Ok(requests(&host, domain)? > 200)
+            })?;
+            backend.kill()?;
+            backend = host.backend(&[])?;
+            Ok(())
+        });
+        done.store(true, Ordering::Relaxed);
+        let runs = fio.join().map_err(|_| anyhow::anyhow!("fio's thread panicked"))?;
+        let context = || format!("blkfront: {}\nblkback: {}", nbd.log(), backend.log());
+        let runs = runs.with_context(context)?;
+        killed.with_context(context)?;
+        ensure!(runs > 0);
+        Ok(())
+    })
+}
