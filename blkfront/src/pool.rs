@@ -97,7 +97,8 @@ impl Pool {
         if count == 0 {
             return None;
         }
-        if count > self.free_count {
+        // Those dropped last first, although others are free: they are the hot ones.
+        if self.pages.dropped.load(Ordering::Relaxed) != NONE {
             self.collect();
         }
         if count > self.free_count {

@@ -6,8 +6,8 @@ use std::path::Path;
 
 /// Size of one panel, in pixels.
 const PANEL: (u32, u32) = (420, 340);
-/// Space that a bar leaves on each side, of its slot's 100.
-const GAP: u32 = 15;
+/// Space that a bar leaves on each side, as a share of its slot.
+const GAP: f64 = 0.15;
 
 /// A panel of labelled bars.
 pub(crate) struct Bars {
@@ -25,14 +25,14 @@ pub(crate) fn bars(path: &Path, title: &str, panels: &[Bars]) -> Result<()> {
     area.fill(&WHITE).map_err(|e| failed(&e))?;
     let area = area.titled(title, ("sans-serif", 20)).map_err(|e| failed(&e))?;
     for (panel, area) in panels.iter().zip(area.split_evenly((1, panels.len()))) {
-        let count = panel.values.len() as u32;
+        let count = panel.values.len() as f64;
         let top = panel.values.iter().map(|(_, value)| *value).fold(0.0, f64::max) * 1.1;
         let mut chart = ChartBuilder::on(&area)
             .caption(panel.title, ("sans-serif", 16))
             .margin(12)
             .x_label_area_size(30)
             .y_label_area_size(70)
-            .build_cartesian_2d(0..count * 100, 0.0..top.max(1.0))
+            .build_cartesian_2d(0.0..count, 0.0..top.max(1.0))
             .map_err(|e| failed(&e))?;
         chart
             .configure_mesh()
@@ -41,9 +41,9 @@ pub(crate) fn bars(path: &Path, title: &str, panels: &[Bars]) -> Result<()> {
             .y_label_formatter(&|value| format!("{value:.0}"))
             .draw()
             .map_err(|e| failed(&e))?;
-        for (n, (label, value)) in (0u32..).zip(&panel.values) {
-            let (left, right) = (n * 100 + GAP, (n + 1) * 100 - GAP);
-            let color = Palette99::pick(n as usize).to_rgba();
+        for (n, (label, value)) in panel.values.iter().enumerate() {
+            let (left, right) = (n as f64 + GAP, (n + 1) as f64 - GAP);
+            let color = Palette99::pick(n).to_rgba();
             chart
                 .draw_series([Rectangle::new([(left, 0.0), (right, *value)], color.filled())])
                 .map_err(|e| failed(&e))?;

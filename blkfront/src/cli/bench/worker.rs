@@ -120,6 +120,8 @@ pub(crate) struct Worker {
     job: Arc<Job>,
     shared: Arc<Shared>,
     slots: Vec<Slot>,
+    /// Slots keep their buffers.
+    keep: bool,
     idle: Vec<usize>,
     done: Vec<Completed>,
     ledger: Option<Ledger>,
@@ -143,9 +145,16 @@ impl Worker {
         let size = job.size.context("the job has no size")?;
         let start = job.offset + n as u64 * size;
         let mut slots = Vec::new();
+        // One size: a buffer each for good. Many: a buffer an I/O, so that no more pages are used than
+        // are in flight; a backend keeps only so many mapped.
+        let keep = job.min_block() == job.max_block();
         for _ in 0..job.iodepth {
-            let buffer = queue.alloc(job.buffer_bytes()).context("no pages left for a buffer")?;
-            slots.push(Slot { buffer: Some(buffer), ..Slot::default() });
+            let mut slot = Slot::default();
+            if keep {
+                let buffer = queue.alloc(job.buffer_bytes());
+                slot.buffer = Some(buffer.context("no pages left for a buffer")?);
+            }
+            slots.push(slot);
         }
         let ledger = match job.verify {
             Some(_) => Some(Ledger::new(start, size, job.min_block(), job.max_block())?),
@@ -159,6 +168,7 @@ impl Worker {
             idle: (0..slots.len()).rev().collect(),
             done: Vec::with_capacity(slots.len()),
             slots,
+            keep,
             queue,
             job,
             shared,
@@ -261,7 +271,8 @@ impl Worker {
         now: u64,
     ) -> anyhow::Result<()> {
         let slot = self.slots.get_mut(n).context("no such slot")?;
-        let mut buffer = slot.buffer.take().context("the slot is in use")?;
+        let buffer = slot.buffer.take().or_else(|| self.queue.alloc(len as usize));
+        let mut buffer = buffer.context("no pages left for a buffer")?;
         buffer.set_len(len as usize);
         if let (true, Some(ledger)) = (write, &mut self.ledger) {
             buffer.write(0, ledger.fill(offset, len as usize));
@@ -296,7 +307,7 @@ impl Worker {
                 let side = if slot.write { &mut outcome.writes } else { &mut outcome.reads };
                 side.record(slot.len, now.saturating_sub(slot.since));
             }
-            slot.buffer = buffer;
+            slot.buffer = buffer.filter(|_| self.keep);
         }
         if let Some(done) = self.shared.done.get(self.n) {
             done.store(done.load(Ordering::Relaxed) + completed, Ordering::Relaxed);
