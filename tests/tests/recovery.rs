@@ -108,6 +108,7 @@ fn backend_killed_under_fio() -> Result<()> {
                         "--size=16m",
                         "--verify=crc32c",
                         "--verify_fatal=1",
+                        "--verify_state_save=0",
                     ]))?;
                 runs += 1;
             }

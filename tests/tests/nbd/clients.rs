@@ -58,39 +58,6 @@ fn qemu_io_zeroes_discards_and_makes_durable() {
 }
 
 #[test]
-fn fio_verifies_every_block_size_of_the_iometer_mix() {
-    let export = Export::file(64, &["--vcpus", "2"]);
-    let uri = format!("--uri={}", export.uri());
-    let report = tool(
-        "fio",
-        &[
-            "--ioengine=nbd",
-            &uri,
-            "--name=mix",
-            "--numjobs=2",
-            "--offset_increment=32m",
-            "--size=32m",
-            "--rw=randrw",
-            "--rwmixread=80",
-            "--iodepth=64",
-            "--verify=crc32c",
-            "--verify_state_save=0",
-            "--group_reporting",
-            "--output-format=json",
-            "--bssplit=512/10:1k/5:2k/5:4k/60:8k/2:16k/4:32k/4:64k/10",
-        ],
-    );
-    let report = &report[report.find('{').unwrap()..];
-    let report: serde_json::Value = serde_json::from_str(report).unwrap();
-    let jobs = report["jobs"].as_array().unwrap();
-    assert!(jobs.iter().all(|job| job["error"] == 0 && job["write"]["total_ios"] != 0), "{jobs:?}");
-    let stats = export.host.stats().unwrap();
-    let rings = stats["devices"][0]["rings"].as_array().unwrap();
-    let writes: Vec<_> = rings.iter().map(|ring| ring["wr_req"].as_u64().unwrap()).collect();
-    assert!(writes.len() == 2 && !writes.contains(&0), "each connection has a ring: {writes:?}");
-}
-
-#[test]
 fn a_read_only_disk_says_so_and_refuses_writes() {
     let export = Export::new("memory:8M", &["--read-only", "--name", "a disk"]);
     let uri = format!("nbd+unix:///a%20disk?socket={}", export.socket().display());
