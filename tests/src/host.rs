@@ -121,7 +121,20 @@ impl Host {
     /// # Errors
     /// When it does not start.
     pub fn backend(&self, options: &[&str]) -> Result<Process> {
-        let mut command = self.programs.command("blkback");
+        self.start_backend(self.programs.command("blkback"), options)
+    }
+
+    /// As [`Host::backend`], on one CPU.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn backend_on(&self, cpu: &str, options: &[&str]) -> Result<Process> {
+        let mut command = Command::new("taskset");
+        command.args(["-c", cpu]).arg(self.programs.command("blkback").get_program());
+        self.start_backend(command, options)
+    }
+
+    fn start_backend(&self, mut command: Command, options: &[&str]) -> Result<Process> {
         command.args(["serve", "--domain", DRIVER_DOMAIN, "--platform", &self.platform()]);
         command.arg("--listen").arg(self.stats_address()).args(options);
         let mut process = Process::start("blkback", self.dir.path(), &mut command)?;

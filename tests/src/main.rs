@@ -16,6 +16,8 @@ struct Cli {
 enum Command {
     /// Run the main job on the embedded platform: a minute, a table, a plot
     Demo(xtask::demo::Options),
+    /// Measure the data path beside its limits, on two CPUs
+    Bench(xtask::bench::Options),
     /// Install what the tests need, then run all of them
     Test(xtask::test::Options),
 }
@@ -23,6 +25,7 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Demo(options) => xtask::demo::run(&options),
+        Command::Bench(options) => xtask::bench::run(&options),
         Command::Test(options) => xtask::test::run(&options),
     }
 }

@@ -1,8 +1,10 @@
 //! The commands of `cargo xtask`.
 
+pub(crate) mod bench;
 pub(crate) mod demo;
 mod plot;
 pub(crate) mod test;
+mod uring;
 
 use anyhow::{Result, bail};
 use std::path::{Path, PathBuf};
