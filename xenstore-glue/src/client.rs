@@ -20,10 +20,11 @@
 //! neither ever waits for the other, however slowly events are taken (XSA-349).
 //!
 //! # When the connection is lost
-//! Requests that wait for a reply, and those made before there is a new connection, fail with
-//! [`Error::ConnectionLost`]: whether the former were carried out is unknown. The task connects
-//! again, with growing pauses, and registers every watch again, upon which xenstore fires each
-//! one once: whoever owns a watch reads anew what it covers, as on its first event.
+//! The task connects again, with growing pauses. Requests wait for that, however long it takes:
+//! those that were not answered are sent again, for whether they were carried out is unknown and
+//! doing them twice is the same as once. [`Client::transact`] starts over. Whoever cannot wait
+//! drops the future. Every watch is registered again, upon which xenstore fires each one once:
+//! whoever owns a watch reads anew what it covers, as on its first event.
 
 mod connection;
 mod nodes;
@@ -35,7 +36,7 @@ use std::ops::Deref;
 use std::path::PathBuf;
 use std::{fmt, io};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 
 use crate::wire::{BadPath, Errno, MessageType, Path, Reply, Request, WireError};
 use connection::{Command, Connection};
@@ -103,7 +104,8 @@ pub enum Error {
         /// Why not.
         errno: Errno,
     },
-    /// The connection went away, or is away. It is being made again; try again later.
+    /// The connection on which a [`Transaction`] was started is gone, and the transaction with
+    /// it; or the tokio runtime that held the connection is gone, and everything with it.
     #[error("the connection to xenstore was lost")]
     ConnectionLost,
     /// The kernel did not take the request.
@@ -128,8 +130,8 @@ pub enum Error {
         /// The node.
         path: String,
     },
-    /// A transaction met conflicting changes as often as it was tried.
-    #[error("a xenstore transaction conflicted {TRANSACTION_ATTEMPTS} times with other changes")]
+    /// A transaction met conflicting changes, or lost its connection, as often as it was tried.
+    #[error("a xenstore transaction met other changes or was cut off {TRANSACTION_ATTEMPTS} times")]
     Conflict,
 }
 
@@ -186,8 +188,8 @@ impl Client {
     /// once.
     ///
     /// # Errors
-    /// [`Error::Refused`] (`ENOSPC`: too many watches), [`Error::ConnectionLost`],
-    /// [`Error::Path`].
+    /// [`Error::Refused`] (`ENOSPC`: too many watches; told by [`Watch::next`] if the connection
+    /// was lost meanwhile), [`Error::Path`].
     pub async fn watch(&self, path: &str) -> Result<Watch> {
         Watch::register(self.nodes.commands(), Path::new(path)?).await
     }
@@ -195,28 +197,37 @@ impl Client {
     /// Starts a transaction.
     ///
     /// # Errors
-    /// [`Error::Refused`] (`ENOSPC`: too many transactions), [`Error::ConnectionLost`].
+    /// [`Error::Refused`] (`ENOSPC`: too many transactions).
     pub async fn transaction(&self) -> Result<Transaction> {
-        let (reply, answer) = oneshot::channel();
-        self.nodes.send(Command::Begin { reply });
-        let guard = answer.await.map_err(|_| Error::ConnectionLost)??;
+        let guard = self.nodes.ask(|reply| Command::Begin { reply }).await??;
         Ok(Transaction::new(&self.nodes, guard))
     }
 
     /// Runs `body` in a transaction and commits it; all of it again, up to
-    /// [`TRANSACTION_ATTEMPTS`] times, when that meets a conflict. `body` must have no effect
-    /// but through the transaction.
+    /// [`TRANSACTION_ATTEMPTS`] times, when that meets a conflict or the connection is lost.
+    /// `body` must have no effect but through the transaction.
+    ///
+    /// A connection may be lost when xenstore has committed and not yet said so: then `body`
+    /// sees its own writes, and [`Transaction::may_be_done`] says that it may.
     ///
     /// # Errors
     /// What `body` returned, the transaction being dropped; what
     /// [`transaction`](Self::transaction) and [`Transaction::commit`] return;
     /// [`Error::Conflict`].
     pub async fn transact<T>(&self, body: impl AsyncFn(&Transaction) -> Result<T>) -> Result<T> {
+        let mut may_be_done = false;
         for _ in 0..TRANSACTION_ATTEMPTS {
-            let transaction = self.transaction().await?;
-            let value = body(&transaction).await?;
-            if transaction.commit().await? == Commit::Committed {
-                return Ok(value);
+            let mut transaction = self.transaction().await?;
+            transaction.may_be_done = may_be_done;
+            let value = match body(&transaction).await {
+                Err(Error::ConnectionLost) if !self.nodes.is_orphan() => continue,
+                done => done?,
+            };
+            match transaction.commit().await {
+                Ok(Commit::Committed) => return Ok(value),
+                Ok(Commit::Conflict) => {}
+                Err(Error::ConnectionLost) if !self.nodes.is_orphan() => may_be_done = true,
+                Err(error) => return Err(error),
             }
         }
         Err(Error::Conflict)
@@ -256,7 +267,7 @@ impl Client {
     /// Makes xenstore forget a domain. Privileged.
     ///
     /// # Errors
-    /// As [`Nodes::read`].
+    /// As [`Nodes::read`]; `ENOENT` is also what a release gets that had to be sent again.
     pub async fn release(&self, domid: u16) -> Result<()> {
         self.nodes.acknowledged(Request::Release(domid)).await
     }

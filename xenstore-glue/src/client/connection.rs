@@ -3,7 +3,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
 use super::nodes::{Failure, refused};
@@ -29,7 +29,7 @@ pub(super) struct TransactionId {
 type Answer = std::result::Result<Reply, Failure>;
 
 /// What handles ask of the connection's task. A reply channel that is dropped means that the
-/// connection was lost.
+/// connection was lost: whoever asked asks again.
 #[derive(Debug)]
 pub(super) enum Command {
     /// `epoch` is that of the transaction that the packet belongs to.
@@ -166,28 +166,17 @@ impl Connection {
         }
     }
 
-    /// Connects again; meanwhile, lets commands fail. `None` when there are no handles left.
+    /// Connects again; meanwhile, lets commands wait. `None` when there are no handles left.
     async fn reconnect(&mut self) -> Option<Transport> {
-        loop {
-            let deadline = Instant::now() + self.pause;
+        while !self.commands.is_closed() {
+            sleep(self.pause).await;
             self.pause = RECONNECT_MAX.min(self.pause * 2);
-            loop {
-                tokio::select! {
-                    biased;
-                    command = self.commands.recv() => {
-                        // Dropping a reply channel says that the connection is lost.
-                        if let Command::Unwatch { token } = command? {
-                            self.watches.remove(&token);
-                        }
-                    }
-                    () = sleep_until(deadline) => break,
-                }
-            }
             match Transport::connect(&self.endpoint).await {
                 Ok(transport) => return Some(transport),
                 Err(error) => debug!(endpoint = %self.endpoint, %error, "cannot reach xenstore"),
             }
         }
+        None
     }
 
     fn carry_out(&mut self, link: &mut Link, command: Command) {

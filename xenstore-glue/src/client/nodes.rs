@@ -13,7 +13,8 @@ const DIRECTORY_ATTEMPTS: u32 = 16;
 ///
 /// Paths are absolute, or relative to the caller's own domain directory. They are checked
 /// before anything is sent ([`Error::Path`]). Every method may also fail with
-/// [`Error::ConnectionLost`], and with [`Error::Refused`] for the reasons named.
+/// [`Error::Refused`] for the reasons named, and in a transaction with
+/// [`Error::ConnectionLost`].
 #[derive(Clone, Debug)]
 pub struct Nodes {
     commands: mpsc::UnboundedSender<Command>,
@@ -168,10 +169,26 @@ impl Nodes {
         self.is_device
     }
 
-    pub(super) fn send(&self, command: Command) {
-        // The task outlives every handle unless its runtime is gone; then the reply's channel
-        // closes, which reads as a lost connection.
-        let _ = self.commands.send(command);
+    /// Whether the connection's task is gone, with its runtime: it outlives every handle else.
+    pub(super) fn is_orphan(&self) -> bool {
+        self.commands.is_closed()
+    }
+
+    /// Has the connection's task carry out a command: again on the next connection, as often as
+    /// one is lost before the answer. The task takes no commands while it has none.
+    pub(super) async fn ask<T>(
+        &self,
+        command: impl Fn(oneshot::Sender<T>) -> Command,
+    ) -> Result<T> {
+        loop {
+            let (reply, answer) = oneshot::channel();
+            self.commands.send(command(reply)).map_err(|_| Error::ConnectionLost)?;
+            match answer.await {
+                Ok(answer) => return Ok(answer),
+                Err(_) if self.transaction.is_some() => return Err(Error::ConnectionLost),
+                Err(_) => {}
+            }
+        }
     }
 
     pub(super) async fn acknowledged(&self, request: Request) -> Result<()> {
@@ -188,9 +205,8 @@ impl Nodes {
             return Err(WireError::TooLong { len, max: self.max_payload }.into());
         }
         let epoch = self.transaction.map(|id| id.epoch);
-        let (reply, answer) = oneshot::channel();
-        self.send(Command::Request { packet, epoch, reply });
-        match answer.await.map_err(|_| Error::ConnectionLost)? {
+        let send = |reply| Command::Request { packet: packet.clone(), epoch, reply };
+        match self.ask(send).await? {
             Ok(Reply::Error(errno)) => Err(refused(&request, errno)),
             Ok(reply) if reply.kind() == request.kind() => Ok(reply),
             Ok(reply) => Err(unexpected(&reply)),

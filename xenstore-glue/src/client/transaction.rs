@@ -15,6 +15,7 @@ use crate::wire::{Errno, Request};
 pub struct Transaction {
     nodes: Nodes,
     guard: Guard,
+    pub(super) may_be_done: bool,
 }
 
 /// How a commit ended.
@@ -37,7 +38,13 @@ impl Deref for Transaction {
 
 impl Transaction {
     pub(super) fn new(nodes: &Nodes, guard: Guard) -> Self {
-        Self { nodes: nodes.within(guard.id), guard }
+        Self { nodes: nodes.within(guard.id), guard, may_be_done: false }
+    }
+
+    /// Whether an earlier attempt of the same [`Client::transact`](super::Client::transact) may
+    /// have been committed already: its connection was lost before xenstore said.
+    pub fn may_be_done(&self) -> bool {
+        self.may_be_done
     }
 
     /// Ends the transaction and keeps its writes.

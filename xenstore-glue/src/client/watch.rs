@@ -24,8 +24,13 @@ impl Watch {
         // Made before it is registered: dropped on the way, it is taken back.
         let watch = Self { state: Arc::clone(&state), commands: commands.clone() };
         let (reply, answer) = oneshot::channel();
-        let _ = commands.send(Command::Watch { watch: state, reply });
-        answer.await.map_err(|_| Error::ConnectionLost)??;
+        commands.send(Command::Watch { watch: state, reply }).map_err(|_| Error::ConnectionLost)?;
+        match answer.await {
+            Ok(registered) => registered?,
+            Err(_) if commands.is_closed() => return Err(Error::ConnectionLost),
+            // The connection was lost, and the next one registers it, as all others.
+            Err(_) => {}
+        }
         Ok(watch)
     }
 

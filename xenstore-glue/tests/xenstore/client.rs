@@ -3,6 +3,7 @@
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use xenstore_glue::client::{
     Client, Commit, Endpoint, Error, MAX_OUTSTANDING, MAX_UNDRAINED_PATHS, Nodes,
@@ -180,11 +181,8 @@ async fn a_restart_of_the_server_fires_every_watch_again() {
         soon(watch.next()).await.unwrap();
     }
     let transaction = client.transaction().await.unwrap();
-    let stale = connect(&host, 0).await;
 
     host.server.shutdown();
-    while !matches!(soon(client.read("/x")).await, Err(Error::ConnectionLost)) {}
-    assert!(matches!(soon(stale.watch("/x")).await, Err(Error::ConnectionLost)));
     host.server.listen(host.socket(0), 0).unwrap();
     for watch in &mut watches {
         let path = watch.path().to_owned();
@@ -200,6 +198,89 @@ async fn a_restart_of_the_server_fires_every_watch_again() {
     assert!(client.read("/x").await.unwrap_err().is_not_found());
 }
 
+/// Requests wait for the server to come back: those it never saw, and those it did not answer.
+#[tokio::test]
+async fn requests_wait_for_the_connection() {
+    let host = Host::new();
+    let client = connect(&host, 0).await;
+    let mut watch = client.watch("/first").await.unwrap();
+    soon(watch.next()).await.unwrap();
+    host.server.shutdown();
+    let mut requests = Box::pin(async {
+        client.write("/x", "1").await?;
+        let mut watch = client.watch("/x").await?;
+        assert_eq!(watch.next().await?, "/x");
+        let transaction = client.transaction().await?;
+        transaction.write("/x", "2").await?;
+        assert_eq!(transaction.commit().await?, Commit::Committed);
+        client.read_string("/x").await
+    });
+    // Sent to a connection that is closed already, or to none.
+    for _ in 0..100 {
+        assert!(futures::poll!(&mut requests).is_pending());
+        tokio::task::yield_now().await;
+    }
+    host.server.listen(host.socket(0), 0).unwrap();
+    assert_eq!(soon(requests).await.unwrap(), "2");
+}
+
+/// However often the server restarts, each addition is made at least once, and a second time only
+/// where `may_be_done` warns of that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn transactions_start_over_with_the_connection() {
+    const ADDITIONS: u32 = 500;
+    const RESTARTS: u32 = 30;
+    let host = Host::new();
+    let client = connect(&host, 0).await;
+    client.write("/count", "0").await.unwrap();
+    let warned = AtomicU32::new(0);
+    let additions = async {
+        for number in 1..=ADDITIONS {
+            let count = soon(client.transact(async |tx| {
+                let count: u32 = tx.read_string("/count").await?.parse().unwrap();
+                if count == number {
+                    assert!(tx.may_be_done(), "done twice without a warning");
+                    warned.fetch_add(1, Ordering::Relaxed);
+                    return Ok(count);
+                }
+                tx.write("/count", number.to_string()).await?;
+                Ok(number)
+            }));
+            assert_eq!(count.await.unwrap(), number);
+        }
+    };
+    let restarts = async {
+        for _ in 0..RESTARTS {
+            // The next restart comes when something has got through.
+            let before = client.read_string("/count").await.unwrap();
+            host.server.shutdown();
+            host.server.listen(host.socket(0), 0).unwrap();
+            while before != ADDITIONS.to_string()
+                && soon(client.read_string("/count")).await.unwrap() == before
+            {}
+        }
+    };
+    tokio::join!(additions, restarts);
+    assert_eq!(client.read_string("/count").await.unwrap(), ADDITIONS.to_string());
+    assert!(warned.into_inner() <= RESTARTS);
+}
+
+/// Without its runtime, a client fails instead of waiting for ever.
+#[test]
+fn a_client_whose_runtime_is_gone_fails() {
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let first = runtime();
+    let host = first.block_on(async { Host::new() });
+    let client = first.block_on(connect(&host, 0));
+    drop(first);
+    runtime().block_on(async {
+        assert!(matches!(soon(client.read("/x")).await, Err(Error::ConnectionLost)));
+        assert!(matches!(soon(client.watch("/x")).await, Err(Error::ConnectionLost)));
+        let transacted = soon(client.transact(async |tx| tx.write("/x", "").await)).await;
+        assert!(matches!(transacted, Err(Error::ConnectionLost)));
+    });
+}
+
 /// A watch that xenstore does not take back says so, instead of staying silent.
 #[tokio::test]
 async fn a_watch_refused_after_a_restart_fails() {
@@ -209,7 +290,6 @@ async fn a_watch_refused_after_a_restart_fails() {
     let mut watch = client.watch("device").await.unwrap();
     soon(watch.next()).await.unwrap();
     host.server.shutdown();
-    while !matches!(soon(client.read("x")).await, Err(Error::ConnectionLost)) {}
     // Somebody else of the domain uses up its watches.
     let other = host.dir.join("other");
     host.server.listen(&other, 1).unwrap();
