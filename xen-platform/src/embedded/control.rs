@@ -83,6 +83,9 @@ pub enum Command {
     },
     /// Answered by [`Answer::Domains`].
     ListDomains,
+    /// Does what a restart of xenstored does: closes all its connections, with their watches and
+    /// transactions, and listens again; what is in the store stays. Answered by [`Answer::Done`].
+    RestartXenstore,
 }
 
 /// The answer to a command.
@@ -158,6 +161,7 @@ impl std::fmt::Display for Command {
             Self::CreateDomain(new) => write!(f, "create domain {}", new.name),
             Self::DestroyDomain { domid } => write!(f, "destroy domain {domid}"),
             Self::ListDomains => write!(f, "list domains"),
+            Self::RestartXenstore => write!(f, "restart xenstore"),
         }
     }
 }

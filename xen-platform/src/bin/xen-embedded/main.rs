@@ -56,6 +56,12 @@ enum Action {
     /// Create, destroy and list domains
     #[command(subcommand)]
     Domain(DomainAction),
+    /// Restart xenstore under everybody who uses it, to see that they survive it
+    ///
+    /// Every connection is closed, with its watches and transactions, and xenstore listens again
+    /// at once. What is stored stays, as it does when xenstored is updated live. Disks go on:
+    /// clients connect again, register their watches again and repeat what was not answered.
+    XenstoreRestart,
 }
 
 #[derive(Subcommand)]
@@ -140,6 +146,10 @@ async fn run(cli: Cli) -> Result<()> {
             Ok(())
         }
         Action::Domain(DomainAction::List) => list(&cli.dir),
+        Action::XenstoreRestart => {
+            control::ask(&cli.dir, &Command::RestartXenstore)?;
+            Ok(())
+        }
     }
 }
 

@@ -60,6 +60,7 @@ async fn carry_out(broker: &Arc<Broker>, command: Command, asker: Option<i32>) -
             broker.destroy(domid, asker).await.map(|()| Answer::Done)
         }
         Command::ListDomains => Ok(Answer::Domains(locked(&broker.host).list())),
+        Command::RestartXenstore => broker.restart_xenstore().await.map(|()| Answer::Done),
     };
     done.unwrap_or_else(Answer::Refused)
 }

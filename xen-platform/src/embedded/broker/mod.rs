@@ -193,6 +193,22 @@ impl Broker {
         Ok(())
     }
 
+    /// Drops every connection to xenstore, and listens again.
+    async fn restart_xenstore(&self) -> Result<(), String> {
+        // No domain's socket comes or goes meanwhile.
+        let _changing = self.changing.lock().await;
+        self.store.shutdown();
+        let listen = |path: PathBuf, domid| listen_store(&self.store, &path, domid);
+        listen(self.dir.join(XENSTORED_SOCKET), DomId(0)).map_err(|e| e.to_string())?;
+        for info in locked(&self.host).list() {
+            let domid = DomId(info.domid);
+            let path = domain_dir(&self.dir, domid).join(XENSTORE_SOCKET);
+            listen(path, domid).map_err(|e| e.to_string())?;
+        }
+        info!("xenstore restarted");
+        Ok(())
+    }
+
     /// Kills the domain's process and removes the domain.
     async fn destroy(self: &Arc<Self>, domid: u16, asker: Option<i32>) -> Result<(), String> {
         if domid == 0 {

@@ -45,7 +45,7 @@ pub async fn attach_disk(
     let new = client
         .transact(async |nodes| {
             if nodes.exists(libxl).await? {
-                return Ok(false);
+                return Ok(nodes.may_be_done());
             }
             // Kept where neither end can change it, for taking the disk away.
             nodes.write(&format!("{libxl}/frontend"), &front.path).await?;

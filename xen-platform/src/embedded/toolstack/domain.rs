@@ -81,8 +81,11 @@ pub(in super::super) async fn destroy_domain(client: &Client, domid: u16) -> Res
             Ok(devices)
         })
         .await?;
-    client.release(domid).await?;
-    Ok(devices)
+    match client.release(domid).await {
+        // Done already, when xenstore restarted before it could say so.
+        Err(error) if !error.is_not_found() => Err(error),
+        _ => Ok(devices),
+    }
 }
 
 /// Waits for backends to close and removes their directories. A driver domain removes its own,
