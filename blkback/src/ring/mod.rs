@@ -3,9 +3,11 @@
 mod bounce;
 mod data;
 mod persistent;
+mod setup;
 mod spin;
 mod worker;
 
 pub use data::Strategy;
+pub use setup::{Exit, RingControl, RingSetup};
 pub use spin::Wait;
-pub use worker::{Exit, RingControl, RingSetup, run};
+pub use worker::run;

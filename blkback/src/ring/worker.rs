@@ -5,22 +5,20 @@
 //! together, and answers with one push and at most one event. It sleeps only when a round found
 //! nothing, spinning did not pay, and the final check found nothing either.
 
-use super::data::{Data, Strategy, Unreachable};
-use super::spin::{Spin, Wait};
+use super::data::{Data, Unreachable};
+use super::setup::{Exit, RingControl, RingSetup};
+use super::spin::Spin;
 use crate::stats::RingStats;
-use crate::storage::{Completion, IoVecs, Op, OpKind, Queue, QueueSetup, Storage};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use crate::storage::{Completion, IoVecs, Op, OpKind, Queue, QueueSetup};
 use ring_proto::abi::{SECTOR_SIZE, Segment};
 use ring_proto::{
-    Body, DomId, Limits, Request, RequestConsumer, Response, ResponseProducer, RingError, Status,
-    Transfer,
+    Body, Limits, Request, RequestConsumer, Response, ResponseProducer, RingError, Status, Transfer,
 };
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use xen_platform::{EventChannel, Platform};
+use xen_platform::EventChannel;
 
 /// A ring that has been quiet for so long gives up its persistent grants (`xen_blkif_pgrant_timeout`
 /// of Linux's backend).
@@ -29,78 +27,6 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const STORM_EVENTS: u32 = 16;
 /// ...and from then on events are taken no faster than this, until one brings a request.
 const STORM_PAUSE: Duration = Duration::from_millis(1);
-
-/// What a ring's thread needs.
-pub struct RingSetup {
-    /// The hypervisor.
-    pub platform: Arc<dyn Platform>,
-    /// The frontend's domain.
-    pub peer: DomId,
-    /// The half that takes requests.
-    pub requests: RequestConsumer,
-    /// The half that pushes responses.
-    pub responses: ResponseProducer,
-    /// The ring's event channel.
-    pub channel: Box<dyn EventChannel>,
-    /// The disk.
-    pub storage: Arc<dyn Storage>,
-    /// What the device takes; its size is read from the control block.
-    pub limits: Limits,
-    /// How data is reached.
-    pub strategy: Strategy,
-    /// How the thread waits.
-    pub wait: Wait,
-    /// Counters.
-    pub stats: Arc<RingStats>,
-    /// The control plane's hand on the thread.
-    pub control: Arc<RingControl>,
-}
-
-/// What the control plane tells a ring's thread while it runs.
-#[derive(Debug)]
-pub struct RingControl {
-    stop: AtomicBool,
-    sectors: AtomicU64,
-    wake: EventFd,
-}
-
-impl RingControl {
-    /// For a device of so many 512-byte sectors.
-    ///
-    /// # Errors
-    /// When no descriptor is left.
-    pub fn new(sectors: u64) -> io::Result<Arc<Self>> {
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let wake = EventFd::from_value_and_flags(0, flags)?;
-        Ok(Arc::new(Self { stop: AtomicBool::new(false), sectors: AtomicU64::new(sectors), wake }))
-    }
-
-    /// Lets the thread answer what is in flight and end.
-    pub fn stop(&self) {
-        self.stop.store(true, Ordering::Release);
-        // Only a full counter makes this fail, and then the thread is awake already.
-        let _ = self.wake.write(1);
-    }
-
-    /// The device has a new size, in 512-byte sectors.
-    pub fn resize(&self, sectors: u64) {
-        self.sectors.store(sectors, Ordering::Relaxed);
-    }
-}
-
-/// Why a ring's thread ended on its own.
-#[derive(Debug, thiserror::Error)]
-pub enum Exit {
-    /// The frontend broke the ring.
-    #[error("the frontend broke the ring: {0}")]
-    Ring(#[from] RingError),
-    /// The storage queue failed as a whole.
-    #[error("the storage queue failed: {0}")]
-    Queue(#[from] io::Error),
-    /// A grant or event channel operation failed as a whole.
-    #[error("the hypervisor refused: {0}")]
-    Platform(#[from] xen_platform::Error),
-}
 
 /// Serves the ring until it is told to stop.
 ///
@@ -119,7 +45,7 @@ pub fn run(setup: RingSetup) -> Result<(), Exit> {
     )?;
     let wake = vec![
         setup.channel.as_fd().try_clone_to_owned()?,
-        setup.control.wake.as_fd().try_clone_to_owned()?,
+        setup.control.wake().try_clone_to_owned()?,
     ];
     let queue =
         setup.storage.open_queue(QueueSetup { depth: slots, region: data.region(), wake })?;
@@ -226,7 +152,7 @@ struct Worker {
 
 impl Worker {
     fn serve(mut self) -> Result<(), Exit> {
-        while !self.control.stop.load(Ordering::Acquire) {
+        while !self.control.stopped() {
             if self.round()? {
                 self.spin.found();
             } else if self.spin.again() {
@@ -241,7 +167,7 @@ impl Worker {
     /// Answers what is in flight. What is still on the ring is left for whoever comes next.
     fn drain(&mut self) -> Result<(), Exit> {
         // The wish to stop has been heard; from here on only the device wakes the thread.
-        let _ = self.control.wake.read();
+        self.control.heard();
         while self.in_flight > 0 {
             self.complete()?;
             if self.in_flight > 0 {
@@ -275,7 +201,7 @@ impl Worker {
             return Ok(0);
         }
         let now = self.now();
-        self.limits.sectors = self.control.sectors.load(Ordering::Relaxed);
+        self.limits.sectors = self.control.sectors();
         self.data.tick();
         if let Some(request) = self.parked.take() {
             self.accept(request, now);
