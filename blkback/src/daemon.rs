@@ -4,6 +4,7 @@ use crate::device::{self, Context, Pokes};
 use crate::registry::Registry;
 use crate::tuning::Tuning;
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -40,7 +41,7 @@ impl Daemon {
     /// `rescan` asks for a look at the sizes of all disks.
     ///
     /// # Errors
-    /// When xenstore refuses a watch. A connection that is lost comes back by itself.
+    /// When xenstore refuses a watch. It may go away and come back at any time.
     pub async fn serve(
         self,
         stop: watch::Receiver<bool>,
@@ -53,16 +54,10 @@ impl Daemon {
     async fn serve_here(
         self,
         stop: watch::Receiver<bool>,
-        mut rescan: watch::Receiver<()>,
+        rescan: watch::Receiver<()>,
     ) -> Result<(), client::Error> {
-        let (events, mut changed) = tokio::sync::mpsc::channel(1);
-        let mut watchers = JoinSet::new();
-        for kind in &self.kinds {
-            let root = kind.root(self.platform.domid());
-            let watch = self.client.watch(&root).await?;
-            watchers.spawn(forward(watch, events.clone()));
-        }
-        drop(events);
+        let roots: Vec<_> =
+            self.kinds.iter().map(|kind| kind.root(self.platform.domid())).collect();
         let context = Context {
             client: self.client.clone(),
             platform: self.platform.clone(),
@@ -71,25 +66,12 @@ impl Daemon {
             shutdown: stop.clone(),
         };
         let mut devices = Devices { context, tasks: HashMap::new(), running: JoinSet::new() };
-        let mut stopping = stop;
-        let mut timer = self.resize_interval.map(tokio::time::interval);
-        loop {
-            tokio::select! {
-                Some(path) = changed.recv() => devices.changed(&path?).await?,
-                Some(ended) = devices.running.join_next_with_id() => {
-                    let id = match ended {
-                        Ok((id, ())) => id,
-                        Err(error) => {
-                            warn!(%error, "a device's task failed");
-                            error.id()
-                        }
-                    };
-                    devices.ended(id).await?;
-                }
-                Ok(()) = rescan.changed() => devices.resize(),
-                () = tick(&mut timer) => devices.resize(),
-                () = device::stopped(&mut stopping) => break,
-            }
+        let timer = self.resize_interval.map(tokio::time::interval);
+        let found = device::unless_stopped(&stop, devices.find(&roots, rescan, timer)).await;
+        match found {
+            Some(Err(error)) => return Err(error),
+            Some(Ok(never)) => match never {},
+            None => {}
         }
         info!(devices = devices.running.len(), "draining");
         while devices.running.join_next().await.is_some() {}
@@ -126,6 +108,43 @@ struct Devices {
 }
 
 impl Devices {
+    /// Finds devices in the directories `roots`, and gives each a task, for ever.
+    async fn find(
+        &mut self,
+        roots: &[String],
+        mut rescan: watch::Receiver<()>,
+        mut timer: Option<tokio::time::Interval>,
+    ) -> Result<Infallible, client::Error> {
+        let (events, mut changed) = tokio::sync::mpsc::channel(1);
+        let mut watchers = JoinSet::new();
+        for root in roots {
+            let watch = self.context.client.watch(root).await?;
+            watchers.spawn(forward(watch, events.clone()));
+        }
+        loop {
+            let looked = tokio::select! {
+                // `events` lives: this does not end.
+                Some(path) = changed.recv() => self.changed(&path?).await,
+                Some(ended) = self.running.join_next_with_id() => {
+                    let id = match ended {
+                        Ok((id, ())) => id,
+                        Err(error) => {
+                            warn!(%error, "a device's task failed");
+                            error.id()
+                        }
+                    };
+                    self.ended(id).await
+                }
+                Ok(()) = rescan.changed() => { self.resize(); Ok(()) }
+                () = tick(&mut timer) => { self.resize(); Ok(()) }
+            };
+            // The other devices do not suffer from one that cannot be looked at.
+            if let Err(error) = looked {
+                warn!(%error, "cannot look for devices");
+            }
+        }
+    }
+
     /// Something changed at or below `path`.
     async fn changed(&mut self, path: &str) -> Result<(), client::Error> {
         if let Some((paths, _)) = DevicePaths::parse_below(path) {

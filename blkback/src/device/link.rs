@@ -6,11 +6,11 @@ use crate::storage::{Geometry, Storage};
 use crate::tuning::{DataPath, Tuning};
 use ring_proto::abi::SECTOR_SIZE;
 use ring_proto::{DomId, GrantRef, Limits, RingLayout, RingPages, SetupError, SharedMemory, back};
+use std::convert::Infallible;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::JoinHandle;
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::{self, UnboundedSender};
 use xen_platform::{Access, Platform};
 use xenstore_glue::vbd::{Agreement, QueueKeys};
 
@@ -39,14 +39,15 @@ pub(super) struct RingEnded {
 
 struct Ring {
     control: Arc<RingControl>,
-    thread: JoinHandle<()>,
     stats: Arc<RingStats>,
 }
 
-/// Running ring threads. They are told to stop when this is dropped; [`Link::stop`] also waits for them.
+/// Ring threads. They are told to stop when this is dropped; [`Link::stop`] also waits for them.
 pub(super) struct Link {
     rings: Vec<Ring>,
     strategy: Strategy,
+    /// Each thread holds a sender, until it has let go of everything of the frontend's.
+    alive: mpsc::Receiver<Infallible>,
 }
 
 /// What a link is made from.
@@ -63,24 +64,22 @@ pub(super) struct LinkSetup<'a> {
 }
 
 impl Link {
-    /// Maps, binds and starts every ring, or none.
-    pub(super) async fn start(setup: &LinkSetup<'_>) -> Result<Self, LinkError> {
+    /// Maps, binds and starts every ring, and leaves the link in `place`. After an error it holds
+    /// the rings until the one that failed, which are to be [stopped](Self::stop).
+    pub(super) fn start<'a>(
+        place: &'a mut Option<Self>,
+        setup: &LinkSetup<'_>,
+    ) -> Result<&'a Self, LinkError> {
         let geometry = setup.geometry;
         let large = geometry.sector_size > SECTOR_SIZE as u32;
         if geometry.sector_size > MAX_SECTOR_SIZE || large && !setup.agreement.large_sector_size {
             return Err(LinkError::SectorSize(geometry.sector_size));
         }
         let strategy = strategy(setup);
-        let mut link = Self { rings: Vec::new(), strategy };
+        let (ours, alive) = mpsc::channel(1);
+        let link = place.insert(Self { rings: Vec::new(), strategy, alive });
         for (ring, keys) in setup.agreement.queues.iter().enumerate() {
-            match start_ring(setup, strategy, ring, keys) {
-                Ok(ring) => link.rings.push(ring),
-                Err(error) => {
-                    // Or the frontend would hear of the failure while its pages are still mapped.
-                    link.stop().await;
-                    return Err(error);
-                }
-            }
+            link.rings.push(start_ring(setup, strategy, ring, keys, ours.clone())?);
         }
         Ok(link)
     }
@@ -105,19 +104,11 @@ impl Link {
         }
     }
 
-    /// Answers what is in flight, then unmaps and unbinds.
-    pub(super) async fn stop(mut self) {
+    /// Answers what is in flight, then unmaps and unbinds. May be dropped and called again.
+    pub(super) async fn stop(&mut self) {
         self.tell();
-        let rings = std::mem::take(&mut self.rings);
-        let join = move || {
-            for ring in rings {
-                // A panic was reported when it happened.
-                let _ = ring.thread.join();
-            }
-        };
-        if let Err(error) = tokio::task::spawn_blocking(join).await {
-            tracing::error!(%error, "could not wait for ring threads");
-        }
+        // Nothing is ever sent: this is the end of the last thread.
+        let _ = self.alive.recv().await;
     }
 
     fn tell(&self) {
@@ -152,6 +143,7 @@ fn start_ring(
     strategy: Strategy,
     ring: usize,
     keys: &QueueKeys,
+    alive: mpsc::Sender<Infallible>,
 ) -> Result<Ring, LinkError> {
     let refused = |source| LinkError::Platform { ring, source };
     let (platform, peer) = (setup.platform, setup.peer);
@@ -190,9 +182,10 @@ fn start_ring(
         control: control.clone(),
     };
     let ended = setup.ended.clone();
-    let thread = std::thread::Builder::new()
+    std::thread::Builder::new()
         .name(format!("{}.{} r{ring}", setup.peer, setup.name))
         .spawn(move || {
+            let _alive = alive;
             let why = match catch_unwind(AssertUnwindSafe(|| ring::run(worker))) {
                 Ok(Ok(())) => return,
                 Ok(Err(exit)) => exit_text(&exit),
@@ -203,7 +196,7 @@ fn start_ring(
             let _ = ended.send(RingEnded { ring, why });
         })
         .map_err(started)?;
-    Ok(Ring { control, thread, stats })
+    Ok(Ring { control, stats })
 }
 
 fn exit_text(exit: &Exit) -> String {

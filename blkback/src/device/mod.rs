@@ -4,6 +4,7 @@
 
 mod link;
 mod nodes;
+mod throttle;
 
 use crate::registry::{DeviceView, Registry};
 use crate::storage::{Geometry, Storage};
@@ -13,6 +14,7 @@ use nodes::{Description, DescriptionError};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
+use throttle::Throttle;
 use tokio::sync::mpsc;
 use tokio::sync::{Notify, watch};
 use tracing::{Instrument, debug, info, info_span, warn};
@@ -63,13 +65,15 @@ pub(crate) async fn serve(context: Context, paths: DevicePaths, pokes: Arc<Pokes
         let path = paths.backend();
         let registry = context.registry.clone();
         let client = context.client.clone();
-        let mut shutdown = context.shutdown.clone();
+        let shutdown = context.shutdown.clone();
         let outcome = run(context, paths, &pokes).await;
         registry.remove(&path);
         match outcome {
             Ok(End::Stopped) => {}
             Ok(End::Gone) => {
-                if let Err(error) = nodes::remove_with_parent(&client, &error_dir(&path)).await {
+                let errors = error_dir(&path);
+                let removed = nodes::remove_with_parent(&client, &errors);
+                if let Some(Err(error)) = unless_stopped(&shutdown, removed).await {
                     warn!(%error, "cannot remove what was said of the device");
                 }
             }
@@ -80,10 +84,7 @@ pub(crate) async fn serve(context: Context, paths: DevicePaths, pokes: Arc<Pokes
                 } else {
                     warn!(%error, "device given up");
                 }
-                tokio::select! {
-                    () = tokio::time::sleep(RETRY_PAUSE) => {}
-                    () = stopped(&mut shutdown) => {}
-                }
+                unless_stopped(&shutdown, tokio::time::sleep(RETRY_PAUSE)).await;
             }
         }
     }
@@ -138,82 +139,35 @@ enum ConnectError {
 }
 
 async fn run(context: Context, paths: DevicePaths, pokes: &Pokes) -> Result<End, Abandoned> {
-    let dir = paths.backend();
-    let description = match Description::read(&context.client, &paths).await {
-        Ok(description) => description,
-        Err(DescriptionError::Store(error)) => return Err(error.into()),
-        Err(error) => return Err(Abandoned::Description(error)),
-    };
-    let (ended, mut ring_ended) = mpsc::unbounded_channel();
-    let state_node = format!("{}/state", paths.frontend());
-    let mut frontend = context.client.watch(&state_node).await?;
-    let stale = match read_frontend(
-        &context.client,
-        &format!("{}/{}", paths.frontend(), FrontendRequest::REISSUE_KEY),
-    )
-    .await?
-    {
-        Some(value) if value == b"1" => StalePeer::Restart,
-        _ => StalePeer::Attach,
-    };
-    context.registry.insert(DeviceView {
-        paths,
-        name: description.name.clone(),
-        target: description.params.clone(),
-        state: XenbusState::Initialising,
-        sectors: 0,
-        read_only: description.read_only,
-        strategy: None,
-        layout: None,
-        rings: Vec::new(),
-        error: None,
-    });
-    let offer = context.tuning.offer();
-    let mut device = Device {
-        machine: BackendMachine::new(stale),
-        context,
-        dir,
-        state_node,
-        description,
-        offer,
-        storage: None,
-        link: None,
-        connected: None,
-        ended,
-        closing_since: None,
-    };
-    device.open_storage().await?;
-    device.observe().await?;
-    let mut shutdown = device.context.shutdown.clone();
-    while !device.machine.has_ended() {
-        let give_up = device.closing_since.map(|since| since + CLOSE_TIMEOUT);
-        tokio::select! {
-            changed = next(&mut frontend) => { changed?; device.observe().await? }
-            () = pokes.changed.notified() => device.observe().await?,
-            () = pokes.resize.notified() => device.resize().await?,
-            Some(RingEnded { ring, why }) = ring_ended.recv() => {
-                device.fail(&format!("ring {ring}: {why}")).await?;
-                device.feed(BackendEvent::GiveUp).await?;
-            }
-            () = sleep_until(give_up) => {
-                device.closing_since = None;
-                warn!("the frontend does not close");
-                device.feed(BackendEvent::GiveUp).await?;
-            }
-            () = stopped(&mut shutdown) => {
-                // Answer what is in flight and leave `state` for a successor to find.
-                device.disconnect().await;
-                return Ok(End::Stopped);
-            }
-        }
+    let shutdown = context.shutdown.clone();
+    let (ended, ring_ended) = mpsc::unbounded_channel();
+    let (mut device, frontend) =
+        match unless_stopped(&shutdown, Device::find(context, paths, ended)).await {
+            Some(found) => found?,
+            None => return Ok(End::Stopped),
+        };
+    let outcome = unless_stopped(&shutdown, device.attend(frontend, ring_ended, pokes)).await;
+    // Answer what is in flight, and leave `state` for a successor to find.
+    device.disconnect().await;
+    match outcome {
+        Some(done) => done.map(|()| End::Gone),
+        None => Ok(End::Stopped),
     }
-    Ok(End::Gone)
 }
 
-/// Waits until the daemon is about to exit.
-pub(crate) async fn stopped(shutdown: &mut watch::Receiver<bool>) {
-    // A sender that is gone will not say it any more.
-    let _ = shutdown.wait_for(|&now| now).await;
+/// Does `work`, unless the daemon is about to exit, and then at once: xenstore may be away, and what
+/// is asked of it not be answered for a long time.
+pub(crate) async fn unless_stopped<T>(
+    shutdown: &watch::Receiver<bool>,
+    work: impl Future<Output = T>,
+) -> Option<T> {
+    let mut shutdown = shutdown.clone();
+    tokio::select! {
+        biased;
+        // A sender that is gone will not say it any more.
+        _ = shutdown.wait_for(|&now| now) => None,
+        done = work => Some(done),
+    }
 }
 
 async fn next(frontend: &mut Watch) -> Result<(), client::Error> {
@@ -243,9 +197,95 @@ struct Device {
     ended: mpsc::UnboundedSender<RingEnded>,
     /// When the frontend was asked to close.
     closing_since: Option<tokio::time::Instant>,
+    /// For all that the frontend can make happen as often as it likes.
+    log: Throttle,
 }
 
 impl Device {
+    /// What the toolstack wrote, and the watch on what the frontend does.
+    async fn find(
+        context: Context,
+        paths: DevicePaths,
+        ended: mpsc::UnboundedSender<RingEnded>,
+    ) -> Result<(Self, Watch), Abandoned> {
+        let dir = paths.backend();
+        let description = match Description::read(&context.client, &paths).await {
+            Ok(description) => description,
+            Err(DescriptionError::Store(error)) => return Err(error.into()),
+            Err(error) => return Err(Abandoned::Description(error)),
+        };
+        let state_node = format!("{}/state", paths.frontend());
+        let frontend = context.client.watch(&state_node).await?;
+        let stale = match read_frontend(
+            &context.client,
+            &format!("{}/{}", paths.frontend(), FrontendRequest::REISSUE_KEY),
+        )
+        .await?
+        {
+            Some(value) if value == b"1" => StalePeer::Restart,
+            _ => StalePeer::Attach,
+        };
+        context.registry.insert(DeviceView {
+            paths,
+            name: description.name.clone(),
+            target: description.params.clone(),
+            state: XenbusState::Initialising,
+            sectors: 0,
+            read_only: description.read_only,
+            strategy: None,
+            layout: None,
+            rings: Vec::new(),
+            error: None,
+        });
+        let offer = context.tuning.offer();
+        let device = Self {
+            machine: BackendMachine::new(stale),
+            context,
+            dir,
+            state_node,
+            description,
+            offer,
+            storage: None,
+            link: None,
+            connected: None,
+            ended,
+            closing_since: None,
+            log: Throttle::new(),
+        };
+        Ok((device, frontend))
+    }
+
+    /// Serves until nobody wants the device any more. May be dropped at any point.
+    async fn attend(
+        &mut self,
+        mut frontend: Watch,
+        mut ring_ended: mpsc::UnboundedReceiver<RingEnded>,
+        pokes: &Pokes,
+    ) -> Result<(), Abandoned> {
+        self.open_storage().await?;
+        self.observe().await?;
+        while !self.machine.has_ended() {
+            let give_up = self.closing_since.map(|since| since + CLOSE_TIMEOUT);
+            tokio::select! {
+                changed = next(&mut frontend) => { changed?; self.observe().await? }
+                () = pokes.changed.notified() => self.observe().await?,
+                () = pokes.resize.notified() => self.resize().await?,
+                Some(RingEnded { ring, why }) = ring_ended.recv() => {
+                    self.fail(&format!("ring {ring}: {why}")).await?;
+                    self.feed(BackendEvent::GiveUp).await?;
+                }
+                () = sleep_until(give_up) => {
+                    self.closing_since = None;
+                    if self.log.admits() {
+                        warn!("the frontend does not close");
+                    }
+                    self.feed(BackendEvent::GiveUp).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn node(&self, key: &str) -> String {
         format!("{}/{key}", self.dir)
     }
@@ -284,12 +324,19 @@ impl Device {
 
     /// Says what went wrong, in the log and where the toolstack looks (`xenbus_dev_error` in Linux).
     async fn fail(&self, what: &str) -> Result<(), Abandoned> {
-        warn!("{what}");
+        let admitted = self.log.admits();
+        if admitted {
+            warn!("{what}");
+        }
         self.context.registry.update(&self.dir, |view| view.error = Some(what.to_owned()));
         let node = format!("{}/error", error_dir(&self.dir));
         match self.context.client.write(&node, what).await {
             // A quota, most likely: the device does not suffer from what cannot be said about it.
-            Err(error) if error.errno().is_some() => warn!(%error, "cannot tell the toolstack"),
+            Err(error) if error.errno().is_some() => {
+                if admitted {
+                    warn!(%error, "cannot tell the toolstack");
+                }
+            }
             other => other?,
         }
         Ok(())
@@ -411,7 +458,7 @@ impl Device {
                 Ok(true)
             })
             .await?;
-        if written {
+        if written && self.log.admits() {
             info!(%state);
         }
         self.closing_since =
@@ -430,7 +477,7 @@ impl Device {
             let refreshed = tokio::task::spawn_blocking(move || storage.refresh()).await;
             refreshed.map_err(std::io::Error::other)??
         };
-        let link = Link::start(&LinkSetup {
+        let setup = LinkSetup {
             platform: &self.context.platform,
             peer: self.description.frontend_id,
             name: &self.description.name,
@@ -439,15 +486,17 @@ impl Device {
             geometry: &geometry,
             tuning: &self.context.tuning,
             ended: &self.ended,
-        })
-        .await?;
-        info!(
-            rings = agreement.queues.len(),
-            slots = agreement.slots(),
-            layout = ?agreement.layout,
-            data = link.strategy(),
-            "rings attached"
-        );
+        };
+        let link = Link::start(&mut self.link, &setup)?;
+        if self.log.admits() {
+            info!(
+                rings = agreement.queues.len(),
+                slots = agreement.slots(),
+                layout = ?agreement.layout,
+                data = link.strategy(),
+                "rings attached"
+            );
+        }
         self.context.registry.update(&self.dir, |view| {
             view.sectors = geometry.sectors;
             view.strategy = Some(link.strategy());
@@ -455,7 +504,6 @@ impl Device {
             view.rings = link.stats();
             view.error = None;
         });
-        self.link = Some(link);
         self.connected = Some(agreement.queues);
         if let Some(properties) = self.properties() {
             for (key, value) in properties.to_keys() {
@@ -510,9 +558,12 @@ impl Device {
     }
 
     async fn disconnect(&mut self) {
-        if let Some(link) = self.link.take() {
+        if let Some(link) = &mut self.link {
             link.stop().await;
-            info!("rings detached");
+            self.link = None;
+            if self.log.admits() {
+                info!("rings detached");
+            }
         }
         self.context.registry.update(&self.dir, |view| view.rings.clear());
     }
