@@ -11,8 +11,8 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use xen_platform::Platform;
 use xenstore_glue::client::{self, Client, Endpoint, Nodes};
 use xenstore_glue::vbd::{
@@ -25,9 +25,9 @@ use xenstore_glue::xenbus::{FrontendAction, FrontendEvent, FrontendMachine, Xenb
 const DRAIN: Duration = Duration::from_secs(5);
 /// How often it is looked at meanwhile.
 const DRAIN_LOOK: Duration = Duration::from_millis(5);
-/// How often, and how long apart, a write is repeated while the connection to xenstore is being made anew.
-const WRITE_ATTEMPTS: u32 = 50;
-const WRITE_PAUSE: Duration = Duration::from_millis(100);
+/// How much longer than a timeout a xenstore is waited for that does not answer: with one that does,
+/// the timeout is for the backend, and the states are walked to their end.
+const XENSTORE_GRACE: Duration = Duration::from_secs(1);
 
 /// What [`crate::Disk::open`] gets when the disk is connected.
 #[derive(Debug)]
@@ -73,8 +73,49 @@ fn xenstore(doing: impl Into<String>) -> impl FnOnce(client::Error) -> Cause {
     move |e| Cause::Xenstore { doing, source: e.into() }
 }
 
+/// Xenstore is away, or hangs.
+fn no_answer(waited: Duration) -> Cause {
+    let source = std::io::Error::from(std::io::ErrorKind::TimedOut);
+    Cause::Xenstore { doing: format!("no answer in {} s", waited.as_secs()), source: source.into() }
+}
+
+/// Passes commands on. Ends when xenstore has kept the disk from being opened, or closed, for longer
+/// than `limit` allows: whoever waits for that is not to wait for xenstore.
+async fn overdue(
+    mut commands: UnboundedReceiver<Command>,
+    control: UnboundedSender<Command>,
+    state: Arc<Mutex<State>>,
+    limit: Duration,
+) {
+    let never_opened = async {
+        sleep(limit).await;
+        if state.lock().unwrap_or_else(PoisonError::into_inner).connections > 0 {
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        // The fabric's sender lives as long as the control thread: this does not end.
+        Some(command) = commands.recv() => { let _ = control.send(command); }
+        () = never_opened => {}
+    }
+    let pass_on = async {
+        while let Some(command) = commands.recv().await {
+            let _ = control.send(command);
+        }
+        std::future::pending::<()>().await;
+    };
+    let _ = timeout(limit + XENSTORE_GRACE, pass_on).await;
+}
+
 impl Start {
     async fn run(self) -> Result<(), Cause> {
+        let limit = self.config.connect_timeout;
+        let found = timeout(limit, self.prepare()).await;
+        let (control, commands) = found.unwrap_or_else(|_| Err(no_answer(limit)))?;
+        control.run(commands).await
+    }
+
+    async fn prepare(self) -> Result<(Control, UnboundedReceiver<Command>), Cause> {
         let client = Client::connect(self.endpoint.clone()).await;
         let client = client.map_err(xenstore(format!("connect to {}", self.endpoint)))?;
         let (devid, frontend) = self.find(&client).await?;
@@ -96,7 +137,7 @@ impl Start {
         let own = own.map_err(xenstore(format!("read {frontend}/state")))?;
         let own = own.and_then(|value| XenbusState::parse(&value));
         let state = State::new(devid, frontend.clone(), backend.clone());
-        Control {
+        let control = Control {
             machine: FrontendMachine::new(own),
             client,
             platform: self.platform,
@@ -106,15 +147,15 @@ impl Start {
             frontend,
             backend,
             backend_domain: paths.backend_domain,
+            backend_state: None,
             fabric: None,
             offered: None,
             connection: 0,
             state: Arc::new(Mutex::new(state)),
             cause: None,
             deadline: None,
-        }
-        .run(self.commands)
-        .await
+        };
+        Ok((control, self.commands))
     }
 
     /// The device's number and its frontend directory.
@@ -174,6 +215,8 @@ struct Control {
     frontend: String,
     backend: String,
     backend_domain: DomId,
+    /// When it was last looked at.
+    backend_state: Option<XenbusState>,
     fabric: Option<Arc<Fabric>>,
     offered: Option<Offered>,
     connection: u32,
@@ -184,7 +227,27 @@ struct Control {
 }
 
 impl Control {
-    async fn run(mut self, mut commands: UnboundedReceiver<Command>) -> Result<(), Cause> {
+    async fn run(mut self, commands: UnboundedReceiver<Command>) -> Result<(), Cause> {
+        let limit = self.config.connect_timeout;
+        let (control, passed_on) = unbounded_channel();
+        let overdue = overdue(commands, control, self.state.clone(), limit);
+        let ended = tokio::select! {
+            ended = self.attend(passed_on) => ended,
+            () = overdue => {
+                self.start_closing();
+                self.disconnect();
+                self.cause.get_or_insert(no_answer(limit + XENSTORE_GRACE));
+                Ok(())
+            }
+        };
+        match self.cause.take() {
+            Some(cause) => Err(cause),
+            None => ended,
+        }
+    }
+
+    /// Until the machine ends. May be dropped at any point.
+    async fn attend(&mut self, mut commands: UnboundedReceiver<Command>) -> Result<(), Cause> {
         let watch = async |client: &Client, path: String| {
             client.watch(&path).await.map_err(xenstore(format!("watch {path}")))
         };
@@ -211,25 +274,25 @@ impl Control {
                     let there = self.client.exists(&format!("{}/backend", self.frontend)).await;
                     matches!(there, Ok(false)).then_some(FrontendEvent::DirectoryRemoved)
                 }
-                // The sender of `self.control` is ours: it does not end.
                 Some(command) = commands.recv() => Some(self.command(command)),
-                () = timer => Some(self.expired().await),
+                () = timer => Some(self.expired()),
             };
             if let Some(event) = event {
                 self.handle(event).await;
             }
         }
-        match self.cause.take() {
-            Some(cause) => Err(cause),
-            None if self.ready.is_some() => Err(self.refused().await),
-            None => Ok(()),
+        if self.cause.is_none() && self.ready.is_some() {
+            return Err(self.refused().await);
         }
+        Ok(())
     }
 
-    async fn look_at_backend(&self) -> Option<FrontendEvent> {
+    async fn look_at_backend(&mut self) -> Option<FrontendEvent> {
         match self.client.read_optional(&format!("{}/state", self.backend)).await {
-            Ok(value) => Some(FrontendEvent::Backend(value.and_then(|v| XenbusState::parse(&v)))),
-            // Read again when the connection is back: the watch fires then.
+            Ok(value) => {
+                self.backend_state = value.and_then(|value| XenbusState::parse(&value));
+                Some(FrontendEvent::Backend(self.backend_state))
+            }
             Err(e) => {
                 tracing::warn!("{}: {e}", self.backend);
                 None
@@ -253,7 +316,7 @@ impl Control {
         }
     }
 
-    async fn expired(&mut self) -> FrontendEvent {
+    fn expired(&mut self) -> FrontendEvent {
         let (expected, limit) = match self.deadline.take() {
             Some(Until::Connected(_)) => ("Connected", self.config.connect_timeout),
             Some(Until::Back(_)) => {
@@ -262,8 +325,7 @@ impl Control {
             Some(Until::Closed(_)) | None => ("Closed", self.config.connect_timeout),
         };
         let closing = expected == "Closed";
-        let state = self.client.read_optional(&format!("{}/state", self.backend)).await;
-        let state = state.ok().flatten().and_then(|value| XenbusState::parse(&value));
+        let state = self.backend_state;
         self.cause.get_or_insert(Cause::Timeout {
             backend: self.backend.clone(),
             state: state.map_or_else(|| "missing".to_owned(), |state| state.to_string()),
@@ -434,21 +496,13 @@ impl Control {
     /// Writes our state, unless the toolstack has removed the directory: writing would bring it back.
     async fn publish(&self, state: XenbusState) -> Result<(), Cause> {
         let frontend = &self.frontend;
-        for attempt in 1.. {
-            let written = self.client.transact(async |store: &client::Transaction| {
-                if store.exists(&format!("{frontend}/backend")).await? {
-                    store.write(&format!("{frontend}/state"), state.value()).await?;
-                }
-                Ok(())
-            });
-            match written.await {
-                Err(client::Error::ConnectionLost) if attempt < WRITE_ATTEMPTS => {
-                    sleep(WRITE_PAUSE).await;
-                }
-                written => return written.map_err(xenstore(format!("write {frontend}/state"))),
+        let written = self.client.transact(async |store: &client::Transaction| {
+            if store.exists(&format!("{frontend}/backend")).await? {
+                store.write(&format!("{frontend}/state"), state.value()).await?;
             }
-        }
-        Ok(())
+            Ok(())
+        });
+        written.await.map_err(xenstore(format!("write {frontend}/state")))
     }
 
     async fn drain(&self) {
