@@ -61,6 +61,16 @@ pub enum Error {
         /// The domain that this process was.
         domid: DomId,
     },
+    /// One of Xen's device files cannot be opened.
+    #[error("{path}: {source}: {remedy}")]
+    Device {
+        /// The file.
+        path: &'static str,
+        /// Why not.
+        source: io::Error,
+        /// What to do about it.
+        remedy: String,
+    },
     /// The system call behind an operation failed.
     #[error("{doing}: {source}")]
     Io {

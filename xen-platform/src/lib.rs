@@ -1,11 +1,12 @@
 //! What a hypervisor gives to the two ends of a split driver: granted pages and event channels.
 //!
-//! [`Platform`] is the whole interface. [`embedded`] implements it on any Linux machine, with a
-//! broker process in the place of Xen.
+//! [`Platform`] is the whole interface. [`xen`] implements it on Xen, [`embedded`] on any Linux
+//! machine, with a broker process in the place of Xen.
 
 pub mod embedded;
 mod error;
 mod region;
+pub mod xen;
 
 use ring_proto::{DomId, GrantRef, Port, SharedMemory};
 use std::fmt::Debug;

@@ -1,0 +1,100 @@
+//! Xen itself, through Linux's devices for user space in `/dev/xen`.
+//!
+//! | device | module | for |
+//! |---|---|---|
+//! | `gntdev` | xen-gntdev | mapping and copying what a peer granted: backends |
+//! | `gntalloc` | xen-gntalloc | granting: frontends |
+//! | `evtchn` | xen-evtchn | event channels |
+//! | `xenbus` | a part of the kernel | xenstore, where xenstored is in another domain |
+//!
+//! Works in dom0 and in any other domain, PV or with hardware support.
+
+mod abi;
+mod device;
+mod domid;
+mod evtchn;
+mod gntalloc;
+mod gntdev;
+mod mapping;
+
+use crate::{Access, EventChannel, GrantCopier, GrantedPages, MappedGrants, Platform, Result};
+use ring_proto::{DomId, GrantRef, Port};
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use xenstore_glue::client::Endpoint;
+
+pub use device::Device;
+pub use domid::own_domid;
+
+/// Whether this machine runs on Xen, as the kernel sees it.
+pub fn is_xen() -> bool {
+    // The first is a part of the kernel, if configured; the second is where xenfs is mounted, made
+    // by kernels on Xen only.
+    match std::fs::read_to_string("/sys/hypervisor/type") {
+        Ok(hypervisor) => hypervisor.trim() == "xen",
+        Err(_) => Path::new("/proc/xen").exists(),
+    }
+}
+
+/// The domain that this process runs in.
+#[derive(Debug)]
+pub struct XenPlatform {
+    domid: DomId,
+    /// Only who grants has it open.
+    gntalloc: Option<Arc<File>>,
+}
+
+impl XenPlatform {
+    /// For a process that uses what others grant.
+    ///
+    /// # Errors
+    /// When a device that this takes is missing or not ours to use; when xenstore at `endpoint`
+    /// does not tell which domain this is.
+    pub fn for_backend(endpoint: &Endpoint) -> Result<Arc<Self>> {
+        // Opened when they are needed, but whatever is wrong with them should be told now.
+        Device::Gntdev.open()?;
+        Device::Evtchn.open()?;
+        Ok(Arc::new(Self { domid: own_domid(endpoint)?, gntalloc: None }))
+    }
+
+    /// For a process that grants, and uses what others grant.
+    ///
+    /// # Errors
+    /// As [`XenPlatform::for_backend`].
+    pub fn for_frontend(endpoint: &Endpoint) -> Result<Arc<Self>> {
+        Device::Evtchn.open()?;
+        let gntalloc = Some(Arc::new(Device::Gntalloc.open()?));
+        Ok(Arc::new(Self { domid: own_domid(endpoint)?, gntalloc }))
+    }
+}
+
+impl Platform for XenPlatform {
+    fn domid(&self) -> DomId {
+        self.domid
+    }
+
+    fn map(&self, peer: DomId, refs: &[GrantRef], access: Access) -> Result<Arc<dyn MappedGrants>> {
+        Ok(Arc::new(gntdev::Mapped::new(peer, refs, access)?))
+    }
+
+    fn copier(&self, peer: DomId) -> Result<Box<dyn GrantCopier>> {
+        Ok(Box::new(gntdev::Copier::new(peer)?))
+    }
+
+    fn grant(&self, peer: DomId, pages: usize, access: Access) -> Result<Box<dyn GrantedPages>> {
+        let file = match &self.gntalloc {
+            Some(file) => Arc::clone(file),
+            None => Arc::new(Device::Gntalloc.open()?),
+        };
+        Ok(Box::new(gntalloc::Granted::new(file, peer, pages, access)?))
+    }
+
+    fn alloc_unbound(&self, peer: DomId) -> Result<Box<dyn EventChannel>> {
+        Ok(Box::new(evtchn::Channel::alloc_unbound(peer)?))
+    }
+
+    fn bind_interdomain(&self, peer: DomId, port: Port) -> Result<Box<dyn EventChannel>> {
+        Ok(Box::new(evtchn::Channel::bind_interdomain(peer, port)?))
+    }
+}
