@@ -7,6 +7,7 @@ use clap::Args;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use xen_platform::xen;
 use xenstore_glue::vbd::BackendKind;
 
 /// Where the daemon looks if it is not told.
@@ -33,6 +34,8 @@ pub struct Config {
 /// A hypervisor, and which of its domains this is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PlatformChoice {
+    /// Xen itself, in whichever domain this process runs.
+    Xen,
     /// The embedded platform in a directory, and a domain of it by name or number.
     Embedded {
         /// Where `xen-embedded serve` was told to be.
@@ -60,7 +63,7 @@ pub struct Flags {
     /// Configuration file [default: /etc/blkback.toml, if it is there]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// The hypervisor: `embedded:DIR`
+    /// The hypervisor: `xen` or `embedded:DIR` [default: xen, on a machine that runs on it]
     #[arg(long, value_name = "PLATFORM")]
     platform: Option<String>,
     /// The domain this daemon runs in, on the embedded platform: name or number
@@ -165,11 +168,20 @@ fn read(path: &Path) -> anyhow::Result<File> {
 }
 
 fn platform(name: Option<String>, domain: Option<String>) -> anyhow::Result<PlatformChoice> {
-    let Some(name) = name else {
-        bail!("which hypervisor? Say --platform embedded:DIR, or platform = in the file");
+    let Some(name) = name.or_else(|| xen::is_xen().then(|| "xen".to_owned())) else {
+        bail!(
+            "which hypervisor? This machine does not run on Xen: say --platform embedded:DIR, \
+             or platform = in the file"
+        );
     };
+    if name == "xen" {
+        if let Some(domain) = domain {
+            bail!("domain {domain:?} cannot be chosen on Xen: it is the one that this runs in");
+        }
+        return Ok(PlatformChoice::Xen);
+    }
     let Some(dir) = name.strip_prefix("embedded:") else {
-        bail!("platform {name:?} is not known: say embedded:DIR");
+        bail!("platform {name:?} is not known: say xen or embedded:DIR");
     };
     let Some(domain) = domain else {
         bail!("which domain of the embedded platform is this? Say --domain NAME");

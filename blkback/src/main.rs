@@ -16,6 +16,7 @@ use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 use xen_platform::Platform;
 use xen_platform::embedded::EmbeddedPlatform;
+use xen_platform::xen::XenPlatform;
 use xenstore_glue::client::{Client, Endpoint};
 
 /// Xen block backend in user space
@@ -57,6 +58,12 @@ fn main() -> anyhow::Result<()> {
 
 fn open(choice: &PlatformChoice) -> anyhow::Result<(Arc<dyn Platform>, Endpoint)> {
     match choice {
+        PlatformChoice::Xen => {
+            let endpoint = Endpoint::from_env();
+            let hint = "blkback doctor tells what is missing on this host";
+            let platform = XenPlatform::for_backend(&endpoint).context(hint)?;
+            Ok((platform, endpoint))
+        }
         PlatformChoice::Embedded { dir, domain } => {
             let platform = EmbeddedPlatform::attach(dir, domain)
                 .with_context(|| format!("become domain {domain} of the platform in {dir:?}"))?;

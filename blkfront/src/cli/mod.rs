@@ -12,12 +12,14 @@ use std::sync::Arc;
 use std::time::Duration;
 use xen_platform::Platform;
 use xen_platform::embedded::EmbeddedPlatform;
+use xen_platform::xen::{self, XenPlatform};
 use xenstore_glue::client::Endpoint;
 
 /// Which hypervisor, and which of its domains.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Host {
-    /// The hypervisor: `embedded:DIR`, where DIR is what `xen-embedded serve` was given
+    /// The hypervisor: `xen`, or `embedded:DIR`, where DIR is what `xen-embedded serve` was given
+    /// [default: xen, on a machine that runs on it]
     #[arg(long, global = true, value_name = "PLATFORM")]
     platform: Option<String>,
     /// The domain to be, on the embedded platform: name or number
@@ -28,11 +30,22 @@ pub(crate) struct Host {
 impl Host {
     /// Becomes the domain.
     pub(crate) fn attach(&self) -> anyhow::Result<(Arc<dyn Platform>, Endpoint)> {
-        let Some(platform) = &self.platform else {
-            bail!("which hypervisor? Say --platform embedded:DIR");
+        let platform = match self.platform.as_deref() {
+            Some(platform) => platform,
+            None if xen::is_xen() => "xen",
+            None => bail!(
+                "which hypervisor? This machine does not run on Xen: say --platform embedded:DIR"
+            ),
         };
+        if platform == "xen" {
+            if let Some(domain) = &self.domain {
+                bail!("domain {domain:?} cannot be chosen on Xen: it is the one that this runs in");
+            }
+            let endpoint = Endpoint::from_env();
+            return Ok((XenPlatform::for_frontend(&endpoint)?, endpoint));
+        }
         let Some(dir) = platform.strip_prefix("embedded:") else {
-            bail!("platform {platform:?} is not known: say embedded:DIR");
+            bail!("platform {platform:?} is not known: say xen or embedded:DIR");
         };
         let Some(domain) = &self.domain else {
             bail!("which domain of {dir}? Say --domain NAME");
