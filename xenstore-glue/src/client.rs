@@ -174,8 +174,8 @@ impl Client {
     /// Connects. Must be called in a tokio runtime, which then runs the connection's task.
     ///
     /// # Errors
-    /// [`Error::Connect`]. Only the first connection fails; later ones are tried until they
-    /// succeed.
+    /// [`Error::Connect`], when xenstore cannot be reached for half a second. Only the first
+    /// connection fails; later ones are tried until they succeed.
     pub async fn connect(endpoint: Endpoint) -> Result<Self> {
         let (commands, queue) = mpsc::unbounded_channel();
         let nodes = Nodes::new(commands, &endpoint);

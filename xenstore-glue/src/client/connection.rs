@@ -3,7 +3,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tracing::{debug, info, warn};
 
 use super::nodes::{Failure, refused};
@@ -17,6 +17,9 @@ use crate::wire::{Decoder, MessageType, PAYLOAD_MAX, Packet, Reply, Request, Wir
 /// within milliseconds of a live update, within seconds of a restart.
 const RECONNECT_MIN: Duration = Duration::from_millis(10);
 const RECONNECT_MAX: Duration = Duration::from_secs(2);
+/// How long the first attempts go on: who starts while xenstored restarts is to find it, and who
+/// starts without xenstored is to hear of it.
+const CONNECT_PATIENCE: Duration = Duration::from_millis(500);
 
 /// A transaction's id on the connection that it was started on. Another connection may give the
 /// same number to another transaction.
@@ -100,9 +103,13 @@ impl Connection {
         commands: mpsc::UnboundedReceiver<Command>,
         handle: mpsc::WeakUnboundedSender<Command>,
     ) -> Result<()> {
-        let transport = match Transport::connect(&endpoint).await {
-            Ok(transport) => transport,
-            Err(source) => return Err(Error::Connect { endpoint, source }),
+        let deadline = Instant::now() + CONNECT_PATIENCE;
+        let transport = loop {
+            match Transport::connect(&endpoint).await {
+                Ok(transport) => break transport,
+                Err(_) if Instant::now() < deadline => sleep(RECONNECT_MIN).await,
+                Err(source) => return Err(Error::Connect { endpoint, source }),
+            }
         };
         let (watches, pause) = (HashMap::new(), RECONNECT_MIN);
         let connection = Self { endpoint, commands, handle, watches, epoch: 0, pause };
