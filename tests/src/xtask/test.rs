@@ -8,11 +8,12 @@ use std::process::Command;
 /// A program or file that tests use, and the Debian package that has it.
 const NEEDS: &[(&str, &str)] = &[
     ("/usr/bin/cc", "gcc"),
+    ("/usr/include/stdio.h", "libc6-dev"),
     ("/usr/include/xen/io/blkif.h", "libxen-dev"),
     ("/usr/bin/xenstore-ls", "xenstore-utils"),
     ("/usr/bin/fio", "fio"),
     ("/usr/bin/nbdcopy", "libnbd-bin"),
-    ("/usr/bin/qemu-img", "qemu-utils"),
+    ("/usr/bin/qemu-io", "qemu-utils"),
     ("/usr/bin/curl", "curl"),
     ("/sbin/e2fsck", "e2fsprogs"),
 ];
