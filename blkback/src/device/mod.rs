@@ -2,6 +2,7 @@
 //!
 //! The xenbus machine decides; this task reads xenstore for it and does what it says.
 
+mod hotplug;
 mod link;
 mod nodes;
 mod throttle;
@@ -9,6 +10,7 @@ mod throttle;
 use crate::registry::{DeviceView, Registry};
 use crate::storage::{Geometry, Storage};
 use crate::tuning::Tuning;
+use hotplug::Script;
 use link::{Link, LinkError, LinkSetup, RingEnded};
 use nodes::{Description, DescriptionError};
 use std::collections::{HashMap, VecDeque};
@@ -197,6 +199,7 @@ struct Device {
     ended: mpsc::UnboundedSender<RingEnded>,
     /// When the frontend was asked to close.
     closing_since: Option<tokio::time::Instant>,
+    script: Script,
     /// For all that the frontend can make happen as often as it likes.
     log: Throttle,
 }
@@ -250,6 +253,7 @@ impl Device {
             connected: None,
             ended,
             closing_since: None,
+            script: Script::NotAwaited,
             log: Throttle::new(),
         };
         Ok((device, frontend))
@@ -266,6 +270,7 @@ impl Device {
         self.observe().await?;
         while !self.machine.has_ended() {
             let give_up = self.closing_since.map(|since| since + CLOSE_TIMEOUT);
+            let script = self.script.deadline();
             tokio::select! {
                 changed = next(&mut frontend) => { changed?; self.observe().await? }
                 () = pokes.changed.notified() => self.observe().await?,
@@ -281,6 +286,10 @@ impl Device {
                     }
                     self.feed(BackendEvent::GiveUp).await?;
                 }
+                () = sleep_until(script) => {
+                    info!("nobody runs the hotplug script here: going on without");
+                    self.connectable().await?;
+                }
             }
         }
         Ok(())
@@ -288,38 +297,6 @@ impl Device {
 
     fn node(&self, key: &str) -> String {
         format!("{}/{key}", self.dir)
-    }
-
-    /// Opens the disk and says in xenstore what a hotplug script would.
-    async fn open_storage(&mut self) -> Result<(), Abandoned> {
-        let (description, direct) = (self.description.clone(), self.context.tuning.direct());
-        let opened = tokio::task::spawn_blocking(move || description.open(direct)).await;
-        let (event, key, value) = match opened {
-            Ok(Ok(storage)) => {
-                let geometry = storage.geometry();
-                info!(
-                    target = %self.description.params,
-                    mib = geometry.sectors >> 11,
-                    read_only = geometry.read_only,
-                    "disk opened"
-                );
-                self.storage = Some(storage);
-                (BackendEvent::StorageReady, "hotplug-status", "connected".to_owned())
-            }
-            Ok(Err(error)) => self.refused(&error).await?,
-            Err(error) => self.refused(&error).await?,
-        };
-        self.context.client.write(&self.node(key), value).await?;
-        self.feed(event).await
-    }
-
-    async fn refused(
-        &self,
-        error: &(dyn std::error::Error + Sync),
-    ) -> Result<(BackendEvent, &'static str, String), Abandoned> {
-        self.fail(&error.to_string()).await?;
-        self.context.client.write(&self.node("hotplug-status"), "error").await?;
-        Ok((BackendEvent::StorageFailed, "hotplug-error", error.to_string()))
     }
 
     /// Says what went wrong, in the log and where the toolstack looks (`xenbus_dev_error` in Linux).
@@ -348,6 +325,7 @@ impl Device {
         if !client.exists(&self.dir).await? {
             return self.feed(BackendEvent::DirectoryRemoved).await;
         }
+        self.look_for_script().await?;
         let online = client.read_optional(&self.node("online")).await?;
         self.feed(BackendEvent::Online(online.as_deref() == Some(b"1"))).await?;
         let state = read_frontend(&client, &self.state_node).await?;
@@ -460,6 +438,9 @@ impl Device {
             .await?;
         if written && self.log.admits() {
             info!(%state);
+        }
+        if state == XenbusState::InitWait {
+            self.script.start(self.context.platform.domid());
         }
         self.closing_since =
             (state == XenbusState::Closing && self.link.is_some()).then(tokio::time::Instant::now);

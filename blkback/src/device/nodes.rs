@@ -21,6 +21,8 @@ pub(super) struct Description {
     pub(super) cdrom: bool,
     pub(super) removable: bool,
     pub(super) discard: bool,
+    /// The toolstack means to run a hotplug script.
+    pub(super) script: bool,
 }
 
 /// Why a device is refused before its frontend was even looked at.
@@ -75,6 +77,7 @@ impl Description {
             cdrom: is(text("device-type").await?, "cdrom"),
             removable: is(text("removable").await?, "1"),
             discard: !is(text("discard-enable").await?, "0"),
+            script: text("script").await?.is_some_and(|script| !script.is_empty()),
         })
     }
 
