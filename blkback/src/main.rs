@@ -1,5 +1,6 @@
 //! `blkback`: serves virtual disks to other domains.
 
+mod doctor;
 mod stats_cli;
 
 use anyhow::Context;
@@ -9,6 +10,7 @@ use blkback::metrics::{Clock, Server};
 use blkback::registry::Registry;
 use clap::{Parser, Subcommand};
 use std::io::IsTerminal;
+use std::process::ExitCode;
 use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -38,9 +40,11 @@ enum Command {
     ///
     /// The daemon serves statistics where `listen` of its configuration or `serve --listen` says.
     Stats(stats_cli::Args),
+    /// Tell what this host lacks for `serve` on Xen, and how to mend it; exit with 1 if it cannot work
+    Doctor(doctor::Args),
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
@@ -51,9 +55,11 @@ fn main() -> anyhow::Result<()> {
         .init();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     match cli.command {
-        Command::Serve(flags) => runtime.block_on(serve(Config::load(flags)?)),
-        Command::Stats(args) => runtime.block_on(stats_cli::run(args)),
+        Command::Serve(flags) => runtime.block_on(serve(Config::load(flags)?))?,
+        Command::Stats(args) => runtime.block_on(stats_cli::run(args))?,
+        Command::Doctor(args) => return doctor::run(&args),
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn open(choice: &PlatformChoice) -> anyhow::Result<(Arc<dyn Platform>, Endpoint)> {

@@ -1,0 +1,108 @@
+//! What Linux has to be like, on Xen or not.
+
+use super::Finding;
+use blkback::config;
+use nix::sys::resource::{Resource, getrlimit};
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+/// What one ring at its largest keeps pinned where the disk is a file: 44 KiB a slot, 512 slots, and
+/// 8 MiB for large requests.
+const PINNED_A_RING: u64 = 512 * (44 << 10) + (8 << 20);
+/// A ring with its event channel, eventfd, io_uring and gntdev files has about this many open.
+const FILES_A_RING: u64 = 8;
+/// Rings of a host that is not small: what there should be room for.
+const MANY_RINGS: u64 = 128;
+/// Mappings of one ring whose persistent grants are all in use.
+const MAPS_A_RING: u64 = 1056;
+/// The kernel's default for `vm.max_map_count`.
+const DEFAULT_MAPS: u64 = 65_530;
+
+pub(super) fn findings() -> Vec<Finding> {
+    let mut findings = vec![io_uring(), memlock(), open_files()];
+    findings.extend(maps());
+    findings.push(configuration());
+    findings
+}
+
+fn io_uring() -> Finding {
+    let Err(error) = io_uring::IoUring::new(8) else {
+        return Finding::ok("io_uring", "can be used");
+    };
+    let disabled = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled");
+    let remedy = match disabled.as_deref().map(str::trim) {
+        Ok("1") => "sysctl kernel.io_uring_disabled=0, or add the user to kernel.io_uring_group",
+        Ok("2") => "sysctl kernel.io_uring_disabled=0",
+        _ if error.raw_os_error() == Some(libc::ENOSYS) => "use Linux 5.10 or later",
+        _ => "let the service's system call filter pass @io-uring",
+    };
+    Finding::fail("io_uring", format!("refused: {error}"), remedy)
+}
+
+fn memlock() -> Finding {
+    const ABOUT: &str = "RLIMIT_MEMLOCK";
+    let Ok((soft, _)) = getrlimit(Resource::RLIMIT_MEMLOCK) else {
+        return Finding::warn(ABOUT, "unknown", "mount /proc");
+    };
+    let rings = soft / PINNED_A_RING;
+    if nix::unistd::geteuid().is_root() {
+        Finding::ok(ABOUT, "does not hold for root")
+    } else if rings >= MANY_RINGS {
+        Finding::ok(ABOUT, format!("enough for {rings} rings"))
+    } else {
+        let found = format!("{} KiB, enough for {rings} rings at their largest", soft >> 10);
+        Finding::warn(ABOUT, found, "LimitMEMLOCK=infinity in the service")
+    }
+}
+
+fn open_files() -> Finding {
+    const ABOUT: &str = "RLIMIT_NOFILE";
+    let Ok((soft, _)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return Finding::warn(ABOUT, "unknown", "mount /proc");
+    };
+    let rings = soft / FILES_A_RING;
+    let found = format!("{soft} files, enough for about {rings} rings");
+    if rings >= MANY_RINGS {
+        Finding::ok(ABOUT, found)
+    } else {
+        Finding::warn(ABOUT, found, "LimitNOFILE=65536 in the service")
+    }
+}
+
+fn maps() -> Option<Finding> {
+    const ABOUT: &str = "vm.max_map_count";
+    let text = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok()?;
+    let maps: u64 = text.trim().parse().ok()?;
+    let rings = maps / MAPS_A_RING;
+    let found = format!("{maps}, enough for about {rings} rings full of persistent grants");
+    Some(if maps >= DEFAULT_MAPS {
+        Finding::ok(ABOUT, found)
+    } else {
+        Finding::warn(ABOUT, found, format!("sysctl vm.max_map_count={DEFAULT_MAPS}"))
+    })
+}
+
+fn configuration() -> Finding {
+    let path = config::DEFAULT_PATH;
+    match config::listen_address(None) {
+        Err(error) => Finding::fail(path, format!("{error:#}"), "mend it"),
+        Ok(_) if Path::new(path).exists() => Finding::ok(path, "can be read"),
+        Ok(_) => Finding::ok(path, "not there: everything has a default"),
+    }
+}
+
+/// Whether a disk's file or device can be read past the page cache.
+pub(super) fn direct_io(path: &Path) -> Finding {
+    let about = path.display().to_string();
+    match OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path) {
+        Ok(_) => Finding::ok(about, "O_DIRECT works"),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            let found = "its file system has no O_DIRECT: the page cache will be used";
+            let remedy = "fine for trying things out; else use a block device, or a file on ext4 \
+                          or XFS";
+            Finding::warn(about, found, remedy)
+        }
+        Err(error) => Finding::fail(about, error.to_string(), "name a file or a block device"),
+    }
+}
