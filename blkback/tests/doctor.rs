@@ -19,8 +19,8 @@ fn whatever_is_wrong_shows_in_the_exit_status_and_has_a_remedy() {
         }
     }
     let verdict = |about: &str| {
-        let line = lines.iter().find(|line| line.contains(about));
-        line.unwrap().split_whitespace().next().unwrap().to_owned()
+        let mut rows = lines.iter().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        rows.find(|row| row.get(1) == Some(&about)).unwrap()[0].to_owned()
     };
     assert_eq!(verdict("/nonexistent/disk"), "FAIL", "{text}");
     assert_eq!(verdict("xenstore"), "FAIL", "{text}");
