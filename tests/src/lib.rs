@@ -5,3 +5,4 @@
 pub mod cpu;
 pub mod host;
 pub mod process;
+pub mod xen;

@@ -20,6 +20,8 @@ enum Command {
     Bench(xtask::bench::Options),
     /// Install what the tests need, then run all of them
     Test(xtask::test::Options),
+    /// A real Xen host under emulation, and scenarios that run on it
+    Xen(xtask::xen::Options),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -27,5 +29,6 @@ fn main() -> anyhow::Result<()> {
         Command::Demo(options) => xtask::demo::run(&options),
         Command::Bench(options) => xtask::bench::run(&options),
         Command::Test(options) => xtask::test::run(&options),
+        Command::Xen(options) => xtask::xen::run(&options),
     }
 }

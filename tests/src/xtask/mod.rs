@@ -5,6 +5,7 @@ pub(crate) mod demo;
 mod plot;
 pub(crate) mod test;
 mod uring;
+pub(crate) mod xen;
 
 use anyhow::{Result, bail};
 use std::path::{Path, PathBuf};

@@ -1,0 +1,122 @@
+//! A machine under QEMU that boots a Xen host, runs one scenario and switches itself off.
+
+use super::image::Images;
+use crate::process::Process;
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// dom0 switches the machine off by itself this long before it is killed.
+const GRACE: Duration = Duration::from_secs(20);
+/// Arguments of every Linux here. Its watchdog finds emulated time stamp counters unstable and patches
+/// code that other CPUs run just then; what they trap into has by then been forgotten (a PV vCPU takes
+/// its event channels first), and 6.12 panics.
+pub(super) const LINUX: &str = "console=hvc0 loglevel=6 clocksource=xen tsc=reliable";
+/// What is shown of the console when a scenario fails.
+const SHOWN_LINES: usize = 60;
+
+/// What came of a scenario.
+#[derive(Debug)]
+pub struct Outcome {
+    /// What dom0 and the guests reported: `{"name": …, "value": …}` each.
+    pub results: Vec<Value>,
+    /// Everything that hypervisor, dom0 and guests said.
+    pub console: PathBuf,
+    /// Wall-clock time from power-on to power-off.
+    pub took: Duration,
+}
+
+impl Outcome {
+    /// The values of the results of a name.
+    pub fn named<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a Value> {
+        self.results.iter().filter(move |result| result["name"] == name).map(|r| &r["value"])
+    }
+
+    /// Why the scenario failed, if it did.
+    pub fn failure(&self) -> Option<String> {
+        if let Some(failure) = self.named("failure").next() {
+            return Some(failure.as_str().unwrap_or_default().replace('|', "\n"));
+        }
+        match self.named("end").next() {
+            None => Some("dom0 did not come to the end of the scenario".into()),
+            Some(end) if end["status"] != 0 => Some(format!("dom0's script ended with {end}")),
+            Some(_) => None,
+        }
+    }
+
+    /// The end of what was said on the console.
+    pub fn console_tail(&self) -> String {
+        let text = fs::read(&self.console).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<_> = text.lines().collect();
+        lines[lines.len().saturating_sub(SHOWN_LINES)..].join("\n")
+    }
+}
+
+/// QEMU without its serial ports.
+///
+/// `qemu64` because it is twice as fast to emulate as later models, and `max` has SMAP, which kills
+/// dom0. Four CPUs, two for dom0 and two for guests, each with one vCPU: what is scheduled on an
+/// emulated CPU that waits for another one loses a time slice.
+fn qemu(images: &Images, limit: Duration) -> Command {
+    let dom0 = format!(
+        "{} {LINUX} limit={},{}",
+        images.kernel.display(),
+        limit.as_secs(),
+        images.dom0.display()
+    );
+    let mut command = Command::new("qemu-system-x86_64");
+    command.args(["-accel", "tcg,thread=multi", "-cpu", "qemu64", "-smp", "4", "-m", "3072"]);
+    command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
+    command.arg("-kernel").arg(&images.xen).arg("-append").arg(
+        "console=com1 com1=115200,8n1 loglvl=warning guest_loglvl=warning dom0_mem=1280M,max:1280M \
+         dom0_max_vcpus=2 dom0_vcpus_pin sched=null",
+    );
+    command.arg("-initrd").arg(dom0);
+    command
+}
+
+/// Boots the images and waits until the machine is off, at most `limit`. Files are left in `dir`.
+///
+/// # Errors
+/// When QEMU cannot be started, ends with an error, or hangs.
+pub fn run(images: &Images, dir: &Path, limit: Duration) -> Result<Outcome> {
+    let console = dir.join("console.log");
+    let results = dir.join("results.jsonl");
+    for path in [&console, &results, &dir.join("qemu.log")] {
+        let _ = fs::remove_file(path);
+    }
+    let mut command = qemu(images, limit.saturating_sub(GRACE));
+    // Results have a port of their own: on the first one everybody talks.
+    for path in [&console, &results] {
+        command.arg("-serial").arg(format!("file:{}", path.display()));
+    }
+    let start = Instant::now();
+    let mut machine = Process::start("qemu", dir, &mut command)?;
+    let status = machine.wait(limit).with_context(|| format!("see {}", console.display()))?;
+    if !status.success() {
+        bail!("QEMU: {status}\n{}", machine.log());
+    }
+    let text = fs::read_to_string(&results).unwrap_or_default();
+    let results = text
+        .lines()
+        .filter(|line| !line.trim().is_empty())
+        .map(|line| serde_json::from_str(line).with_context(|| format!("a result: {line}")))
+        .collect::<Result<_>>()?;
+    Ok(Outcome { results, console, took: start.elapsed() })
+}
+
+/// Boots the images with dom0's console on this terminal.
+///
+/// # Errors
+/// When QEMU cannot be started or ends with an error.
+pub fn interact(images: &Images) -> Result<()> {
+    let mut command = qemu(images, Duration::ZERO);
+    // Ctrl-A X ends it; Ctrl-C goes to dom0.
+    let status = command.args(["-serial", "mon:stdio", "-serial", "null"]).status()?;
+    anyhow::ensure!(status.success(), "QEMU: {status}");
+    Ok(())
+}

@@ -1,0 +1,6 @@
+# Linux's xen-blkback and xen-blkfront: shows that the machine works.
+. /lib.sh
+ram_disk 256
+modprobe xen-blkback
+create_guest guest 'vdev=xvda,format=raw,access=rw,backendtype=phy,target=/dev/nullb0'
+guest_results guest

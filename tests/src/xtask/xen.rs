@@ -1,0 +1,179 @@
+//! `cargo xtask xen`: a real Xen host under emulation.
+
+use super::{cargo, step, target};
+use anyhow::{Context, Result, bail};
+use clap::{Subcommand, ValueEnum};
+use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+use xen_blk_tests::xen::packages::Root;
+use xen_blk_tests::xen::scenario::{SCENARIOS, SHELL, Script, find};
+use xen_blk_tests::xen::{Suite, image, machine};
+
+/// Our programs that dom0 gets.
+const OURS: &[&str] = &["blkback", "blkfront"];
+
+/// Options of `cargo xtask xen`.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    #[command(subcommand)]
+    command: Action,
+    /// The Debian release that Xen and Linux are taken from
+    #[arg(long, global = true, value_enum, default_value_t = Release::Bookworm)]
+    suite: Release,
+    /// Look for newer packages
+    #[arg(long, global = true)]
+    refresh: bool,
+    /// Take our programs as they were built last
+    #[arg(long, global = true)]
+    no_build: bool,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// List the scenarios
+    List,
+    /// Run scenarios, each on a freshly booted host
+    Run {
+        /// Their names
+        #[arg(required = true, value_name = "SCENARIO")]
+        scenarios: Vec<String>,
+        /// Seconds after which a host that is not done is killed
+        #[arg(long, default_value_t = 300)]
+        limit: u64,
+    },
+    /// An interactive host on this terminal
+    Shell,
+}
+
+/// Debian releases.
+#[derive(Clone, Copy, ValueEnum)]
+enum Release {
+    /// Debian 12: Xen 4.17, Linux 6.1
+    Bookworm,
+    /// Debian 13: Xen 4.20, Linux 6.12
+    Trixie,
+}
+
+impl From<Release> for Suite {
+    fn from(release: Release) -> Self {
+        match release {
+            Release::Bookworm => Self::Bookworm,
+            Release::Trixie => Self::Trixie,
+        }
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// The first scenario that fails, or what was missing to run it.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let suite = Suite::from(options.suite);
+    match &options.command {
+        Action::List => {
+            for scenario in SCENARIOS {
+                println!("{:<12} {}", scenario.name, scenario.about);
+            }
+            Ok(())
+        }
+        Action::Run { scenarios, limit } => {
+            let scenarios: Vec<_> = scenarios
+                .iter()
+                .map(|name| find(name).with_context(|| format!("no scenario {name}: see `list`")))
+                .collect::<Result<_>>()?;
+            let root = prepare(suite, options)?;
+            scenarios
+                .iter()
+                .try_for_each(|scenario| run_one(&root, scenario, Duration::from_secs(*limit)))
+        }
+        Action::Shell => {
+            let root = prepare(suite, options)?;
+            let images = image::build(&root, &run_dir(&root, &SHELL)?, &ours(), &SHELL)?;
+            machine::interact(&images)
+        }
+    }
+}
+
+fn cache() -> PathBuf {
+    target().join("xen")
+}
+
+fn prepare(suite: Suite, options: &Options) -> Result<Root> {
+    if Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
+        bail!(
+            "qemu-system-x86_64 is missing: apt-get install --no-install-recommends qemu-system-x86"
+        );
+    }
+    if !options.no_build {
+        let packages = ["-p", "blkback", "-p", "blkfront"];
+        step("build", cargo(&["build", "--release", "--bins"]).args(packages))?;
+    }
+    eprintln!("==> packages of {}", suite.name());
+    Root::prepare(suite, &cache(), options.refresh)
+}
+
+fn ours() -> Vec<PathBuf> {
+    OURS.iter().map(|name| target().join("release").join(name)).collect()
+}
+
+/// Where a scenario's images are made and its output is left.
+fn run_dir(root: &Root, scenario: &Script) -> Result<PathBuf> {
+    let dir = cache().join(root.suite.name()).join("runs").join(scenario.name);
+    fs::create_dir_all(&dir)?;
+    Ok(dir)
+}
+
+fn run_one(root: &Root, scenario: &Script, limit: Duration) -> Result<()> {
+    let dir = run_dir(root, scenario)?;
+    eprintln!("==> {} on {}", scenario.name, root.suite.name());
+    let images = image::build(root, &dir, &ours(), scenario)?;
+    let outcome = machine::run(&images, &dir, limit)?;
+    let failure = outcome.failure();
+    let all = json!({
+        "scenario": scenario.name,
+        "suite": root.suite.name(),
+        "took_s": outcome.took.as_secs_f64(),
+        "failure": failure,
+        "results": outcome.results,
+    });
+    let report = dir.join("result.json");
+    serde_json::to_writer_pretty(File::create(&report)?, &all)?;
+    show(&outcome);
+    eprintln!("Left behind: {}, {}", report.display(), outcome.console.display());
+    if let Some(failure) = failure {
+        bail!("{}: {failure}\n\nThe console's end:\n{}", scenario.name, outcome.console_tail());
+    }
+    println!("{}: passed in {:.0} s", scenario.name, outcome.took.as_secs_f64());
+    Ok(())
+}
+
+/// What people want to see at once.
+fn show(outcome: &machine::Outcome) {
+    for boot in outcome.named("boot") {
+        println!("Xen {}, Linux {}", text(&boot["xen"]), text(&boot["linux"]));
+    }
+    for job in outcome.named("fio").filter_map(|fio| fio.pointer("/jobs/0")) {
+        let number = |pointer: &str| job.pointer(pointer).and_then(Value::as_f64).unwrap_or(0.0);
+        println!(
+            "{:<14} read {:>8.0} IOPS {:>8.0} KiB/s  write {:>8.0} IOPS {:>8.0} KiB/s  error {}",
+            text(&job["jobname"]),
+            number("/read/iops"),
+            number("/read/bw"),
+            number("/write/iops"),
+            number("/write/bw"),
+            job["error"],
+        );
+    }
+    for name in ["blkfront", "queues", "queue", "filesystem", "dmesg-errors"] {
+        for value in outcome.named(name) {
+            println!("{name}: {}", text(value).replace('|', "\n    "));
+        }
+    }
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or_default()
+}
