@@ -87,9 +87,8 @@ fn kernel_backend() -> Finding {
     let release = nix::sys::utsname::uname()
         .map(|name| name.release().to_string_lossy().into_owned())
         .unwrap_or_default();
-    // Each module has its line here, below or above what it depends on.
     let known = std::fs::read_to_string(format!("/lib/modules/{release}/modules.dep"));
-    if known.is_ok_and(|modules| modules.contains("/xen-blkback.ko")) {
+    if known.is_ok_and(|modules| modules.replace('-', "_").contains("xen_blkback.ko")) {
         let found = "will be loaded when a disk of backendtype=phy is attached";
         return Finding::warn(ABOUT, found, REMEDY);
     }
