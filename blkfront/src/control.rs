@@ -87,8 +87,10 @@ async fn overdue(
     state: Arc<Mutex<State>>,
     limit: Duration,
 ) {
+    let patience = limit + XENSTORE_GRACE;
+    // As long to find the disk as to connect it. One that is open by then was slow, no more.
     let never_opened = async {
-        sleep(limit).await;
+        sleep(limit + patience).await;
         if state.lock().unwrap_or_else(PoisonError::into_inner).connections > 0 {
             std::future::pending::<()>().await;
         }
@@ -96,7 +98,7 @@ async fn overdue(
     tokio::select! {
         // The fabric's sender lives as long as the control thread: this does not end.
         Some(command) = commands.recv() => { let _ = control.send(command); }
-        () = never_opened => {}
+        () = never_opened => return,
     }
     let pass_on = async {
         while let Some(command) = commands.recv().await {
@@ -104,7 +106,7 @@ async fn overdue(
         }
         std::future::pending::<()>().await;
     };
-    let _ = timeout(limit + XENSTORE_GRACE, pass_on).await;
+    let _ = timeout(patience, pass_on).await;
 }
 
 impl Start {
