@@ -9,7 +9,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Offsets and lengths that O_DIRECT may ask for, smallest first.
@@ -24,6 +24,10 @@ pub(super) struct Backing {
     /// Bytes that belong to the disk now. Queues look at every operation against it.
     bytes: AtomicU64,
     is_device: bool,
+    /// Reads and writes go through the page cache.
+    cached: bool,
+    /// What the page cache held may be lost: see [`Backing::synced`].
+    lost: AtomicBool,
     geometry: Mutex<Geometry>,
 }
 
@@ -76,6 +80,8 @@ impl FileDisk {
             file,
             bytes: AtomicU64::new(bytes),
             is_device,
+            cached: !direct,
+            lost: AtomicBool::new(false),
             geometry: Mutex::new(geometry),
         })))
     }
@@ -104,6 +110,32 @@ impl Storage for FileDisk {
 impl Backing {
     pub(super) fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// What to make of the outcome of a flush or a durable write, an errno where it failed.
+    ///
+    /// When the kernel cannot write back the page cache it says so once to each open file, marks the
+    /// pages clean and goes on. All queues share one: a flush of one queue takes the news of data
+    /// that another has written, and the next flush would succeed without it. As in QEMU
+    /// (`page_cache_inconsistent` in block/file-posix.c), none succeeds any more.
+    pub(super) fn synced(&self, outcome: Result<(), i32>) -> Result<(), i32> {
+        if !self.cached {
+            return outcome;
+        }
+        match outcome {
+            Ok(()) if self.lost.load(Ordering::Acquire) => Err(libc::EIO),
+            Ok(()) => Ok(()),
+            Err(errno) => {
+                if !self.lost.swap(true, Ordering::AcqRel) {
+                    let error = io::Error::from_raw_os_error(errno);
+                    tracing::error!(
+                        %error,
+                        "could not write back the page cache: writes since the last flush may be lost, and flushes fail until the disk is attached again"
+                    );
+                }
+                Err(errno)
+            }
+        }
     }
 
     pub(super) fn geometry(&self) -> MutexGuard<'_, Geometry> {
@@ -202,5 +234,38 @@ fn open_error(path: &Path, read_only: bool, source: io::Error) -> OpenError {
         }
         Some(libc::EBUSY) => OpenError::Busy { path },
         _ => OpenError::Io { path, doing: "open it", source },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{Op, OpKind};
+    use std::time::Duration;
+
+    /// One ring's flush is told of the loss of what another has written.
+    #[test]
+    fn after_a_failed_write_back_no_queue_flushes_with_success() {
+        let path = std::env::temp_dir().join(format!("blkback-lost-{}", std::process::id()));
+        File::create(&path).and_then(|file| file.set_len(4096)).expect("create");
+        let options = Options { direct: Direct::Off, ..Options::default() };
+        let disk = FileDisk::open(&path, options).expect("open");
+        std::fs::remove_file(&path).expect("remove");
+        let setup = QueueSetup { depth: 1, region: None, wake: Vec::new() };
+        let mut queue = disk.open_queue(setup).expect("queue");
+        let mut flush = || {
+            let mut done = Vec::new();
+            let op = Op { tag: 0, kind: OpKind::Flush, offset: 0, buffers: Vec::new() };
+            queue.submit(op, &mut done);
+            while done.is_empty() {
+                queue.wait(Some(Duration::from_secs(1))).expect("wait");
+                queue.poll(&mut done).expect("poll");
+            }
+            done.remove(0).result.map_err(|e| e.raw_os_error())
+        };
+        assert_eq!(flush(), Ok(()));
+        // As if it had come from another queue.
+        assert_eq!(disk.0.synced(Err(libc::ENOSPC)), Err(libc::ENOSPC));
+        assert_eq!(flush(), Err(Some(libc::EIO)));
     }
 }

@@ -281,6 +281,8 @@ impl Flight {
             op.buffers[slot.head] = piece;
         }
         self.busy -= 1;
+        let durable = matches!(op.kind, OpKind::Flush | OpKind::Write { fua: true });
+        let result = if durable { self.backing.synced(result) } else { result };
         done.push(op.complete(result));
     }
 }
