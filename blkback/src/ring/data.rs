@@ -170,8 +170,15 @@ impl Data {
             Via::Copy(_) | Via::Map | Via::Nothing => None,
         };
         let (pinned, memory): (_, Arc<dyn SharedMemory>) = match page {
-            Some(Ok(Page::Hit(page) | Page::New(page))) => (true, page.clone()),
-            Some(Ok(Page::Transient(page))) => (false, page),
+            Some(Ok(Page::Hit(page))) => (true, page.clone()),
+            Some(Ok(Page::New(page))) => {
+                self.stats.grant_maps.add(1);
+                (true, page.clone())
+            }
+            Some(Ok(Page::Transient(page))) => {
+                self.stats.grant_maps.add(1);
+                (false, page)
+            }
             Some(Err(_)) => return Err(Unreachable::Refused),
             None => {
                 self.stats.grant_copies.add(1);

@@ -79,15 +79,9 @@ impl RingControl {
         self.sectors.load(Ordering::Relaxed)
     }
 
-    /// The thread's side: readable once it is to end, until [`RingControl::heard`].
+    /// The thread's side: readable once it is to end.
     pub(super) fn wake(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
-    }
-
-    /// The thread's side: the wish to end has been heard.
-    pub(super) fn heard(&self) {
-        // Nothing to read means that it was read before.
-        let _ = self.wake.read();
     }
 }
 

@@ -27,6 +27,8 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const STORM_EVENTS: u32 = 16;
 /// ...and from then on events are taken no faster than this, until one brings a request.
 const STORM_PAUSE: Duration = Duration::from_millis(1);
+/// While it ends, a ring looks this often for what the device has completed.
+const DRAIN_PAUSE: Duration = Duration::from_millis(1);
 
 /// Serves the ring until it is told to stop.
 ///
@@ -68,6 +70,7 @@ pub fn run(setup: RingSetup) -> Result<(), Exit> {
         buffers: (0..slots).map(|_| IoVecs::new()).collect(),
         segments: Vec::new(),
         parked: None,
+        freed: false,
         barrier: false,
         spin: Spin::new(setup.wait),
         epoch: Instant::now(),
@@ -137,6 +140,8 @@ struct Worker {
     segments: Vec<Segment>,
     /// A request that was taken and cannot start yet. None is taken before it has.
     parked: Option<Request>,
+    /// Something has completed since the request was parked: it may start now.
+    freed: bool,
     /// A barrier is being carried out; nothing else starts.
     barrier: bool,
     spin: Spin,
@@ -166,12 +171,11 @@ impl Worker {
 
     /// Answers what is in flight. What is still on the ring is left for whoever comes next.
     fn drain(&mut self) -> Result<(), Exit> {
-        // The wish to stop has been heard; from here on only the device wakes the thread.
-        self.control.heard();
         while self.in_flight > 0 {
             self.complete()?;
             if self.in_flight > 0 {
-                self.queue.wait(Some(STORM_PAUSE))?;
+                // Not `queue.wait`: an event, or the wish to stop, would end it at once, each time.
+                std::thread::sleep(DRAIN_PAUSE);
             }
         }
         Ok(())
@@ -194,6 +198,10 @@ impl Worker {
     /// Takes requests from the ring until it is empty or one must wait. Returns how many were taken.
     fn take(&mut self) -> Result<usize, Exit> {
         if self.barrier {
+            return Ok(0);
+        }
+        // What was refused stays so until something completes: trying again costs grant operations.
+        if self.parked.is_some() && self.in_flight > 0 && !std::mem::take(&mut self.freed) {
             return Ok(0);
         }
         let waiting = self.requests.poll()?;
@@ -408,6 +416,7 @@ impl Worker {
             self.answer(entry.id, entry.operation, status);
         }
         self.ended = ended;
+        self.freed = true;
         if self.in_flight == 0 {
             self.barrier = false;
         }
@@ -437,7 +446,7 @@ impl Worker {
                 (Err(error), _) => {
                     self.stats.device_errors.add(1);
                     self.buffers[usize::from(tag)].clear();
-                    self.end(tag, status_of(&error));
+                    self.end(tag, status_of(&error, kind));
                 }
             }
         }
@@ -490,10 +499,11 @@ impl Worker {
         if self.channel.take()? {
             self.stats.events.add(1);
             self.quiet = false;
-            self.woken = Some(self.now());
             if self.requests.poll()? == 0 {
                 self.stats.spurious_events.add(1);
                 self.spurious = self.spurious.saturating_add(1);
+            } else {
+                self.woken = Some(self.now());
             }
             self.spin.woken();
         } else if timeout.is_some_and(|limit| slept.elapsed() >= limit) {
@@ -529,6 +539,13 @@ const fn kind_of(transfer: Transfer) -> Kind {
     }
 }
 
-fn status_of(error: &io::Error) -> Status {
-    if error.kind() == io::ErrorKind::Unsupported { Status::NotSupported } else { Status::Error }
+/// Only what carries no data may be answered with "not supported": Linux's frontend takes that for
+/// success of a barrier, and the data would be lost (`blkif_interrupt` in xen-blkfront.c).
+fn status_of(error: &io::Error, kind: Kind) -> Status {
+    let dataless = matches!(kind, Kind::Flush | Kind::Discard { .. });
+    if dataless && error.kind() == io::ErrorKind::Unsupported {
+        Status::NotSupported
+    } else {
+        Status::Error
+    }
 }
