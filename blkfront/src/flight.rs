@@ -389,8 +389,9 @@ impl Flight {
         for &key in unanswered.iter().chain(&waiting) {
             let Some(request) = self.requests.remove(key) else { continue };
             let kind = match request.kind {
-                // The new backend may have no barriers, or none that take so much.
-                Kind::Barrier => {
+                // The new backend may have no barriers, or none that take so much, or flushes where
+                // the old one needed none.
+                Kind::Barrier | Kind::Write => {
                     self.flush_after_each(request.first, limits.flush != FlushMode::None);
                     Kind::Write
                 }
@@ -400,10 +401,11 @@ impl Flight {
         }
     }
 
+    /// Notes for each I/O of a write whether a flush is to follow.
     fn flush_after_each(&mut self, mut piece: u32, flush: bool) {
         while let Some(Piece { io, next, .. }) = self.pieces.get(piece).copied() {
             if let Some(flying) = self.ios.get_mut(io) {
-                flying.flush_after = flush;
+                flying.flush_after = flush && flying.io.op == Op::Write { fua: true };
             }
             piece = next;
         }

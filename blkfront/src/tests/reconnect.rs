@@ -103,3 +103,25 @@ fn the_thread_that_sleeps_hears_of_it() {
     let _backend = rig.connect(UNION, limits, Conduct::Good);
     reader.join().unwrap().unwrap();
 }
+
+#[test]
+fn a_durable_write_is_flushed_where_only_the_new_backend_has_a_cache() {
+    use ring_proto::abi::op::{FLUSH_DISKCACHE, WRITE};
+    let mut rig = Rig::new(small(1), 1);
+    let none = Rig::limits(UNION, 0, FlushMode::None);
+    let backend = rig.connect(UNION, none, Conduct::FallsSilent(0));
+    let mut queue = rig.queue(0);
+    let buffer = queue.alloc(512).unwrap();
+    queue.submit(Io::write_fua(0, 0, buffer)).unwrap();
+    while rig.storage().log.is_empty() {
+        std::thread::yield_now();
+    }
+    drop(backend);
+    rig.storage().log.clear();
+    let cache = Rig::limits(UNION, 0, FlushMode::Cache);
+    let _backend = rig.connect(UNION, cache, Conduct::Good);
+    let mut done = Vec::new();
+    queue.wait(&mut done, None);
+    assert_eq!(done[0].result, Ok(()));
+    assert_eq!(rig.storage().log, [(WRITE, 1), (FLUSH_DISKCACHE, 0)]);
+}
