@@ -29,6 +29,12 @@ pub const SCENARIOS: &[Script] = &[
         dom0: include_str!("scripts/dom0-phy.sh"),
         guest: DISK,
     },
+    Script {
+        name: "dom0-tap",
+        about: "the same by backendtype=tap: Xen 4.19 or later, so --suite trixie",
+        dom0: include_str!("scripts/dom0-tap.sh"),
+        guest: DISK,
+    },
 ];
 
 /// A shell on dom0's console; its guests wait at a shell of their own.

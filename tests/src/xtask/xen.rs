@@ -167,7 +167,7 @@ fn show(outcome: &machine::Outcome) {
             job["error"],
         );
     }
-    for name in ["blkfront", "queues", "queue", "filesystem", "dmesg-errors"] {
+    for name in ["blkfront", "queues", "queue", "discard", "filesystem", "dmesg-errors"] {
         for value in outcome.named(name) {
             println!("{name}: {}", text(value).replace('|', "\n    "));
         }

@@ -9,7 +9,8 @@ mount -t devtmpfs devtmpfs /dev
 mount -t tmpfs tmpfs /run
 mkdir -p /run/lock
 
-# dom0 looks for these lines in the console's log. Only one line must be written at a time.
+# dom0 looks for these lines in the console's log; the kernel must not speak in their middle.
+dmesg -n 1
 result() {
     printf '@result {"name":"%s","value":%s}\n' "$1" "$(tr -d '\n\r' <"$2")"
 }
