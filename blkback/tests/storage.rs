@@ -30,6 +30,27 @@ fn resize(file: &TestFile, bytes: usize) {
 }
 
 #[test]
+fn an_image_is_one_writers_or_many_readers() {
+    let file = TestFile::on_disk(MIB as u64);
+    let read_only = Options { read_only: true, ..buffered() };
+    let refused = |options| matches!(open(&file.target(), options), Err(OpenError::Busy { .. }));
+    let writer = open(&file.target(), buffered()).expect("open");
+    assert!(refused(read_only), "read while it is written");
+    drop(open(&file.target(), Options { shared: true, ..buffered() }).expect("shared on purpose"));
+    drop(writer);
+    let reader = open(&file.target(), read_only).expect("read");
+    drop(open(&file.target(), read_only).expect("read twice"));
+    drop(reader);
+    // A predecessor that is about to go is waited for.
+    let predecessor = open(&file.target(), buffered()).expect("open");
+    std::thread::scope(|scope| {
+        let successor = scope.spawn(|| open(&file.target(), buffered()).is_ok());
+        drop(predecessor);
+        assert!(successor.join().expect("join"), "the image is free again");
+    });
+}
+
+#[test]
 fn more_pieces_than_the_kernel_takes_are_transferred_in_turns() {
     let file = TestFile::on_disk(MIB as u64);
     let mut rig = Rig::new(&file.target(), buffered());

@@ -18,6 +18,8 @@ pub(super) struct Description {
     /// `xvda` and the like.
     pub(super) name: String,
     pub(super) read_only: bool,
+    /// `mode` is `w!`: the image may be in use elsewhere.
+    pub(super) shared: bool,
     pub(super) cdrom: bool,
     pub(super) removable: bool,
     pub(super) discard: bool,
@@ -68,12 +70,14 @@ impl Description {
                 path,
             });
         }
+        let mode = text("mode").await?.unwrap_or_default();
         Ok(Self {
             frontend,
             frontend_id: paths.frontend_domain,
             params: text("params").await?.ok_or(DescriptionError::Missing("params"))?,
             name: text("dev").await?.unwrap_or_else(|| format!("vbd-{}", paths.device)),
-            read_only: !is(text("mode").await?, "w"),
+            read_only: !mode.starts_with('w'),
+            shared: mode.ends_with('!'),
             cdrom: is(text("device-type").await?, "cdrom"),
             removable: is(text("removable").await?, "1"),
             discard: !is(text("discard-enable").await?, "0"),
@@ -87,7 +91,12 @@ impl Description {
             .params
             .parse()
             .map_err(|source| DescriptionError::Target { params: self.params.clone(), source })?;
-        let options = storage::Options { read_only: self.read_only, direct, discard: self.discard };
+        let options = storage::Options {
+            read_only: self.read_only,
+            direct,
+            discard: self.discard,
+            shared: self.shared,
+        };
         Ok(storage::open(&target, options)?)
     }
 }

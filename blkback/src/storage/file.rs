@@ -5,15 +5,22 @@ use super::ring::RingQueue;
 use super::{Direct, DiscardLimits, Geometry, OpenError, Options, Queue, QueueSetup, Storage};
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 use ring_proto::abi::{PAGE_SIZE, SECTOR_SIZE};
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Offsets and lengths that O_DIRECT may ask for, smallest first.
 const DIRECT_UNITS: [u32; 2] = [SECTOR_SIZE as u32, PAGE_SIZE as u32];
+
+/// How long a predecessor's last requests may hold an image: a slow disk's worst second, and less than
+/// the ten that a toolstack waits for us.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+/// How often to look meanwhile.
+const LOCK_LOOK: Duration = Duration::from_millis(10);
 
 /// A raw file or a block device.
 pub(super) struct FileDisk(Arc<Backing>);
@@ -44,6 +51,9 @@ impl FileDisk {
         }
 
         let (file, unit) = open_file(path, is_device, options)?;
+        if !is_device && !options.shared {
+            lock(&file, path, options)?;
+        }
         let bytes = size_of(&file, is_device).map_err(failed)?;
         let device = is_device.then(|| Device::probe(&file)).transpose().map_err(failed)?;
         let sector_size = device.as_ref().map_or(SECTOR_SIZE as u32, |d| d.sector_size).max(unit);
@@ -140,6 +150,28 @@ impl Backing {
 
     pub(super) fn geometry(&self) -> MutexGuard<'_, Geometry> {
         self.geometry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes the image for us: alone, or together with other readers. A device has O_EXCL for that.
+///
+/// The lock goes with the open file, which requests in the kernel hold too: a predecessor that was
+/// killed keeps it until its last write has landed, so that none can land on top of ours.
+fn lock(file: &File, path: &Path, options: Options) -> Result<(), OpenError> {
+    let since = Instant::now();
+    loop {
+        let taken = if options.read_only { file.try_lock_shared() } else { file.try_lock() };
+        match taken {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::WouldBlock) if since.elapsed() < LOCK_PATIENCE => {
+                std::thread::sleep(LOCK_LOOK);
+            }
+            Err(TryLockError::WouldBlock) => return Err(OpenError::Busy { path: path.into() }),
+            Err(TryLockError::Error(source)) => {
+                let (path, doing) = (path.into(), "lock the file");
+                return Err(OpenError::Io { path, doing, source });
+            }
+        }
     }
 }
 

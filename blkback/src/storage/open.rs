@@ -22,11 +22,13 @@ pub struct Options {
     pub direct: Direct,
     /// Offer discard where the disk can do it.
     pub discard: bool,
+    /// Others may use the image at the same time, on their own responsibility.
+    pub shared: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { read_only: false, direct: Direct::Auto, discard: true }
+        Self { read_only: false, direct: Direct::Auto, discard: true, shared: false }
     }
 }
 
