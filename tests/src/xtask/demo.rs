@@ -53,7 +53,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let backend = host.backend(&[])?;
     let file = host.dir().join("disk.raw");
     // Written in full: the first write to a block of a sparse file costs more than any later one.
-    std::io::copy(&mut std::io::repeat(0x5a).take(FILE_BYTES), &mut File::create(&file)?)?;
+    let mut disk = File::create(&file)?;
+    std::io::copy(&mut std::io::repeat(0x5a).take(FILE_BYTES), &mut disk)?;
+    // Or the first run would write all of it back, page by page, on its way past the page cache.
+    disk.sync_all()?;
     let disks =
         [("null", "xvda", "null:64G".to_owned()), ("file", "xvdb", file.display().to_string())];
     let mut rows = Vec::new();
