@@ -112,6 +112,7 @@ fn discard_frees_blocks() {
     assert_eq!(refused.raw_os_error(), Some(libc::EOPNOTSUPP));
     assert_eq!(std::fs::metadata(&file.0).expect("stat").len(), MIB as u64);
 
+    drop(rig);
     let options = Options { discard: false, ..Options::default() };
     let geometry = open(&file.target(), options).expect("open").geometry();
     assert_eq!(geometry.discard, None);
