@@ -5,7 +5,8 @@
 
 use super::Suite;
 use crate::process::run;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -22,10 +23,26 @@ const PACKAGES: &[&str] = &[
     "xen-utils-common",
     "xenstore-utils",
 ];
-const MIRROR: &str = "http://deb.debian.org";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Packages still have files in these (merged /usr).
 const MERGED: &[&str] = &["bin", "sbin", "lib", "lib64"];
+
+/// Where this machine gets its own packages from, asked for another suite.
+fn sources(suite: &str) -> Result<String> {
+    let mut ask = Command::new("apt-get");
+    ask.args(["indextargets", "--format", "$(SITE) $(RELEASE)", "Identifier: Packages"]);
+    let mut lines = BTreeSet::new();
+    for target in run(&mut ask)?.lines() {
+        let Some((site, release)) = target.split_once(' ') else { continue };
+        let suffix = if release.ends_with("-security") { "-security" } else { "" };
+        if suffix.is_empty() && release.contains('-') {
+            continue; // updates, backports
+        }
+        lines.insert(format!("deb [signed-by={KEYRING}] {site} {suite}{suffix} main\n"));
+    }
+    ensure!(!lines.is_empty(), "apt knows no Debian archive: is this machine Debian's?");
+    Ok(lines.into_iter().collect())
+}
 
 /// The unpacked packages of a suite.
 #[derive(Debug)]
@@ -126,11 +143,7 @@ impl Apt {
         }
         // Nothing is installed.
         fs::write(self.dir.join("status"), "")?;
-        let source = format!(
-            "deb [signed-by={KEYRING}] {MIRROR}/debian {name} main\n\
-             deb [signed-by={KEYRING}] {MIRROR}/debian-security {name}-security main\n"
-        );
-        fs::write(self.dir.join("sources.list"), source)?;
+        fs::write(self.dir.join("sources.list"), sources(name)?)?;
         run(self.get().arg("update")).context("package lists")?;
         let install = || {
             let mut command = self.get();
