@@ -1,6 +1,6 @@
 //! The rings of a connected device.
 
-use crate::ring::{self, Exit, RingControl, RingSetup, Strategy};
+use crate::ring::{self, RingControl, RingSetup, Strategy};
 use crate::stats::RingStats;
 use crate::storage::{Geometry, Storage};
 use crate::tuning::{DataPath, Tuning};
@@ -188,7 +188,7 @@ fn start_ring(
             let _alive = alive;
             let why = match catch_unwind(AssertUnwindSafe(|| ring::run(worker))) {
                 Ok(Ok(())) => return,
-                Ok(Err(exit)) => exit_text(&exit),
+                Ok(Err(exit)) => exit.to_string(),
                 // The message was printed by the panic hook; the device stops, the daemon does not.
                 Err(_) => "its thread panicked".to_owned(),
             };
@@ -197,8 +197,4 @@ fn start_ring(
         })
         .map_err(started)?;
     Ok(Ring { control, stats })
-}
-
-fn exit_text(exit: &Exit) -> String {
-    exit.to_string()
 }

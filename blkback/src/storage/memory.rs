@@ -1,13 +1,10 @@
 //! A disk in memory, that is gone with the process.
 
-use super::waiter::Waiter;
-use super::{
-    Completion, DiscardLimits, Geometry, Op, OpKind, Queue, QueueCounters, QueueSetup, Storage,
-};
+use super::immediate::Immediate;
+use super::{DiscardLimits, Geometry, Op, OpKind, Queue, QueueSetup, Storage};
 use ring_proto::abi::{PAGE_SIZE, SECTOR_SIZE};
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 use xen_platform::LocalRegion;
 
 /// Sparse memory. Rings read and write it at the same time without a lock, with a disk's promise: a
@@ -48,23 +45,23 @@ impl Storage for Memory {
     }
 
     fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn Queue>> {
-        Ok(Box::new(MemoryQueue {
+        let shared = Shared {
             region: self.region.clone(),
             bytes: self.geometry.sectors * SECTOR_SIZE as u64,
             read_only: self.geometry.read_only,
-            waiter: Waiter::new(setup.wake),
-        }))
+        };
+        Ok(Box::new(Immediate::new(setup.wake, move |op| shared.execute(op))))
     }
 }
 
-struct MemoryQueue {
+/// What a queue works on.
+struct Shared {
     region: Arc<LocalRegion>,
     bytes: u64,
     read_only: bool,
-    waiter: Waiter,
 }
 
-impl MemoryQueue {
+impl Shared {
     fn execute(&self, op: &Op) -> Result<(), i32> {
         op.check(self.bytes, self.read_only)?;
         // It fits: the check bounds it by the region's length, a usize.
@@ -88,28 +85,5 @@ impl MemoryQueue {
             OpKind::Flush => {}
         }
         Ok(())
-    }
-}
-
-impl Queue for MemoryQueue {
-    fn submit(&mut self, op: Op, done: &mut Vec<Completion>) {
-        let result = self.execute(&op);
-        done.push(op.complete(result));
-    }
-
-    fn poll(&mut self, _done: &mut Vec<Completion>) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        self.waiter.wait(timeout)
-    }
-
-    fn in_flight(&self) -> usize {
-        0
-    }
-
-    fn counters(&self) -> QueueCounters {
-        QueueCounters { system_calls: self.waiter.calls() }
     }
 }

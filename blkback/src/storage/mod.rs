@@ -11,12 +11,12 @@ mod delay;
 mod device;
 mod fault;
 mod file;
+mod immediate;
 mod limit;
 mod memory;
 mod null;
 mod open;
 mod ring;
-mod waiter;
 
 pub use buffer::{IoVec, IoVecs};
 pub use open::{Direct, OpenError, Options, open};

@@ -1,10 +1,9 @@
 //! A disk that does nothing: what is left is the cost of the ring.
 
-use super::waiter::Waiter;
-use super::{Completion, DiscardLimits, Geometry, Op, Queue, QueueCounters, QueueSetup, Storage};
+use super::immediate::Immediate;
+use super::{DiscardLimits, Geometry, Queue, QueueSetup, Storage};
 use ring_proto::abi::SECTOR_SIZE;
 use std::io;
-use std::time::Duration;
 
 /// A disk of any size that completes everything as it is submitted and moves no data.
 pub(super) struct Null {
@@ -40,32 +39,6 @@ impl Storage for Null {
     }
 
     fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn Queue>> {
-        Ok(Box::new(NullQueue { waiter: Waiter::new(setup.wake) }))
-    }
-}
-
-struct NullQueue {
-    waiter: Waiter,
-}
-
-impl Queue for NullQueue {
-    fn submit(&mut self, op: Op, done: &mut Vec<Completion>) {
-        done.push(op.complete(Ok(())));
-    }
-
-    fn poll(&mut self, _done: &mut Vec<Completion>) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        self.waiter.wait(timeout)
-    }
-
-    fn in_flight(&self) -> usize {
-        0
-    }
-
-    fn counters(&self) -> QueueCounters {
-        QueueCounters { system_calls: self.waiter.calls() }
+        Ok(Box::new(Immediate::new(setup.wake, |_| Ok(()))))
     }
 }
