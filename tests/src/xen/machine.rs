@@ -1,6 +1,7 @@
 //! A machine under QEMU that boots a Xen host, runs one scenario and switches itself off.
 
 use super::image::Images;
+use super::scenario::SHELL;
 use crate::process::Process;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -15,6 +16,7 @@ const GRACE: Duration = Duration::from_secs(20);
 /// code that other CPUs run just then; what they trap into has by then been forgotten (a PV vCPU takes
 /// its event channels first), and 6.12 panics.
 pub(super) const LINUX: &str = "console=hvc0 loglevel=6 clocksource=xen tsc=reliable";
+const CPU: &str = "qemu64,+svm,+npt,+nrip-save";
 /// What is shown of the console when a scenario fails.
 const SHOWN_LINES: usize = 60;
 
@@ -59,37 +61,38 @@ impl Outcome {
 /// QEMU without its serial ports.
 ///
 /// `qemu64` because it is twice as fast to emulate as later models, and `max` has SMAP, which kills
-/// dom0. Four CPUs, two for dom0 and two for guests, each with one vCPU: what is scheduled on an
-/// emulated CPU that waits for another one loses a time slice.
-fn qemu(images: &Images, limit: Duration) -> Command {
+/// dom0; the virtualisation that it is given is for PVH guests. Six CPUs, two each for dom0, for guests
+/// and for driver domains, each with one vCPU: what is scheduled on an emulated CPU that waits for
+/// another one loses a time slice.
+fn qemu(images: &Images, scenario: &str, limit: Duration) -> Command {
     let dom0 = format!(
-        "{} {LINUX} limit={},{}",
+        "{} {LINUX} scenario={scenario} limit={},{}",
         images.kernel.display(),
         limit.as_secs(),
         images.dom0.display()
     );
     let mut command = Command::new("qemu-system-x86_64");
-    command.args(["-accel", "tcg,thread=multi", "-cpu", "qemu64", "-smp", "4", "-m", "3072"]);
+    command.args(["-accel", "tcg,thread=multi", "-cpu", CPU, "-smp", "6", "-m", "4096"]);
     command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
     command.arg("-kernel").arg(&images.xen).arg("-append").arg(
-        "console=com1 com1=115200,8n1 loglvl=warning guest_loglvl=warning dom0_mem=1280M,max:1280M \
+        "console=com1 com1=115200,8n1 loglvl=warning guest_loglvl=warning dom0_mem=1408M,max:1408M \
          dom0_max_vcpus=2 dom0_vcpus_pin sched=null",
     );
     command.arg("-initrd").arg(dom0);
     command
 }
 
-/// Boots the images and waits until the machine is off, at most `limit`. Files are left in `dir`.
+/// Boots the images for a scenario and waits until the machine is off, at most `limit`. Files are left in `dir`.
 ///
 /// # Errors
 /// When QEMU cannot be started, ends with an error, or hangs.
-pub fn run(images: &Images, dir: &Path, limit: Duration) -> Result<Outcome> {
+pub fn run(images: &Images, scenario: &str, dir: &Path, limit: Duration) -> Result<Outcome> {
     let console = dir.join("console.log");
     let results = dir.join("results.jsonl");
     for path in [&console, &results, &dir.join("qemu.log")] {
         let _ = fs::remove_file(path);
     }
-    let mut command = qemu(images, limit.saturating_sub(GRACE));
+    let mut command = qemu(images, scenario, limit.saturating_sub(GRACE));
     // Results have a port of their own: on the first one everybody talks.
     for path in [&console, &results] {
         command.arg("-serial").arg(format!("file:{}", path.display()));
@@ -114,7 +117,7 @@ pub fn run(images: &Images, dir: &Path, limit: Duration) -> Result<Outcome> {
 /// # Errors
 /// When QEMU cannot be started or ends with an error.
 pub fn interact(images: &Images) -> Result<()> {
-    let mut command = qemu(images, Duration::ZERO);
+    let mut command = qemu(images, SHELL, Duration::ZERO);
     // Ctrl-A X ends it; Ctrl-C goes to dom0.
     let status = command.args(["-serial", "mon:stdio", "-serial", "null"]).status()?;
     anyhow::ensure!(status.success(), "QEMU: {status}");

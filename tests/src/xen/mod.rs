@@ -5,7 +5,9 @@
 
 pub mod cpio;
 pub mod image;
+mod initramfs;
 pub mod machine;
+mod modules;
 pub mod packages;
 pub mod scenario;
 

@@ -1,51 +1,44 @@
-//! What a host is made to do: a script in dom0 and one in its guests.
+//! What a host is made to do: a script in dom0, which creates guests that each have a job.
 
-/// A scenario.
-#[derive(Debug)]
-pub struct Script {
-    /// What it is asked for by.
-    pub name: &'static str,
-    /// What it shows, in a line.
-    pub about: &'static str,
-    /// Run by dom0 when Xen's daemons are up; that it ends with 0 is success.
-    pub dom0: &'static str,
-    /// Run by every guest.
-    pub guest: &'static str,
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// An interactive host: a scenario that is not listed, since nobody waits for its end.
+pub const SHELL: &str = "shell";
+
+/// The scripts of dom0 and guests.
+pub fn scripts() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("src/xen/scripts")
 }
 
-const DISK: &str = include_str!("scripts/guest-disk.sh");
+/// The names of all scenarios and what each shows: the first line of its script.
+///
+/// # Errors
+/// When the scripts cannot be read.
+pub fn list() -> Result<Vec<(String, String)>> {
+    let mut list = Vec::new();
+    for entry in fs::read_dir(scripts().join("scenarios"))? {
+        let path = entry?.path();
+        let name = path.file_stem().and_then(|name| name.to_str()).context("a script's name")?;
+        let text = fs::read_to_string(&path)?;
+        let about = text.lines().next().unwrap_or_default().trim_start_matches("# ");
+        if name != SHELL {
+            list.push((name.to_owned(), about.to_owned()));
+        }
+    }
+    list.sort();
+    Ok(list)
+}
 
-/// All scenarios.
-pub const SCENARIOS: &[Script] = &[
-    Script {
-        name: "kernel",
-        about: "Linux's xen-blkback in dom0, a PV guest: shows that the machine works",
-        dom0: include_str!("scripts/kernel.sh"),
-        guest: DISK,
-    },
-    Script {
-        name: "dom0-phy",
-        about: "blkback in dom0 by backendtype=phy, a PV guest with Linux's xen-blkfront",
-        dom0: include_str!("scripts/dom0-phy.sh"),
-        guest: DISK,
-    },
-    Script {
-        name: "dom0-tap",
-        about: "the same by backendtype=tap: Xen 4.19 or later, so --suite trixie",
-        dom0: include_str!("scripts/dom0-tap.sh"),
-        guest: DISK,
-    },
-];
-
-/// A shell on dom0's console; its guests wait at a shell of their own.
-pub const SHELL: Script = Script {
-    name: "shell",
-    about: "an interactive host",
-    dom0: include_str!("scripts/shell.sh"),
-    guest: include_str!("scripts/guest-shell.sh"),
-};
-
-/// The scenario of a name.
-pub fn find(name: &str) -> Option<&'static Script> {
-    SCENARIOS.iter().find(|scenario| scenario.name == name)
+/// Whether there is such a scenario.
+///
+/// # Errors
+/// When there is none, with those there are.
+pub fn check(name: &str) -> Result<()> {
+    let names: Vec<_> = list()?.into_iter().map(|(name, _)| name).collect();
+    if !names.iter().any(|known| known == name) {
+        bail!("no scenario {name}; there are: {}", names.join(", "));
+    }
+    Ok(())
 }

@@ -1,16 +1,16 @@
 //! `cargo xtask xen`: a real Xen host under emulation.
 
 use super::{cargo, step, target};
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::{Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
+use xen_blk_tests::xen::image::Images;
 use xen_blk_tests::xen::packages::Root;
-use xen_blk_tests::xen::scenario::{SCENARIOS, SHELL, Script, find};
-use xen_blk_tests::xen::{Suite, image, machine};
+use xen_blk_tests::xen::{Suite, image, machine, scenario};
 
 /// Our programs that dom0 gets.
 const OURS: &[&str] = &["blkback", "blkfront"];
@@ -74,26 +74,18 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let suite = Suite::from(options.suite);
     match &options.command {
         Action::List => {
-            for scenario in SCENARIOS {
-                println!("{:<12} {}", scenario.name, scenario.about);
+            for (name, about) in scenario::list()? {
+                println!("{name:<12} {about}");
             }
             Ok(())
         }
         Action::Run { scenarios, limit } => {
-            let scenarios: Vec<_> = scenarios
-                .iter()
-                .map(|name| find(name).with_context(|| format!("no scenario {name}: see `list`")))
-                .collect::<Result<_>>()?;
-            let root = prepare(suite, options)?;
-            scenarios
-                .iter()
-                .try_for_each(|scenario| run_one(&root, scenario, Duration::from_secs(*limit)))
+            scenarios.iter().try_for_each(|name| scenario::check(name))?;
+            let images = prepare(suite, options)?;
+            let limit = Duration::from_secs(*limit);
+            scenarios.iter().try_for_each(|name| run_one(suite, &images, name, limit))
         }
-        Action::Shell => {
-            let root = prepare(suite, options)?;
-            let images = image::build(&root, &run_dir(&root, &SHELL)?, &ours(), &SHELL)?;
-            machine::interact(&images)
-        }
+        Action::Shell => machine::interact(&prepare(suite, options)?),
     }
 }
 
@@ -101,7 +93,7 @@ fn cache() -> PathBuf {
     target().join("xen")
 }
 
-fn prepare(suite: Suite, options: &Options) -> Result<Root> {
+fn prepare(suite: Suite, options: &Options) -> Result<Images> {
     if Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
         bail!(
             "qemu-system-x86_64 is missing: apt-get install --no-install-recommends qemu-system-x86"
@@ -112,29 +104,20 @@ fn prepare(suite: Suite, options: &Options) -> Result<Root> {
         step("build", cargo(&["build", "--release", "--bins"]).args(packages))?;
     }
     eprintln!("==> packages of {}", suite.name());
-    Root::prepare(suite, &cache(), options.refresh)
+    let root = Root::prepare(suite, &cache(), options.refresh)?;
+    let ours: Vec<_> = OURS.iter().map(|name| target().join("release").join(name)).collect();
+    image::build(&root, &cache().join(suite.name()).join("images"), &ours, &scenario::scripts())
 }
 
-fn ours() -> Vec<PathBuf> {
-    OURS.iter().map(|name| target().join("release").join(name)).collect()
-}
-
-/// Where a scenario's images are made and its output is left.
-fn run_dir(root: &Root, scenario: &Script) -> Result<PathBuf> {
-    let dir = cache().join(root.suite.name()).join("runs").join(scenario.name);
+fn run_one(suite: Suite, images: &Images, scenario: &str, limit: Duration) -> Result<()> {
+    let dir = cache().join(suite.name()).join("runs").join(scenario);
     fs::create_dir_all(&dir)?;
-    Ok(dir)
-}
-
-fn run_one(root: &Root, scenario: &Script, limit: Duration) -> Result<()> {
-    let dir = run_dir(root, scenario)?;
-    eprintln!("==> {} on {}", scenario.name, root.suite.name());
-    let images = image::build(root, &dir, &ours(), scenario)?;
-    let outcome = machine::run(&images, &dir, limit)?;
+    eprintln!("==> {scenario} on {}", suite.name());
+    let outcome = machine::run(images, scenario, &dir, limit)?;
     let failure = outcome.failure();
     let all = json!({
-        "scenario": scenario.name,
-        "suite": root.suite.name(),
+        "scenario": scenario,
+        "suite": suite.name(),
         "took_s": outcome.took.as_secs_f64(),
         "failure": failure,
         "results": outcome.results,
@@ -144,9 +127,9 @@ fn run_one(root: &Root, scenario: &Script, limit: Duration) -> Result<()> {
     show(&outcome);
     eprintln!("Left behind: {}, {}", report.display(), outcome.console.display());
     if let Some(failure) = failure {
-        bail!("{}: {failure}\n\nThe console's end:\n{}", scenario.name, outcome.console_tail());
+        bail!("{scenario}: {failure}\n\nThe console's end:\n{}", outcome.console_tail());
     }
-    println!("{}: passed in {:.0} s", scenario.name, outcome.took.as_secs_f64());
+    println!("{scenario}: passed in {:.0} s", outcome.took.as_secs_f64());
     Ok(())
 }
 

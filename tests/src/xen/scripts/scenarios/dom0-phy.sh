@@ -1,8 +1,7 @@
 # Our backend in dom0 in the place of the kernel's, which is not loaded.
-. /lib.sh
 ram_disk 256
 file_disk 64
 start_blkback
-create_guest guest 'vdev=xvda,format=raw,access=rw,backendtype=phy,target=/dev/nullb0' \
+create_guest guest disk 'vdev=xvda,format=raw,access=rw,backendtype=phy,target=/dev/nullb0' \
     'vdev=xvdb,format=raw,access=rw,backendtype=phy,target=/dev/loop0'
 blkback_results guest

@@ -1,8 +1,7 @@
 # A shell on the console: Xen is up, a disk is there, and a guest's configuration.
-. /lib.sh
 set +e
 ram_disk 256
-guest_config guest 'vdev=xvda,format=raw,access=rw,backendtype=phy,target=/dev/nullb0'
+guest_config guest shell 'vdev=xvda,format=raw,access=rw,backendtype=phy,target=/dev/nullb0'
 cat <<END
 
 dom0 of a Xen host: xl, xenstore-*, fio, blkback and blkfront are here. A start:

@@ -1,5 +1,4 @@
 # Our backend in dom0 by backendtype=tap, which libxl has its own path in xenstore for (vbd3) from 4.19 on.
-. /lib.sh
 ram_disk 256
 file_disk 64
 # Where no script is named libxl runs tapdisk's.
@@ -11,5 +10,5 @@ END
 chmod +x /etc/xen/scripts/block-none
 disk='format=raw,access=rw,backendtype=tap,script=/etc/xen/scripts/block-none'
 start_blkback
-create_guest guest "vdev=xvda,$disk,target=/dev/nullb0" "vdev=xvdb,$disk,target=/tmp/disk.raw"
+create_guest guest disk "vdev=xvda,$disk,target=/dev/nullb0" "vdev=xvdb,$disk,target=/tmp/disk.raw"
 blkback_results guest

@@ -1,0 +1,158 @@
+//! An initramfs: programs of the packages with their libraries, modules, our programs and scripts.
+
+use super::cpio::Archive;
+use super::modules::{Modules, file_name};
+use super::packages::Root;
+use crate::process::run;
+use anyhow::{Context, Result, bail};
+use std::fs::{self, File};
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const LOADER: &str = "lib64/ld-linux-x86-64.so.2";
+const LIBRARIES: &[&str] = &["usr/lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu/ceph"];
+
+/// An initramfs being written.
+pub(super) struct Initramfs<'a> {
+    root: &'a Root,
+    archive: Archive<BufWriter<File>>,
+}
+
+impl<'a> Initramfs<'a> {
+    /// One to be unpacked over another one, which is in the file already.
+    pub(super) fn append(root: &'a Root, path: &Path) -> Result<Self> {
+        let file = File::options().append(true).open(path)?;
+        Ok(Self { root, archive: Archive::new(BufWriter::new(file)) })
+    }
+
+    /// One with what every system has.
+    pub(super) fn create(root: &'a Root, path: &Path) -> Result<Self> {
+        let mut archive = Archive::new(BufWriter::new(File::create(path)?));
+        for name in ["bin", "sbin", "lib", "lib64"] {
+            archive.directory(&Path::new("usr").join(name))?;
+            archive.link(Path::new(name), &format!("usr/{name}"))?;
+        }
+        for name in ["dev", "etc", "mnt", "proc", "root", "run", "sys", "tmp", "var/lib", "var/log"]
+        {
+            archive.directory(Path::new(name))?;
+        }
+        archive.link(Path::new("var/run"), "/run")?;
+        archive.link(Path::new("var/lock"), "/run/lock")?;
+        archive.link(Path::new("etc/mtab"), "/proc/self/mounts")?;
+        let mut image = Self { root, archive };
+        image.copy(Path::new("etc/mke2fs.conf"), &root.dir.join("etc/mke2fs.conf"))?;
+        image.add(Path::new("usr/bin/busybox"), &root.dir.join("usr/bin/busybox"))?;
+        image.archive.link(Path::new("usr/bin/sh"), "busybox")?;
+        image.add(Path::new("usr/lib64/ld-linux-x86-64.so.2"), &root.dir.join(LOADER))?;
+        Ok(image)
+    }
+
+    pub(super) fn finish(self) -> Result<()> {
+        self.archive.finish()?;
+        Ok(())
+    }
+
+    pub(super) fn text(&mut self, name: &Path, text: &str) -> Result<()> {
+        Ok(self.archive.file(name, false, text.as_bytes())?)
+    }
+
+    pub(super) fn link(&mut self, name: &Path, to: &str) -> Result<()> {
+        Ok(self.archive.link(name, to)?)
+    }
+
+    /// Adds a file, executable; links are followed.
+    fn add(&mut self, name: &Path, from: &Path) -> Result<()> {
+        if self.archive.contains(name) {
+            return Ok(());
+        }
+        let content = fs::read(from).with_context(|| format!("read {from:?}"))?;
+        Ok(self.archive.file(name, true, &content)?)
+    }
+
+    pub(super) fn copy(&mut self, name: &Path, from: &Path) -> Result<()> {
+        let content = fs::read(from).with_context(|| format!("read {from:?}"))?;
+        Ok(self.archive.file(name, false, &content)?)
+    }
+
+    pub(super) fn programs(&mut self, names: &[&str]) -> Result<()> {
+        names.iter().try_for_each(|name| self.program(name))
+    }
+
+    /// Adds a program of the packages with its libraries.
+    pub(super) fn program(&mut self, name: &str) -> Result<()> {
+        let path = self.root.dir.join(name);
+        self.add(&merged(Path::new(name)), &path)?;
+        self.libraries(&path)
+    }
+
+    /// Adds a program of ours, without what only a debugger needs: memory is short.
+    pub(super) fn ours(&mut self, path: &Path) -> Result<()> {
+        let name = path.file_name().context("a program's name")?;
+        let stripped = tempfile::NamedTempFile::new()?;
+        run(Command::new("strip").arg("--strip-debug").arg("-o").arg(stripped.path()).arg(path))?;
+        self.add(&Path::new("usr/local/bin").join(name), stripped.path())?;
+        self.libraries(path)
+    }
+
+    /// Adds the libraries of a program: those that the suite's own loader finds for it.
+    fn libraries(&mut self, program: &Path) -> Result<()> {
+        let root = self.root;
+        let dirs: Vec<_> =
+            LIBRARIES.iter().map(|dir| root.dir.join(dir).display().to_string()).collect();
+        let mut list = Command::new(root.dir.join(LOADER));
+        list.args(["--library-path", &dirs.join(":"), "--list"]).arg(program);
+        for line in run(&mut list)?.lines() {
+            // NAME => PATH (ADDRESS); what has no arrow is the loader or the kernel's.
+            let Some((name, found)) = line.trim().split_once(" => ") else { continue };
+            let path = found.split(" (").next().unwrap_or(found);
+            let inside = Path::new(path).strip_prefix(&root.dir);
+            let Ok(inside) = inside else { bail!("{program:?} needs {name}: {found}") };
+            self.add(&merged(inside), Path::new(path))?;
+        }
+        Ok(())
+    }
+
+    /// Adds the directory `from` as `name`.
+    pub(super) fn tree(&mut self, name: &Path, from: &Path) -> Result<()> {
+        for entry in fs::read_dir(from)? {
+            let entry = entry?;
+            let name = name.join(entry.file_name());
+            let kind = entry.file_type()?;
+            if kind.is_symlink() {
+                let to = fs::read_link(entry.path())?;
+                self.archive.link(&name, to.to_str().context("a link's target")?)?;
+            } else if kind.is_dir() {
+                self.tree(&name, &entry.path())?;
+            } else {
+                self.add(&name, &entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds modules and those they need, with the table that modprobe reads.
+    pub(super) fn modules(&mut self, modules: &Modules, names: &[&str]) -> Result<()> {
+        let dir = Path::new("usr/lib/modules").join(&modules.release);
+        let mut all = Vec::new();
+        for name in names {
+            modules.load_order(name, &mut all)?;
+        }
+        let mut table = String::new();
+        for name in &all {
+            let mut order = Vec::new();
+            modules.load_order(name, &mut order)?;
+            order.reverse();
+            let files: Vec<_> = order.iter().map(|name| file_name(name)).collect();
+            // The module, then those to be loaded before it, the first of them last.
+            table.push_str(&format!("{}: {}\n", file_name(name), files[1..].join(" ")));
+            self.archive.file(&dir.join(file_name(name)), false, &modules.read(name)?)?;
+        }
+        Ok(self.archive.file(&dir.join("modules.dep"), false, table.as_bytes())?)
+    }
+}
+
+/// Paths of packages in a system whose /usr is merged.
+fn merged(path: &Path) -> PathBuf {
+    if path.starts_with("usr") { path.to_owned() } else { Path::new("usr").join(path) }
+}

@@ -1,0 +1,38 @@
+# What dom0 and guests have in common.
+
+# A disk in RAM: /dev/nullb0, MIB. (Its emulated write cache can lock Linux 6.12 up.)
+ram_disk() {
+    modprobe configfs 2>/dev/null || true
+    modprobe null_blk nr_devices=0
+    mount -t configfs configfs /sys/kernel/config 2>/dev/null || true
+    d=/sys/kernel/config/nullb/nullb0
+    mkdir "$d"
+    echo 1 >$d/memory_backed
+    echo "$1" >$d/size
+    echo 512 >$d/blocksize
+    echo 2 >$d/submit_queues
+    echo 1 >$d/discard
+    echo 1 >$d/power
+    until [ -b /dev/nullb0 ]; do sleep 0.1; done
+}
+
+# A disk on a file, with a write cache, and whose space is given back by discard: /dev/loop0, MIB.
+file_disk() {
+    modprobe loop
+    truncate -s "${1}M" /tmp/disk.raw
+    losetup /dev/loop0 /tmp/disk.raw
+}
+
+# Starts blkback and shows what it says.
+start_blkback() {
+    blkback serve --platform xen --listen unix:/run/blkback/stats.sock >>/run/blkback.log 2>&1 &
+    backend=$!
+    tail -F /run/blkback.log 2>/dev/null &
+}
+
+# Ends it.
+stop_blkback() {
+    kill -0 $backend || fail "blkback has ended: $(tail -1 /run/blkback.log | tr -d '\"')"
+    kill -TERM $backend
+    wait $backend || fail "blkback did not end well"
+}
