@@ -12,6 +12,9 @@ use xenstore_glue::vbd::BackendKind;
 
 /// Where the daemon looks if it is not told.
 pub const DEFAULT_PATH: &str = "/etc/blkback.toml";
+/// Where records of what is in flight are kept on Xen; on the embedded platform it is a directory of
+/// this name in the platform's own.
+const STATE_DIR: &str = "/run/blkback";
 /// How often the sizes of disks are looked at. One look for all of them, so that idle disks do not
 /// wake anything.
 const RESIZE_INTERVAL: Duration = Duration::from_secs(5);
@@ -27,6 +30,8 @@ pub struct Config {
     pub tuning: Tuning,
     /// Where statistics can be had.
     pub listen: Option<Address>,
+    /// Where records of what is in flight are kept.
+    pub state_dir: PathBuf,
     /// How often the sizes of disks are looked at.
     pub resize_interval: Option<Duration>,
 }
@@ -53,6 +58,7 @@ struct File {
     domain: Option<String>,
     kinds: Option<Vec<String>>,
     listen: Option<String>,
+    state_dir: Option<PathBuf>,
     resize_interval_s: Option<u64>,
     tuning: Tuning,
 }
@@ -75,6 +81,10 @@ pub struct Flags {
     /// Where to offer statistics: `unix:PATH`, or `HOST:PORT` with a loopback host
     #[arg(long, value_name = "ADDRESS")]
     listen: Option<Address>,
+    /// Where to record what is in flight, for the next daemon should this one be killed; a tmpfs
+    /// [default: /run/blkback; DIR/blkback on the embedded platform]
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
     /// Rings a device may have [default: one a CPU, at most 4]
     #[arg(long, value_name = "N")]
     max_queues: Option<u16>,
@@ -124,13 +134,23 @@ impl Config {
         let kinds = kinds.unwrap_or_else(|| vec!["vbd3".to_owned(), "vbd".to_owned()]);
         let interval = flags.resize_interval_s.or(file.resize_interval_s);
         let interval = interval.map_or(RESIZE_INTERVAL, Duration::from_secs);
+        let platform = platform(flags.platform.or(file.platform), flags.domain.or(file.domain))?;
+        let state_dir = flags.state_dir.or(file.state_dir);
         Ok(Self {
-            platform: platform(flags.platform.or(file.platform), flags.domain.or(file.domain))?,
+            state_dir: state_dir.unwrap_or_else(|| state_dir_of(&platform)),
+            platform,
             kinds: kinds.iter().map(|name| kind(name)).collect::<anyhow::Result<_>>()?,
             tuning,
             listen: flags.listen.or(listen(file.listen)?),
             resize_interval: (!interval.is_zero()).then_some(interval),
         })
+    }
+}
+
+fn state_dir_of(platform: &PlatformChoice) -> PathBuf {
+    match platform {
+        PlatformChoice::Xen => STATE_DIR.into(),
+        PlatformChoice::Embedded { dir, .. } => dir.join("blkback"),
     }
 }
 

@@ -1,6 +1,7 @@
 //! The daemon: finds devices and gives each a task.
 
 use crate::device::{self, Context, Pokes};
+use crate::records::Records;
 use crate::registry::Registry;
 use crate::tuning::Tuning;
 use std::collections::HashMap;
@@ -26,6 +27,8 @@ pub struct Daemon {
     pub tuning: Tuning,
     /// Where devices are shown.
     pub registry: Arc<Registry>,
+    /// Where rings are recorded for a successor; `None` if that cannot be.
+    pub records: Option<Records>,
     /// How often the sizes of disks are looked at; `None` for only when asked.
     pub resize_interval: Option<Duration>,
 }
@@ -63,6 +66,7 @@ impl Daemon {
             platform: self.platform.clone(),
             tuning: Arc::new(self.tuning),
             registry: self.registry,
+            records: self.records.map(Arc::new),
             shutdown: stop.clone(),
         };
         let mut devices = Devices { context, tasks: HashMap::new(), running: JoinSet::new() };
@@ -115,6 +119,7 @@ impl Devices {
         mut rescan: watch::Receiver<()>,
         mut timer: Option<tokio::time::Interval>,
     ) -> Result<Infallible, client::Error> {
+        self.forget_the_gone(roots).await?;
         let (events, mut changed) = tokio::sync::mpsc::channel(1);
         let mut watchers = JoinSet::new();
         for root in roots {
@@ -143,6 +148,18 @@ impl Devices {
                 warn!(%error, "cannot look for devices");
             }
         }
+    }
+
+    /// Removes the records of devices that were detached while no daemon ran.
+    async fn forget_the_gone(&self, roots: &[String]) -> Result<(), client::Error> {
+        let Some(records) = &self.context.records else { return Ok(()) };
+        for device in records.devices() {
+            let ours = roots.iter().any(|root| device.starts_with(&format!("{root}/")));
+            if ours && !self.context.client.exists(&device).await? {
+                records.forget(&device);
+            }
+        }
+        Ok(())
     }
 
     /// Something changed at or below `path`.

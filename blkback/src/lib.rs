@@ -3,6 +3,7 @@
 //! - [`config`], [`tuning`]: what an operator can set.
 //! - [`daemon`]: finds devices in xenstore and gives each a task (tokio, the control plane).
 //! - [`ring`]: a thread a ring, from the event to the response (the data plane).
+//! - [`records`]: what a ring's next server needs to know of it.
 //! - [`storage`]: what a disk is made of.
 //! - [`stats`], [`registry`], [`metrics`]: what can be seen of all that.
 
@@ -10,6 +11,7 @@ pub mod config;
 pub mod daemon;
 mod device;
 pub mod metrics;
+pub mod records;
 pub mod registry;
 pub mod ring;
 pub mod stats;

@@ -7,6 +7,7 @@ use anyhow::Context;
 use blkback::config::{Config, Flags, PlatformChoice};
 use blkback::daemon::Daemon;
 use blkback::metrics::{Clock, Server};
+use blkback::records::Records;
 use blkback::registry::Registry;
 use clap::{Parser, Subcommand};
 use std::io::IsTerminal;
@@ -85,6 +86,14 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         Some(address) => Some(Server::bind(address, registry.clone(), Clock::start()).await?),
         None => None,
     };
+    let records = match Records::open(&config.state_dir) {
+        Ok(records) => Some(records),
+        Err(error) => {
+            let dir = &config.state_dir;
+            warn!(?dir, %error, "no records: should this daemon be killed, frontends like Linux's lose requests");
+            None
+        }
+    };
     let (platform, endpoint) = open(&config.platform)?;
     let client = Client::connect(endpoint).await.context("connect to xenstore")?;
     let (stop, stopped) = watch::channel(false);
@@ -114,6 +123,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         kinds: config.kinds,
         tuning: config.tuning,
         registry,
+        records,
         resize_interval: config.resize_interval,
     };
     let statistics = async {

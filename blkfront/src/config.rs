@@ -44,6 +44,10 @@ pub struct Config {
     pub depth: usize,
     /// Bytes of granted data pages a vCPU has for its buffers, up to [`MAX_POOL_BYTES`].
     pub pool_bytes: usize,
+    /// Tell the backend that what is in flight is issued again when it has died (`feature-reissue`,
+    /// docs/protocol.md). Without, a new backend goes on with the rings that are there, as it does for
+    /// Linux's frontend.
+    pub reissue: bool,
     /// How a thread waits for responses.
     pub waiting: Waiting,
     /// How long to wait for a backend, when opening and when closing.
@@ -64,6 +68,7 @@ impl Default for Config {
             merge: true,
             depth: DEFAULT_DEPTH,
             pool_bytes: DEFAULT_POOL_BYTES,
+            reissue: true,
             waiting: Waiting::default(),
             connect_timeout: Duration::from_secs(10),
             reconnect_timeout: None,

@@ -447,6 +447,7 @@ impl Control {
         const STALE: [&str; 4] = ["queue-", "ring-ref", "response-ring-ref", "event-channel"];
         let frontend = &self.frontend;
         let nodes = request.to_keys();
+        let reissue = if self.config.reissue { "1" } else { "0" };
         let written = self.client.transact(async |store: &client::Transaction| {
             for name in store.directory(frontend).await? {
                 let stale = STALE.iter().any(|prefix| name.starts_with(prefix));
@@ -457,7 +458,7 @@ impl Control {
             for (key, value) in &nodes {
                 store.write(&format!("{frontend}/{key}"), value).await?;
             }
-            store.write(&format!("{frontend}/{}", FrontendRequest::REISSUE_KEY), "1").await?;
+            store.write(&format!("{frontend}/{}", FrontendRequest::REISSUE_KEY), reissue).await?;
             let state = XenbusState::Initialised.value();
             store.write(&format!("{frontend}/state"), state).await
         });

@@ -1,8 +1,12 @@
 //! The backend's halves: requests come out of one, responses go into the other.
 
+#[cfg(not(loom))]
+use crate::codec::decode_request_to;
 use crate::codec::{decode_request, encode_response};
 use crate::request::{RawRequest, Response};
 use crate::shared::SharedRing;
+#[cfg(not(loom))]
+use crate::sync::AtomicU32;
 use crate::sync::{Arc, Halves, Ordering, fence};
 use crate::{RingError, RingFull, RingLayout};
 #[cfg(not(loom))]
@@ -12,7 +16,8 @@ use crate::{RingPages, SetupError};
 ///
 /// On a fresh ring both indices are 0. On one that served another backend before, it goes on behind
 /// the last response, as Linux's backend does (`xen_blkif_map` in drivers/block/xen-blkback/xenbus.c):
-/// requests that stand between there and `req_prod` are seen again.
+/// requests that stand between there and `req_prod` are seen again. Whoever has kept those that were
+/// taken passes over them ([`RequestConsumer::skip`]).
 ///
 /// # Errors
 /// When pages and layout do not fit, or the indices found cannot be.
@@ -112,10 +117,45 @@ impl RequestConsumer {
             return None;
         }
         let raw = decode_request(self.ring.request(self.taken), self.ring.layout());
-        self.taken = self.taken.wrapping_add(1);
+        self.advance(1);
+        Some(raw)
+    }
+
+    /// As [`Self::pop`], and leaves a copy of what it read in `copy`, which is
+    /// [`RingLayout::request_words`] long, for [`RawRequest::from_copy`].
+    #[cfg(not(loom))]
+    #[inline]
+    pub fn pop_to(&mut self, copy: &[AtomicU32]) -> Option<RawRequest> {
+        if self.taken == self.seen {
+            return None;
+        }
+        let raw = decode_request_to(self.ring.request(self.taken), self.ring.layout(), copy);
+        self.advance(1);
+        Some(raw)
+    }
+
+    #[inline]
+    fn advance(&mut self, by: u32) {
+        self.taken = self.taken.wrapping_add(by);
         // Release: the slot was read before the other half may write a response over it.
         self.halves.requests.0.store(self.taken, Ordering::Release);
-        Some(raw)
+    }
+
+    /// Number of the next request to be taken (`req_cons`).
+    #[inline]
+    pub fn index(&self) -> u32 {
+        self.taken
+    }
+
+    /// Passes over requests of those that [`Self::poll`] has seen: a predecessor took them, so that
+    /// they may be overwritten by now, and kept a copy. They are to be answered all the same. Returns
+    /// whether there were so many; else nothing is done.
+    pub fn skip(&mut self, count: u32) -> bool {
+        let there = count <= self.seen.wrapping_sub(self.taken);
+        if there {
+            self.advance(count);
+        }
+        there
     }
 
     /// Asks for an event with the next request, then looks once more. Only when this says `false`
@@ -165,6 +205,11 @@ impl ResponseProducer {
         encode_response(self.ring.response(self.pushed), self.ring.layout(), response);
         self.pushed = self.pushed.wrapping_add(1);
         Ok(())
+    }
+
+    /// Number of the next response to be pushed (`rsp_prod_pvt`).
+    pub fn index(&self) -> u32 {
+        self.pushed
     }
 
     /// Shows the frontend what was pushed, and says whether it wants an event for it

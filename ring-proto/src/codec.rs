@@ -5,6 +5,8 @@ use crate::layout::Fields;
 use crate::request::{Body, RawRequest, Request, Response, Status};
 use crate::shared::Word;
 use crate::{GrantRef, RingLayout, indirect_pages};
+#[cfg(not(loom))]
+use core::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 /// A read beyond the slot cannot happen: the fields of a layout lie within its stride.
 #[inline]
@@ -30,13 +32,6 @@ fn store_wide(slot: &[Word], word: usize, value: u64) {
     store(slot, word + 1, (value >> 32) as u32);
 }
 
-/// `operation`, the byte behind it, and the half word behind that.
-#[inline]
-fn load_head(slot: &[Word]) -> (u8, u8, u16) {
-    let [operation, detail, low, high] = load(slot, 0).to_le_bytes();
-    (operation, detail, u16::from_le_bytes([low, high]))
-}
-
 #[inline]
 fn store_head(slot: &[Word], operation: u8, detail: u8, half: u16) {
     let [low, high] = half.to_le_bytes();
@@ -55,25 +50,56 @@ fn store_id(slot: &[Word], fields: &Fields, id: u64) {
 /// Copies a request out of its slot. Each word is read once, and how many are is decided by the copy (XSA-155).
 #[inline]
 pub(crate) fn decode_request(slot: &[Word], layout: RingLayout) -> RawRequest {
+    decode(|word| load(slot, word), layout)
+}
+
+/// As [`decode_request`], and writes each word that it reads to the same place in `copy`.
+#[cfg(not(loom))]
+#[inline]
+pub(crate) fn decode_request_to(
+    slot: &[Word],
+    layout: RingLayout,
+    copy: &[AtomicU32],
+) -> RawRequest {
+    let tee = |word| {
+        let value = load(slot, word);
+        if let Some(to) = copy.get(word) {
+            to.store(value, Relaxed);
+        }
+        value
+    };
+    decode(tee, layout)
+}
+
+/// Decodes what [`decode_request_to`] wrote: what is read depends on nothing but what was read before.
+#[cfg(not(loom))]
+pub(crate) fn decode_copy(copy: &[AtomicU32], layout: RingLayout) -> RawRequest {
+    decode(|word| copy.get(word).map_or(0, |from| from.load(Relaxed)), layout)
+}
+
+/// Decodes a request, reading each word once.
+#[inline]
+fn decode(load: impl Fn(usize) -> u32, layout: RingLayout) -> RawRequest {
+    let load_wide = |word| u64::from(load(word)) | u64::from(load(word + 1)) << 32;
     let fields = layout.fields();
-    let (operation, detail, half) = load_head(slot);
+    let [operation, detail, low, high] = load(0).to_le_bytes();
+    let half = u16::from_le_bytes([low, high]);
     let mut raw = RawRequest { operation, detail, half, ..RawRequest::BLANK };
-    raw.id =
-        if fields.wide_id { load_wide(slot, fields.id) } else { u64::from(load(slot, fields.id)) };
-    raw.sector = load_wide(slot, fields.sector);
+    raw.id = if fields.wide_id { load_wide(fields.id) } else { u64::from(load(fields.id)) };
+    raw.sector = load_wide(fields.sector);
     raw.room = fields.segments as u8;
     match operation {
         op::INDIRECT => {
             for (k, gref) in raw.pages.iter_mut().take(indirect_pages(half)).enumerate() {
-                *gref = GrantRef(load(slot, fields.indirect_grefs + k));
+                *gref = GrantRef(load(fields.indirect_grefs + k));
             }
         }
-        op::DISCARD => raw.sectors = load_wide(slot, fields.body),
+        op::DISCARD => raw.sectors = load_wide(fields.body),
         _ => {
             let count = usize::from(detail).min(fields.segments);
             raw.set_segments(count, |k| {
-                let gref = GrantRef(load(slot, fields.body + 2 * k));
-                let [first, last, _, _] = load(slot, fields.body + 2 * k + 1).to_le_bytes();
+                let gref = GrantRef(load(fields.body + 2 * k));
+                let [first, last, _, _] = load(fields.body + 2 * k + 1).to_le_bytes();
                 Segment::new(gref, first, last)
             });
         }

@@ -91,8 +91,8 @@ impl RingLayout {
         }
     }
 
-    /// Words between one request slot and the next.
-    pub(crate) const fn request_words(self) -> usize {
+    /// Words (32 bits) between one request slot and the next.
+    pub const fn request_words(self) -> usize {
         match self {
             Self::Union(Abi::X86_64) => size_of::<abi::x86_64::Request>() / WORD,
             Self::Union(Abi::X86_32) => size_of::<abi::x86_32::Request>() / WORD,

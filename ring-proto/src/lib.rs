@@ -46,7 +46,7 @@ pub use error::{RingError, RingFull};
 pub use front::{RequestProducer, ResponseConsumer};
 pub use ids::{DomId, GrantRef, Port};
 pub use layout::{Abi, RingLayout};
-pub use memory::{SharedMemory, Window, copy_volatile};
+pub use memory::{SharedMemory, Window, Words, copy_volatile};
 pub use request::{
     Body, Limits, RawRequest, Reason, Refused, Request, Response, Segments, Status, Transfer,
     decode_segments, encode_segment, indirect_pages,

@@ -1,7 +1,9 @@
 //! Memory that a peer may write at any moment.
 
 use alloc::sync::Arc;
+use core::ops::Deref;
 use core::ptr::NonNull;
+use core::sync::atomic::AtomicU32;
 
 /// Pages shared with a peer that is not trusted.
 ///
@@ -57,6 +59,37 @@ impl Window {
     /// Where the window starts in this process.
     pub fn as_ptr(&self) -> *mut u8 {
         self.memory.base().as_ptr().wrapping_add(self.offset)
+    }
+}
+
+/// [`SharedMemory`] as 32-bit words.
+#[derive(Clone)]
+pub struct Words {
+    base: NonNull<AtomicU32>,
+    len: usize,
+    _memory: Arc<dyn SharedMemory>,
+}
+
+// SAFETY: the memory outlives the pointer and is touched only through atomics, from any thread.
+unsafe impl Send for Words {}
+// SAFETY: as for Send.
+unsafe impl Sync for Words {}
+
+impl Words {
+    /// All words of the memory.
+    pub fn new(memory: Arc<dyn SharedMemory>) -> Self {
+        let len = memory.len() / size_of::<AtomicU32>();
+        Self { base: memory.base().cast(), len, _memory: memory }
+    }
+}
+
+impl Deref for Words {
+    type Target = [AtomicU32];
+
+    fn deref(&self) -> &[AtomicU32] {
+        // SAFETY: the contract of `SharedMemory`: aligned, valid for `len` words as long as `_memory`
+        // is alive, and reached through atomics alone.
+        unsafe { core::slice::from_raw_parts(self.base.as_ptr(), self.len) }
     }
 }
 

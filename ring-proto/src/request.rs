@@ -5,6 +5,8 @@ use crate::abi::{
     DISCARD_SECURE, MAX_DIRECT_SEGMENTS, MAX_INDIRECT_PAGES, SECTORS_PER_PAGE,
     SEGMENTS_PER_INDIRECT_PAGE, Segment, op,
 };
+#[cfg(not(loom))]
+use crate::{RingLayout, sync::AtomicU32};
 use core::ops::Deref;
 
 /// The segments of a direct request.
@@ -301,6 +303,12 @@ impl RawRequest {
             *place = at(k);
         }
         self.segments.len = count.min(MAX_DIRECT_SEGMENTS) as u8;
+    }
+
+    /// Decodes a copy that [`crate::RequestConsumer::pop_to`] made.
+    #[cfg(not(loom))]
+    pub fn from_copy(copy: &[AtomicU32], layout: RingLayout) -> Self {
+        crate::codec::decode_copy(copy, layout)
     }
 
     /// Checks every field against the rules of blkif.h and what this device takes.

@@ -78,6 +78,23 @@ fn frontend_killed_under_load() -> Result<()> {
 /// was in flight, and fio notices nothing. Twenty times.
 #[test]
 fn backend_killed_under_fio() -> Result<()> {
+    killed_under_fio(&[]).map(drop)
+}
+
+/// The same with a frontend that leaves it to the backend, as Linux's does: each new backend goes on
+/// with the rings that are there, by their records.
+#[test]
+fn backend_killed_under_fio_takes_its_rings_up() -> Result<()> {
+    let log = killed_under_fio(&["--no-reissue"])?;
+    let taken_up = log.matches("going on where the last backend stopped").count();
+    ensure!(taken_up == KILLS * 2, "{taken_up} rings of {} were taken up: {log}", KILLS * 2);
+    let with_something = log.matches("open=").count() - log.matches("open=0").count();
+    ensure!(with_something > KILLS / 2, "rings were at rest when their backend was killed: {log}");
+    Ok(())
+}
+
+/// Kills the backend under fio on a disk of two rings. Returns what the backends have logged.
+fn killed_under_fio(options: &[&str]) -> Result<String> {
     let host = Host::start(Programs::beside_us()?)?;
     let domain = host.create_domain("guest", &["--vcpus", "2"])?;
     let mut backend = host.backend(&[])?;
@@ -86,7 +103,7 @@ fn backend_killed_under_fio() -> Result<()> {
     host.attach("guest", &disk_line("xvda", &file.display().to_string()))?;
     let socket = host.dir().join("nbd.sock");
     let mut command = host.frontend("guest", "nbd");
-    command.args(["xvda", "--vcpus", "2", "--socket"]).arg(&socket);
+    command.args(["xvda", "--vcpus", "2", "--socket"]).arg(&socket).args(options);
     let mut nbd = Process::start("nbd", host.dir(), &mut command)?;
     nbd.wait_for("nbd+unix:")?;
     let uri = format!("nbd+unix:///?socket={}", socket.display());
@@ -129,6 +146,6 @@ fn backend_killed_under_fio() -> Result<()> {
         let runs = runs.with_context(context)?;
         killed.with_context(context)?;
         ensure!(runs > 0);
-        Ok(())
+        Ok(backend.log())
     })
 }

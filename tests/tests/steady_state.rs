@@ -5,7 +5,7 @@
 //! real broker.
 
 use anyhow::{Context, Result, ensure};
-use blkback::ring::{self, RingControl, RingSetup, Strategy, Wait};
+use blkback::ring::{self, Inflight, RingControl, RingSetup, Strategy, Wait};
 use blkback::stats::RingStats;
 use blkback::storage::{self, Options};
 use ring_proto::abi::{PAGE_SIZE, Segment};
@@ -89,6 +89,7 @@ fn serve(
     let setup = RingSetup {
         platform: stor,
         peer: guest.domid(),
+        inflight: Inflight::private(&taker)?,
         requests: taker,
         responses: answerer,
         channel: far,

@@ -5,6 +5,7 @@
 
 pub mod embedded;
 mod error;
+mod file;
 mod region;
 pub mod xen;
 
@@ -14,6 +15,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 pub use error::Error;
+pub use file::SharedFile;
 pub use region::LocalRegion;
 
 /// What this crate's operations return.

@@ -1,16 +1,20 @@
 //! The rings of a connected device.
 
-use crate::ring::{self, RingControl, RingSetup, Strategy};
+use crate::records::{Records, RingName};
+use crate::ring::{self, Inflight, RingControl, RingSetup, Strategy};
 use crate::stats::RingStats;
 use crate::storage::{Geometry, Storage};
 use crate::tuning::{DataPath, Tuning};
 use ring_proto::abi::SECTOR_SIZE;
-use ring_proto::{DomId, GrantRef, Limits, RingLayout, RingPages, SetupError, SharedMemory, back};
+use ring_proto::{
+    DomId, GrantRef, Limits, RequestConsumer, RingLayout, RingPages, SetupError, SharedMemory, back,
+};
 use std::convert::Infallible;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use tokio::sync::mpsc::{self, UnboundedSender};
+use tracing::warn;
 use xen_platform::{Access, Platform};
 use xenstore_glue::vbd::{Agreement, QueueKeys};
 
@@ -61,6 +65,12 @@ pub(super) struct LinkSetup<'a> {
     pub(super) geometry: &'a Geometry,
     pub(super) tuning: &'a Tuning,
     pub(super) ended: &'a UnboundedSender<RingEnded>,
+    /// The backend directory.
+    pub(super) backend: &'a str,
+    /// Where to record what is in flight, for a frontend that cannot issue it again.
+    pub(super) records: Option<&'a Records>,
+    /// The frontend is connected: a predecessor served these rings.
+    pub(super) live: bool,
 }
 
 impl Link {
@@ -155,9 +165,17 @@ fn start_ring(
         RingLayout::Union(_) => RingPages::Union(requests),
         RingLayout::Split => RingPages::Split(requests, map(&keys.response_refs)?),
     };
-    let (requests, responses) = back::attach(pages, setup.agreement.layout, setup.agreement.order)
-        .map_err(|source| LinkError::Layout { ring, source })?;
+    // First of all: while a predecessor lives this is refused, and from here on nobody but us touches
+    // the ring and its record.
     let channel = platform.bind_interdomain(peer, keys.port).map_err(refused)?;
+    let (mut requests, responses) =
+        back::attach(pages, setup.agreement.layout, setup.agreement.order)
+            .map_err(|source| LinkError::Layout { ring, source })?;
+    let inflight = inflight(setup, ring, keys, &mut requests).map_err(refused)?;
+    if setup.live {
+        // It may have died between a response and its event.
+        channel.notify().map_err(refused)?;
+    }
     let started = |source| LinkError::Thread { ring, source };
     let geometry = setup.geometry;
     let control = RingControl::new(geometry.sectors).map_err(started)?;
@@ -167,6 +185,7 @@ fn start_ring(
         peer,
         requests,
         responses,
+        inflight,
         channel,
         storage: setup.storage.clone(),
         limits: Limits {
@@ -197,4 +216,37 @@ fn start_ring(
         })
         .map_err(started)?;
     Ok(Ring { control, stats })
+}
+
+/// What is in flight on a ring, in memory that outlives us if the frontend needs that.
+fn inflight(
+    setup: &LinkSetup<'_>,
+    ring: usize,
+    keys: &QueueKeys,
+    requests: &mut RequestConsumer,
+) -> xen_platform::Result<Inflight> {
+    let Agreement { layout, order, .. } = setup.agreement;
+    let QueueKeys { request_refs, response_refs, port } = keys;
+    let refs = |refs: &[GrantRef]| refs.iter().map(|gref| gref.0).collect::<Vec<_>>();
+    let identity = format!(
+        "{} ring {ring} {layout:?} order {order} pages {:?} {:?} port {}",
+        setup.backend,
+        refs(request_refs),
+        refs(response_refs),
+        port.0
+    );
+    let name = RingName { backend: setup.backend, ring, identity: &identity };
+    if setup.live {
+        if let Some(inflight) = setup.records.and_then(|records| records.take_up(name, requests)) {
+            return Ok(inflight);
+        }
+        // All that was taken is answered if nothing is there to be taken.
+        if !matches!(requests.poll(), Ok(0)) {
+            warn!(ring, "no record of what is in flight: requests may be lost or done twice");
+        }
+    }
+    match setup.records.and_then(|records| records.begin(name, requests)) {
+        Some(inflight) => Ok(inflight),
+        None => Inflight::private(requests),
+    }
 }

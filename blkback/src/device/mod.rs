@@ -7,6 +7,7 @@ mod link;
 mod nodes;
 mod throttle;
 
+use crate::records::Records;
 use crate::registry::{DeviceView, Registry};
 use crate::storage::{Geometry, Storage};
 use crate::tuning::Tuning;
@@ -45,6 +46,8 @@ pub(crate) struct Context {
     pub(crate) platform: Arc<dyn Platform>,
     pub(crate) tuning: Arc<Tuning>,
     pub(crate) registry: Arc<Registry>,
+    /// Where rings are recorded for a successor, if that is possible.
+    pub(crate) records: Option<Arc<Records>>,
     /// The daemon is about to exit.
     pub(crate) shutdown: watch::Receiver<bool>,
 }
@@ -67,12 +70,16 @@ pub(crate) async fn serve(context: Context, paths: DevicePaths, pokes: Arc<Pokes
         let path = paths.backend();
         let registry = context.registry.clone();
         let client = context.client.clone();
+        let records = context.records.clone();
         let shutdown = context.shutdown.clone();
         let outcome = run(context, paths, &pokes).await;
         registry.remove(&path);
         match outcome {
             Ok(End::Stopped) => {}
             Ok(End::Gone) => {
+                if let Some(records) = records {
+                    records.forget(&path);
+                }
                 let errors = error_dir(&path);
                 let removed = nodes::remove_with_parent(&client, &errors);
                 if let Some(Err(error)) = unless_stopped(&shutdown, removed).await {
@@ -123,6 +130,12 @@ async fn read_frontend(client: &Client, path: &str) -> Result<Option<Vec<u8>>, c
         Err(error) if error.errno() == Some(Errno::Eacces) => Ok(None),
         other => other,
     }
+}
+
+/// Whether a frontend issues its requests again, on new rings, when its backend has died.
+async fn reissues(client: &Client, frontend: &str) -> Result<bool, client::Error> {
+    let key = format!("{frontend}/{}", FrontendRequest::REISSUE_KEY);
+    Ok(read_frontend(client, &key).await?.as_deref() == Some(b"1"))
 }
 
 /// Why a connect failed; the frontend is told.
@@ -219,14 +232,10 @@ impl Device {
         };
         let state_node = format!("{}/state", paths.frontend());
         let frontend = context.client.watch(&state_node).await?;
-        let stale = match read_frontend(
-            &context.client,
-            &format!("{}/{}", paths.frontend(), FrontendRequest::REISSUE_KEY),
-        )
-        .await?
-        {
-            Some(value) if value == b"1" => StalePeer::Restart,
-            _ => StalePeer::Attach,
+        let stale = if reissues(&context.client, &paths.frontend()).await? {
+            StalePeer::Restart
+        } else {
+            StalePeer::Attach
         };
         context.registry.insert(DeviceView {
             paths,
@@ -409,6 +418,9 @@ impl Device {
             },
             BackendAction::Disconnect => {
                 self.disconnect().await;
+                if let Some(records) = &self.context.records {
+                    records.forget(&self.dir);
+                }
                 Ok(())
             }
             BackendAction::Retire => self.retire().await,
@@ -453,6 +465,7 @@ impl Device {
         let storage = self.storage.clone().ok_or(ConnectError::NoDisk)?;
         let request = self.frontend_request().await?;
         let agreement = Agreement::new(&self.offer, request)?;
+        let reissues = reissues(&self.context.client, &self.description.frontend).await?;
         let geometry = {
             let storage = storage.clone();
             let refreshed = tokio::task::spawn_blocking(move || storage.refresh()).await;
@@ -467,6 +480,10 @@ impl Device {
             geometry: &geometry,
             tuning: &self.context.tuning,
             ended: &self.ended,
+            backend: &self.dir,
+            // Where the frontend does not need it, a record would cost time for nothing.
+            records: self.context.records.as_deref().filter(|_| !reissues),
+            live: self.machine.takes_over(),
         };
         let link = Link::start(&mut self.link, &setup)?;
         if self.log.admits() {

@@ -2,12 +2,14 @@
 
 mod bounce;
 mod data;
+mod inflight;
 mod persistent;
 mod setup;
 mod spin;
 mod worker;
 
 pub use data::Strategy;
+pub use inflight::{Inflight, Misfit};
 pub use setup::{Exit, RingControl, RingSetup};
 pub use spin::Wait;
 pub use worker::run;

@@ -1,6 +1,7 @@
 //! What a ring's thread starts from, how it is told things, and how it ends.
 
 use super::data::Strategy;
+use super::inflight::Inflight;
 use super::spin::Wait;
 use crate::stats::RingStats;
 use crate::storage::Storage;
@@ -22,6 +23,8 @@ pub struct RingSetup {
     pub requests: RequestConsumer,
     /// The half that pushes responses.
     pub responses: ResponseProducer,
+    /// What was taken of them before, and room for what will be.
+    pub inflight: Inflight,
     /// The ring's event channel.
     pub channel: Box<dyn EventChannel>,
     /// The disk.

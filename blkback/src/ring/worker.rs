@@ -6,13 +6,15 @@
 //! nothing, spinning did not pay, and the final check found nothing either.
 
 use super::data::{Data, Unreachable};
+use super::inflight::Inflight;
 use super::setup::{Exit, RingControl, RingSetup};
 use super::spin::Spin;
 use crate::stats::RingStats;
 use crate::storage::{Completion, IoVecs, Op, OpKind, Queue, QueueSetup};
 use ring_proto::abi::{SECTOR_SIZE, Segment};
 use ring_proto::{
-    Body, Limits, Request, RequestConsumer, Response, ResponseProducer, RingError, Status, Transfer,
+    Body, Limits, RawRequest, Request, RequestConsumer, Response, ResponseProducer, RingError,
+    Status, Transfer,
 };
 use std::io;
 use std::os::fd::AsFd;
@@ -54,6 +56,7 @@ pub fn run(setup: RingSetup) -> Result<(), Exit> {
     Worker {
         requests: setup.requests,
         responses: setup.responses,
+        inflight: setup.inflight,
         channel: setup.channel,
         limits: setup.limits,
         control: setup.control,
@@ -61,7 +64,6 @@ pub fn run(setup: RingSetup) -> Result<(), Exit> {
         queue,
         data,
         table: vec![Entry::default(); slots],
-        free: (0..slots as u16).rev().collect(),
         in_flight: 0,
         ready: Vec::with_capacity(slots),
         done: Vec::with_capacity(slots),
@@ -69,7 +71,6 @@ pub fn run(setup: RingSetup) -> Result<(), Exit> {
         spare: (0..slots).map(|_| IoVecs::new()).collect(),
         buffers: (0..slots).map(|_| IoVecs::new()).collect(),
         segments: Vec::new(),
-        parked: None,
         freed: false,
         barrier: false,
         spin: Spin::new(setup.wait),
@@ -115,6 +116,7 @@ enum Kind {
 struct Worker {
     requests: RequestConsumer,
     responses: ResponseProducer,
+    inflight: Inflight,
     channel: Box<dyn EventChannel>,
     limits: Limits,
     control: Arc<RingControl>,
@@ -124,7 +126,7 @@ struct Worker {
     data: Data,
     /// Requests in flight, by tag.
     table: Vec<Entry>,
-    free: Vec<u16>,
+    /// Of them, those that were begun and are not answered.
     in_flight: usize,
     /// Tags of requests that were prepared in this round.
     ready: Vec<u16>,
@@ -138,9 +140,7 @@ struct Worker {
     buffers: Vec<IoVecs>,
     /// Segments of the indirect request at hand.
     segments: Vec<Segment>,
-    /// A request that was taken and cannot start yet. None is taken before it has.
-    parked: Option<Request>,
-    /// Something has completed since the request was parked: it may start now.
+    /// Something has completed since a request was put off: it may start now.
     freed: bool,
     /// A barrier is being carried out; nothing else starts.
     barrier: bool,
@@ -200,30 +200,29 @@ impl Worker {
         if self.barrier {
             return Ok(0);
         }
-        // What was refused stays so until something completes: trying again costs grant operations.
-        if self.parked.is_some() && self.in_flight > 0 && !std::mem::take(&mut self.freed) {
+        // What was put off stays so until something completes: trying again costs grant operations.
+        let put_off = self.inflight.waiting() > 0;
+        if put_off && self.in_flight > 0 && !std::mem::take(&mut self.freed) {
             return Ok(0);
         }
         let waiting = self.requests.poll()?;
-        if waiting == 0 && self.parked.is_none() {
+        if waiting == 0 && !put_off {
             return Ok(0);
         }
         let now = self.now();
         self.limits.sectors = self.control.sectors();
         self.data.tick();
-        if let Some(request) = self.parked.take() {
-            self.accept(request, now);
-        }
         let mut taken = 0;
-        while self.parked.is_none() && !self.barrier {
-            let Some(raw) = self.requests.pop() else { break };
-            taken += 1;
-            match raw.validate(&self.limits) {
-                Ok(request) => self.accept(request, now),
-                Err(refused) => {
-                    self.stats.refused[refused.reason.kind()].add(1);
-                    self.answer(refused.id, refused.operation, refused.reason.status());
-                }
+        while !self.barrier {
+            // None is taken while another waits.
+            let next = match self.inflight.resume() {
+                None => self.inflight.take(&mut self.requests).inspect(|_| taken += 1),
+                resumed => resumed,
+            };
+            let Some((tag, raw)) = next else { break };
+            if !self.accept(tag, &raw, now) {
+                self.inflight.put_off(tag);
+                break;
             }
         }
         if taken > 0 {
@@ -236,21 +235,23 @@ impl Worker {
         Ok(taken)
     }
 
-    /// Prepares a request, or parks it until it can be.
-    fn accept(&mut self, request: Request, now: u64) {
+    /// Prepares a request, or answers it at once; `false` if it must wait.
+    fn accept(&mut self, tag: u16, raw: &RawRequest, now: u64) -> bool {
+        let request = match raw.validate(&self.limits) {
+            Ok(request) => request,
+            Err(refused) => {
+                self.stats.refused[refused.reason.kind()].add(1);
+                self.answer(tag, refused.id, refused.operation, refused.reason.status());
+                return true;
+            }
+        };
         let barrier = matches!(
             request.body,
             Body::Flush { barrier: true } | Body::Direct { transfer: Transfer::Barrier, .. }
         );
         if barrier && self.in_flight > 0 {
-            self.parked = Some(request);
-            return;
+            return false;
         }
-        // A frontend cannot have more requests unanswered than slots, and there are as many tags.
-        let Some(tag) = self.free.pop() else {
-            self.parked = Some(request);
-            return;
-        };
         match self.prepare(tag, &request, now) {
             Ok(()) => {
                 self.barrier = barrier;
@@ -258,15 +259,14 @@ impl Worker {
                 self.ready.push(tag);
             }
             Err(Refusal::Busy) => {
-                self.free.push(tag);
                 self.stats.oo_req.add(1);
-                self.parked = Some(request);
+                return false;
             }
             Err(Refusal::Status(status)) => {
-                self.free.push(tag);
-                self.answer(request.id, request.response_operation(), status);
+                self.answer(tag, request.id, request.response_operation(), status);
             }
         }
+        true
     }
 
     /// Fills the table's entry for a request and finds memory for its data.
@@ -410,10 +410,9 @@ impl Worker {
             // Unmap, then answer: a frontend that finds a grant in use when the response is there
             // disables the device.
             self.data.release(tag);
-            self.free.push(tag);
             self.in_flight -= 1;
             self.stats.device.record(device_done.saturating_sub(entry.taken), 1);
-            self.answer(entry.id, entry.operation, status);
+            self.answer(tag, entry.id, entry.operation, status);
         }
         self.ended = ended;
         self.freed = true;
@@ -457,7 +456,8 @@ impl Worker {
         self.ended.push(tag);
     }
 
-    fn answer(&mut self, id: u64, operation: u8, status: Status) {
+    fn answer(&mut self, tag: u16, id: u64, operation: u8, status: Status) {
+        self.inflight.answer(tag, self.responses.index());
         let pushed = self.responses.push(&Response { id, operation, status });
         debug_assert!(pushed.is_ok(), "one response a request taken");
         self.answered = true;
@@ -468,7 +468,9 @@ impl Worker {
             return;
         }
         self.stats.system_calls.set(self.queue.counters().system_calls);
-        if !self.responses.publish() {
+        let wanted = self.responses.publish();
+        self.inflight.published();
+        if !wanted {
             self.stats.kicks_saved.add(1);
             return;
         }
@@ -480,7 +482,7 @@ impl Worker {
 
     /// Asks for an event; whether there are requests after all.
     fn requests_wait(&mut self) -> Result<bool, RingError> {
-        if self.parked.is_some() || self.barrier {
+        if self.inflight.waiting() > 0 || self.barrier {
             // Nothing is taken before the device has completed something: no event is wanted.
             return Ok(false);
         }

@@ -97,6 +97,9 @@ pub(crate) struct Rings {
     /// Do not merge neighbouring I/Os
     #[arg(long)]
     no_merge: bool,
+    /// Do not offer to issue requests again: be to the backend what Linux's frontend is
+    #[arg(long, hide = true)]
+    no_reissue: bool,
     /// How threads wait for responses
     #[arg(long, value_enum, default_value_t)]
     wait: Wait,
@@ -125,6 +128,7 @@ impl Rings {
             split_ring: self.split,
             max_indirect_segments: self.indirect,
             merge: !self.no_merge,
+            reissue: !self.no_reissue,
             waiting: match self.wait() {
                 Wait::Poll => Waiting::Poll,
                 Wait::Event => Waiting::Event,

@@ -1,11 +1,11 @@
 //! The grantee's side: mapping and copying what a peer granted.
 
 use super::connection::Connection;
-use super::memory::{FrameMapping, SharedFile};
+use super::memory::FrameMapping;
 use super::table::{ActiveTable, GrantTable};
 use crate::{
     Access, CopyDirection, CopySegment, Error, GrantCopier, GrantStatus, LocalRegion, MappedGrants,
-    Result,
+    Result, SharedFile,
 };
 use ring_proto::abi::PAGE_SIZE;
 use ring_proto::{DomId, GrantRef, SharedMemory, copy_volatile};

@@ -57,51 +57,6 @@ fn runs(frames: &[u32]) -> impl Iterator<Item = Run> + '_ {
     })
 }
 
-/// A whole memory file, mapped shared and writable.
-#[derive(Debug)]
-pub(super) struct SharedFile {
-    base: NonNull<u8>,
-    len: NonZeroUsize,
-}
-
-// SAFETY: the mapping belongs to this value and is reached only through raw pointers and atomics.
-unsafe impl Send for SharedFile {}
-// SAFETY: as above.
-unsafe impl Sync for SharedFile {}
-
-impl SharedFile {
-    /// Maps `file`, which must have been made by [`memory_file`]: its size never changes.
-    pub(super) fn map(file: BorrowedFd<'_>) -> Result<Self> {
-        let failed = |e| Error::io("map a domain's memory", e);
-        let size = nix::sys::stat::fstat(file).map_err(failed)?.st_size;
-        let len = usize::try_from(size)
-            .ok()
-            .and_then(NonZeroUsize::new)
-            .ok_or_else(|| failed(nix::Error::EINVAL))?;
-        let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE;
-        // SAFETY: the kernel places a new mapping, which aliases nothing of this process's.
-        let base = unsafe { mmap(None, len, prot, flags, file, 0) }.map_err(failed)?;
-        Ok(Self { base: base.cast(), len })
-    }
-
-    /// Page-aligned, valid for reads and writes of [`SharedFile::len`] bytes.
-    pub(super) fn base(&self) -> NonNull<u8> {
-        self.base
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.len.get()
-    }
-}
-
-impl Drop for SharedFile {
-    fn drop(&mut self) {
-        // SAFETY: the mapping made in `map`; whoever holds a pointer into it borrows this value.
-        let _ = unsafe { munmap(self.base.cast(), self.len.get()) };
-    }
-}
-
 /// Frames of a memory file, mapped one after the other.
 #[derive(Debug)]
 pub(super) struct FrameMapping {

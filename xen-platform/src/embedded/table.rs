@@ -3,8 +3,8 @@
 //!
 //! Rules are those of Xen's common/grant_table.c and of Linux's drivers/xen/grant-table.c, v1.
 
-use super::memory::{SharedFile, memory_file};
-use crate::{Access, GrantStatus, Result};
+use super::memory::memory_file;
+use crate::{Access, GrantStatus, Result, SharedFile};
 use ring_proto::abi::PAGE_SIZE;
 use ring_proto::{DomId, GrantRef, SharedMemory};
 use std::os::fd::{BorrowedFd, OwnedFd};

@@ -130,6 +130,12 @@ impl BackendMachine {
         self.link == Link::Up
     }
 
+    /// Whether a [`BackendAction::Connect`] is for rings that a predecessor served: nothing was
+    /// advertised, so they cannot be an answer to us.
+    pub fn takes_over(&self) -> bool {
+        self.published == Initialising
+    }
+
     /// Whether the machine has answered [`BackendAction::Retire`] or [`BackendAction::Forget`].
     pub fn has_ended(&self) -> bool {
         self.ended

@@ -1,0 +1,146 @@
+//! Where records of what is in flight are kept for whoever comes after this process: a file a ring.
+
+use crate::ring::Inflight;
+use nix::fcntl::{FallocateFlags, OFlag, fallocate};
+use ring_proto::{RequestConsumer, SharedMemory};
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tracing::{info, warn};
+use xen_platform::SharedFile;
+
+/// Others who may write to the directory could make us repeat writes of their own choice.
+const OTHERS_WRITE: u32 = 0o022;
+/// In front of the path of every backend directory.
+const ROOT: &str = "/local/domain/";
+
+/// A directory of records. It should be in memory (tmpfs): each request is written there.
+#[derive(Clone, Debug)]
+pub struct Records {
+    dir: PathBuf,
+}
+
+/// A ring, as far as records are concerned.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RingName<'a> {
+    /// The device's backend directory.
+    pub(crate) backend: &'a str,
+    /// Its number.
+    pub(crate) ring: usize,
+    /// What tells this ring from every other, those of other connections of the same device included.
+    pub(crate) identity: &'a str,
+}
+
+impl Records {
+    /// Uses `dir`, and creates it if need be.
+    ///
+    /// # Errors
+    /// When it cannot be, or somebody else could write there.
+    pub fn open(dir: &Path) -> io::Result<Self> {
+        DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        let found = std::fs::metadata(dir)?;
+        let ours = found.uid() == nix::unistd::geteuid().as_raw();
+        if !ours || found.mode() & OTHERS_WRITE != 0 {
+            let reason = "others may write there: it must be ours, and of mode 0755 at the most";
+            return Err(io::Error::other(reason));
+        }
+        Ok(Self { dir: dir.to_owned() })
+    }
+
+    /// The requests in flight of a ring that a predecessor served: what its record says.
+    pub(crate) fn take_up(
+        &self,
+        name: RingName<'_>,
+        requests: &mut RequestConsumer,
+    ) -> Option<Inflight> {
+        let ring = name.ring;
+        let found = open(OpenOptions::new().read(true).write(true), &self.file(name))
+            .and_then(|file| map(&file));
+        match found {
+            Ok(memory) => match Inflight::recover(memory, requests, name.identity) {
+                Ok(inflight) => {
+                    info!(
+                        ring,
+                        open = inflight.waiting(),
+                        "going on where the last backend stopped"
+                    );
+                    return Some(inflight);
+                }
+                Err(misfit) => warn!(ring, %misfit, "the record of what is in flight does not fit"),
+            },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => warn!(ring, %error, "cannot read the record of what is in flight"),
+        }
+        None
+    }
+
+    /// A new record, in the place of any other of this ring.
+    pub(crate) fn begin(&self, name: RingName<'_>, requests: &RequestConsumer) -> Option<Inflight> {
+        let bytes = Inflight::bytes(requests.slots());
+        match self.create(&self.file(name), bytes) {
+            Ok(memory) => Some(Inflight::create(memory, requests, name.identity)),
+            Err(error) => {
+                let ring = name.ring;
+                warn!(ring, dir = ?self.dir, %error, "cannot keep a record of what is in flight");
+                None
+            }
+        }
+    }
+
+    fn create(&self, path: &Path, bytes: usize) -> io::Result<Arc<dyn SharedMemory>> {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut options = OpenOptions::new();
+        let file = open(options.read(true).write(true).create_new(true).mode(0o600), path)?;
+        // Reserved, and not only made so long: a full file system would kill us later, by SIGBUS.
+        let length = i64::try_from(bytes).map_err(io::Error::other)?;
+        fallocate(&file, FallocateFlags::empty(), 0, length)?;
+        map(&file)
+    }
+
+    /// Removes the records of a device: nothing of it is in flight.
+    pub(crate) fn forget(&self, backend: &str) {
+        let prefix = file_name(backend, "");
+        for name in self.names().filter(|name| name.starts_with(&prefix)) {
+            if let Err(error) = std::fs::remove_file(self.dir.join(&name)) {
+                warn!(name, %error, "cannot remove a record");
+            }
+        }
+    }
+
+    /// Backend directories of devices that there are records of.
+    pub(crate) fn devices(&self) -> impl Iterator<Item = String> + '_ {
+        self.names().filter_map(|name| {
+            let (device, _ring) = name.rsplit_once('.')?;
+            Some(format!("{ROOT}{}", device.replace('-', "/")))
+        })
+    }
+
+    fn names(&self) -> impl Iterator<Item = String> + '_ {
+        let entries = std::fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().into_string().ok())
+    }
+
+    fn file(&self, name: RingName<'_>) -> PathBuf {
+        self.dir.join(file_name(name.backend, &name.ring.to_string()))
+    }
+}
+
+fn file_name(backend: &str, ring: &str) -> String {
+    let device = backend.strip_prefix(ROOT).unwrap_or(backend);
+    format!("{}.{ring}", device.replace('/', "-"))
+}
+
+fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+    options.custom_flags(OFlag::O_NOFOLLOW.bits()).open(path)
+}
+
+fn map(file: &File) -> io::Result<Arc<dyn SharedMemory>> {
+    let mapped = SharedFile::map(file.as_fd()).map_err(io::Error::other)?;
+    Ok(Arc::new(mapped))
+}

@@ -1,0 +1,344 @@
+//! The requests that were taken from a ring and have not been answered.
+//!
+//! This is the ring thread's table of them, and a record for its successor: where its memory is a
+//! file's ([`SharedFile`](xen_platform::SharedFile)), it outlives the process. A frontend that cannot
+//! issue its requests again is then served on as if nothing had happened. The ring alone does not
+//! tell what to go on with: responses stand where requests stood, and requests are answered in any
+//! order. vhost-user keeps the same for split virtqueues (its inflight region).
+//!
+//! A request is copied from the ring straight into its entry, so the record costs a few plain stores.
+//! In the order of their stores:
+//!
+//! - taken: the copy and its number, `Taken`, then the header's count of requests taken;
+//! - answered: `Answered` with the number of its response; the response; after some of those
+//!   `rsp_prod` on the shared page, **which is the commit**; `Free`.
+//!
+//! Whoever finds the record later takes an entry as done if it is `Free` or its response lies before
+//! the shared `rsp_prod`. Every other one is outstanding, in the frontend's eyes too, so it may be
+//! carried out once more: nothing the frontend may rely on has happened yet.
+//!
+//! A killed thread stops between two instructions; all stores before that are in memory, none behind
+//! it are. Other threads cannot see an order that differs, because none looks before this one has
+//! ended. So no fence of the CPU's is needed, and the compiler's (`compiler_fence`, as against a
+//! signal handler of the same thread) suffices.
+
+use ring_proto::abi::PAGE_SIZE;
+use ring_proto::{RawRequest, RequestConsumer, RingError, RingLayout, SharedMemory, Words};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicU32, compiler_fence};
+use xen_platform::LocalRegion;
+
+const WORD: usize = size_of::<AtomicU32>();
+/// "blkR" in the file. Written last, when the rest is there.
+const MAGIC: u32 = u32::from_le_bytes(*b"blkR");
+/// Of the format below. A record of another is not used.
+const VERSION: u32 = 1;
+
+/// Words of the header, a page.
+mod header {
+    pub(super) const MAGIC: usize = 0;
+    pub(super) const VERSION: usize = 1;
+    /// Length in bytes of what follows from [`IDENTITY`] on.
+    pub(super) const IDENTITY_LEN: usize = 2;
+    /// Number of the next request to be taken. On a cache line of its own.
+    pub(super) const REQ_CONS: usize = 16;
+    /// What ring, of what connection.
+    pub(super) const IDENTITY: usize = 32;
+    pub(super) const WORDS: usize = super::PAGE_SIZE / super::WORD;
+}
+
+/// Words of an entry: two cache lines, of which a request of four segments takes one.
+mod entry {
+    pub(super) const STATE: usize = 0;
+    /// The request's number on the ring.
+    pub(super) const INDEX: usize = 1;
+    /// The request's words.
+    pub(super) const REQUEST: usize = 2;
+    pub(super) const WORDS: usize = 32;
+}
+
+/// What has become of an entry's request, in one word so that it changes at once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum State {
+    Free,
+    Taken,
+    /// Response number so much is its own, modulo [`State::NUMBERS`].
+    Answered(u32),
+}
+
+impl State {
+    const TAKEN: u32 = 1 << 30;
+    const ANSWERED: u32 = 2 << 30;
+    /// Responses are told apart among as many. No two entries are further apart than a ring is long.
+    const NUMBERS: u32 = 1 << 30;
+
+    const fn encode(self) -> u32 {
+        match self {
+            Self::Free => 0,
+            Self::Taken => Self::TAKEN,
+            Self::Answered(number) => Self::ANSWERED | number % Self::NUMBERS,
+        }
+    }
+
+    const fn decode(word: u32) -> Option<Self> {
+        match word {
+            0 => Some(Self::Free),
+            Self::TAKEN => Some(Self::Taken),
+            _ if word & !(Self::NUMBERS - 1) == Self::ANSWERED => {
+                Some(Self::Answered(word % Self::NUMBERS))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Why a record is not that of a ring as it was found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Misfit {
+    /// No record at all, or one that was never finished, or of another format.
+    #[error("it is none of this version")]
+    Format,
+    /// A record of another ring or another connection.
+    #[error("it is of another connection")]
+    Identity,
+    /// An entry that cannot be.
+    #[error("entry {0} is damaged")]
+    Entry(u16),
+    /// The ring was served without this record.
+    #[error("{open} requests are open, but {taken} were taken and {answered} answered")]
+    Count {
+        /// Entries of requests that are not answered.
+        open: usize,
+        /// Requests taken.
+        taken: u32,
+        /// Responses published.
+        answered: u32,
+    },
+    /// The frontend has taken back what was taken from it.
+    #[error("more requests were taken than there are")]
+    Unpublished,
+    /// The frontend broke the ring.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+}
+
+/// A ring's requests from their taking until their response is published, by tag.
+pub struct Inflight {
+    words: Words,
+    layout: RingLayout,
+    free: Vec<u16>,
+    /// Taken and not begun, the oldest last: what was open when this process took the ring over, or
+    /// a request that cannot start yet.
+    waiting: Vec<u16>,
+    /// Answered, and the response not published.
+    answered: Vec<u16>,
+}
+
+impl Inflight {
+    /// Bytes of the memory for a ring of so many slots: a page, and 128 bytes a slot.
+    pub const fn bytes(slots: u32) -> usize {
+        ((header::WORDS + slots as usize * entry::WORDS) * WORD).next_multiple_of(PAGE_SIZE)
+    }
+
+    /// What fits into a record to tell its ring from all others, in bytes.
+    pub const MAX_IDENTITY: usize = (header::WORDS - header::IDENTITY) * WORD;
+
+    /// In memory of this process, for a frontend that issues its requests again by itself.
+    ///
+    /// # Errors
+    /// When there is no memory.
+    pub fn private(requests: &RequestConsumer) -> xen_platform::Result<Self> {
+        let memory = LocalRegion::new(Self::bytes(requests.slots()) / PAGE_SIZE)?;
+        Ok(Self::create(Arc::new(memory), requests, ""))
+    }
+
+    /// A new record in `memory`, which must be zeroed and [`Self::bytes`] long, of a ring of which
+    /// nothing is taken that is not answered.
+    ///
+    /// # Panics
+    /// If the memory is too short, or `identity` too long.
+    pub fn create(
+        memory: Arc<dyn SharedMemory>,
+        requests: &RequestConsumer,
+        identity: &str,
+    ) -> Self {
+        let words = Words::new(memory);
+        assert!(identity.len() <= Self::MAX_IDENTITY, "the identity fits");
+        for (word, bytes) in words[header::IDENTITY..].iter().zip(identity.as_bytes().chunks(WORD))
+        {
+            word.store(pack(bytes), Relaxed);
+        }
+        words[header::IDENTITY_LEN].store(identity.len() as u32, Relaxed);
+        words[header::REQ_CONS].store(requests.index(), Relaxed);
+        words[header::VERSION].store(VERSION, Relaxed);
+        commit(&words[header::MAGIC], MAGIC);
+        Self::over(words, requests, (0..requests.slots() as u16).rev().collect(), Vec::new())
+    }
+
+    /// Takes up the record in `memory`. `requests` must be as attached: at the shared `rsp_prod`. It
+    /// is moved behind what was taken.
+    ///
+    /// # Errors
+    /// Why the record is not used; `requests` is then as before.
+    pub fn recover(
+        memory: Arc<dyn SharedMemory>,
+        requests: &mut RequestConsumer,
+        identity: &str,
+    ) -> Result<Self, Misfit> {
+        let slots = requests.slots();
+        if memory.len() != Self::bytes(slots) {
+            return Err(Misfit::Format);
+        }
+        let words = Words::new(memory);
+        let at = |word: usize| words[word].load(Relaxed);
+        if at(header::MAGIC) != MAGIC || at(header::VERSION) != VERSION {
+            return Err(Misfit::Format);
+        }
+        let same_length = at(header::IDENTITY_LEN) as usize == identity.len();
+        let mut found =
+            words[header::IDENTITY..header::WORDS].iter().map(|word| word.load(Relaxed));
+        if !same_length || !identity.as_bytes().chunks(WORD).all(|b| found.next() == Some(pack(b)))
+        {
+            return Err(Misfit::Identity);
+        }
+
+        let answered = requests.index();
+        let (mut open, mut free) = (Vec::new(), Vec::with_capacity(slots as usize));
+        for tag in (0..slots as u16).rev() {
+            let entry = entry(&words, tag);
+            let state = State::decode(entry[entry::STATE].load(Relaxed));
+            if is_open(state, answered, slots).ok_or(Misfit::Entry(tag))? {
+                open.push((entry[entry::INDEX].load(Relaxed), tag));
+            } else {
+                free.push(tag);
+            }
+        }
+        let mut taken = at(header::REQ_CONS);
+        // It ended between the entry and the count.
+        if open.iter().any(|&(index, _)| index == taken) {
+            taken = taken.wrapping_add(1);
+        }
+        if taken.wrapping_sub(answered) as usize != open.len() {
+            return Err(Misfit::Count { open: open.len(), taken, answered });
+        }
+        open.sort_unstable_by_key(|&(index, _)| taken.wrapping_sub(index));
+        if let Some(twice) = open.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+            return Err(Misfit::Entry(twice[1].1));
+        }
+        requests.poll()?;
+        if !requests.skip(open.len() as u32) {
+            return Err(Misfit::Unpublished);
+        }
+
+        // Whoever is stopped in here leaves a record of the same meaning.
+        commit(&words[header::REQ_CONS], taken);
+        for &(_, tag) in &open {
+            commit(&entry(&words, tag)[entry::STATE], State::Taken.encode());
+        }
+        for &tag in &free {
+            commit(&entry(&words, tag)[entry::STATE], State::Free.encode());
+        }
+        let mut waiting = Vec::with_capacity(slots as usize);
+        waiting.extend(open.iter().map(|&(_, tag)| tag));
+        Ok(Self::over(words, requests, free, waiting))
+    }
+
+    fn over(words: Words, requests: &RequestConsumer, free: Vec<u16>, waiting: Vec<u16>) -> Self {
+        let slots = requests.slots() as usize;
+        let answered = Vec::with_capacity(slots);
+        let mut waiting = waiting;
+        waiting.reserve(slots - waiting.len());
+        Self { words, layout: requests.layout(), free, waiting, answered }
+    }
+
+    /// Takes the next request of those that `requests` has seen. It is recorded when this returns.
+    pub(super) fn take(&mut self, requests: &mut RequestConsumer) -> Option<(u16, RawRequest)> {
+        // As many are taken and their responses not published as there are slots at the most, so
+        // there is a tag where there is a request.
+        let &tag = self.free.last()?;
+        let entry = entry(&self.words, tag);
+        let index = requests.index();
+        let raw = requests.pop_to(&entry[entry::REQUEST..])?;
+        self.free.pop();
+        entry[entry::INDEX].store(index, Relaxed);
+        commit(&entry[entry::STATE], State::Taken.encode());
+        commit(&self.words[header::REQ_CONS], index.wrapping_add(1));
+        Some((tag, raw))
+    }
+
+    /// Requests that were taken and not begun.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// The oldest of them.
+    pub(super) fn resume(&mut self) -> Option<(u16, RawRequest)> {
+        let tag = self.waiting.pop()?;
+        let copy = &entry(&self.words, tag)[entry::REQUEST..];
+        Some((tag, RawRequest::from_copy(copy, self.layout)))
+    }
+
+    /// Puts a request off: it is the oldest of those not begun.
+    pub(super) fn put_off(&mut self, tag: u16) {
+        self.waiting.push(tag);
+    }
+
+    /// The response of request `tag` is the one with number `response`, about to be pushed.
+    pub(super) fn answer(&mut self, tag: u16, response: u32) {
+        let state = State::Answered(response).encode();
+        commit(&entry(&self.words, tag)[entry::STATE], state);
+        self.answered.push(tag);
+    }
+
+    /// What was answered is published: its tags are free.
+    pub(super) fn published(&mut self) {
+        for tag in self.answered.drain(..) {
+            commit(&entry(&self.words, tag)[entry::STATE], State::Free.encode());
+            self.free.push(tag);
+        }
+    }
+}
+
+/// Whether an entry's request has no response that was published, where `rsp_prod` is `published`.
+fn is_open(state: Option<State>, published: u32, slots: u32) -> Option<bool> {
+    match state? {
+        State::Free => Some(false),
+        State::Taken => Some(true),
+        State::Answered(number) => {
+            let ahead = number.wrapping_sub(published) % State::NUMBERS;
+            let behind = published.wrapping_sub(number) % State::NUMBERS;
+            if ahead < slots { Some(true) } else { (behind <= slots).then_some(false) }
+        }
+    }
+}
+
+fn entry(words: &[AtomicU32], tag: u16) -> &[AtomicU32] {
+    &words[header::WORDS + usize::from(tag) * entry::WORDS..][..entry::WORDS]
+}
+
+/// Up to four bytes as a word.
+fn pack(bytes: &[u8]) -> u32 {
+    bytes.iter().rev().fold(0, |word, &byte| word << 8 | u32::from(byte))
+}
+
+/// Stores a word behind all that was stored before, and before all that is stored later, in the
+/// eyes of whoever comes when this thread has ended.
+fn commit(word: &AtomicU32, value: u32) {
+    compiler_fence(SeqCst);
+    word.store(value, Relaxed);
+    compiler_fence(SeqCst);
+    #[cfg(test)]
+    tests::may_end_here();
+}
+
+const _: () = {
+    use ring_proto::Abi;
+    let room = entry::WORDS - entry::REQUEST;
+    assert!(RingLayout::Union(Abi::X86_64).request_words() <= room);
+    assert!(RingLayout::Union(Abi::X86_32).request_words() <= room);
+    assert!(RingLayout::Split.request_words() <= room);
+};
+
+#[cfg(test)]
+mod tests;
