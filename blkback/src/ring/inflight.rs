@@ -77,7 +77,7 @@ impl State {
         match self {
             Self::Free => 0,
             Self::Taken => Self::TAKEN,
-            Self::Answered(number) => Self::ANSWERED | number % Self::NUMBERS,
+            Self::Answered(number) => Self::ANSWERED | (number % Self::NUMBERS),
         }
     }
 

@@ -155,22 +155,32 @@ impl Backing {
 
 /// Takes the image for us: alone, or together with other readers. A device has O_EXCL for that.
 ///
-/// The lock goes with the open file, which requests in the kernel hold too: a predecessor that was
-/// killed keeps it until its last write has landed, so that none can land on top of ours.
+/// Both go with the open file, which requests in the kernel hold too: a predecessor that was killed
+/// keeps them until its last write has landed, so that none can land on top of ours.
 fn lock(file: &File, path: &Path, options: Options) -> Result<(), OpenError> {
+    let lock = || if options.read_only { file.try_lock_shared() } else { file.try_lock() };
+    patiently(lock, |error| matches!(error, TryLockError::WouldBlock)).map_err(
+        |error| match error {
+            TryLockError::WouldBlock => OpenError::Busy { path: path.into() },
+            TryLockError::Error(source) => {
+                OpenError::Io { path: path.into(), doing: "lock the file", source }
+            }
+        },
+    )
+}
+
+/// Tries again for a while if somebody holds what is tried for: a predecessor's last requests may.
+fn patiently<T, E>(
+    attempt: impl Fn() -> Result<T, E>,
+    is_held: impl Fn(&E) -> bool,
+) -> Result<T, E> {
     let since = Instant::now();
     loop {
-        let taken = if options.read_only { file.try_lock_shared() } else { file.try_lock() };
-        match taken {
-            Ok(()) => return Ok(()),
-            Err(TryLockError::WouldBlock) if since.elapsed() < LOCK_PATIENCE => {
+        match attempt() {
+            Err(error) if is_held(&error) && since.elapsed() < LOCK_PATIENCE => {
                 std::thread::sleep(LOCK_LOOK);
             }
-            Err(TryLockError::WouldBlock) => return Err(OpenError::Busy { path: path.into() }),
-            Err(TryLockError::Error(source)) => {
-                let (path, doing) = (path.into(), "lock the file");
-                return Err(OpenError::Io { path, doing, source });
-            }
+            outcome => return outcome,
         }
     }
 }
@@ -182,11 +192,9 @@ fn open_file(path: &Path, is_device: bool, options: Options) -> Result<(File, u3
         // A device that is written must be ours alone: O_EXCL refuses one that is mounted.
         let exclusive = is_device && !options.read_only;
         let flags = if exclusive { flags | OFlag::O_EXCL } else { flags };
-        OpenOptions::new()
-            .read(true)
-            .write(!options.read_only)
-            .custom_flags(flags.bits())
-            .open(path)
+        let mut open = OpenOptions::new();
+        open.read(true).write(!options.read_only).custom_flags(flags.bits());
+        patiently(|| open.open(path), |error| error.raw_os_error() == Some(libc::EBUSY))
     };
     let failed = |source| open_error(path, options.read_only, source);
     if options.direct == Direct::Off {

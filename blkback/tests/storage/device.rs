@@ -3,8 +3,11 @@
 use crate::model;
 use crate::rig::{Rig, SECTOR, TestFile, parse};
 use blkback::storage::{Direct, OpKind, OpenError, Options, open};
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 use xenstore_glue::disk::Target;
 
 /// A loop device on a file.
@@ -90,6 +93,23 @@ fn flush_and_fua_reach_the_device() {
     rig.run(OpKind::Write { fua: true }, 0, vec![piece]).expect("write with FUA");
     // Loop devices have no FUA of their own: the kernel flushes after the write.
     assert!(device.flushes() > flushed, "FUA is passed on");
+}
+
+/// A daemon that was killed holds its devices until its last request has landed.
+#[test]
+fn a_device_that_is_about_to_be_free_is_waited_for() {
+    let Some(device) = Loop::new(1 << 20, "512") else { return };
+    let mut exclusive = File::options();
+    exclusive.read(true).write(true).custom_flags(libc::O_EXCL);
+    let held = exclusive.open(&device.device).expect("open");
+    let storage = std::thread::scope(|scope| {
+        let waits = scope.spawn(|| open(&device.target(), Options::default()));
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(!waits.is_finished(), "it does not wait");
+        drop(held);
+        waits.join().expect("no panic")
+    });
+    assert!(storage.is_ok());
 }
 
 #[test]

@@ -200,15 +200,16 @@ impl Process {
 fn run(layout: RingLayout, start: u32, steps: Vec<Step>) {
     let (mut world, mut process) = World::new(layout, start);
     for step in steps {
-        let alive = match step {
-            Step::Push(count) => Some(world.push(count)),
-            Step::Collect => Some(world.collect()),
-            Step::Take(count) => until_killed(|| process.take(count)),
-            Step::Answer(which) => until_killed(|| process.answer(which)),
-            Step::Publish => until_killed(|| process.publish()),
-            Step::KillAfter(stores) => Some(LEFT.set(Some(stores.into()))),
-            Step::Kill => None,
-        };
+        let mut alive = Some(());
+        match step {
+            Step::Push(count) => world.push(count),
+            Step::Collect => world.collect(),
+            Step::Take(count) => alive = until_killed(|| process.take(count)),
+            Step::Answer(which) => alive = until_killed(|| process.answer(which)),
+            Step::Publish => alive = until_killed(|| process.publish()),
+            Step::KillAfter(stores) => LEFT.set(Some(stores.into())),
+            Step::Kill => alive = None,
+        }
         if alive.is_none() {
             process = world.take_over();
         }
