@@ -54,6 +54,10 @@ const MODULES: &[&str] = &[
     "xenfs",
 ];
 
+const QEMU: &str = "usr/libexec/xen-qemu-system-i386";
+const PROGRAMS_32: &[&str] = &["sbin/e2fsck", "sbin/mke2fs", "usr/bin/fio"];
+const MODULES_32: &[&str] = &["crc32c_generic", "ext4", "xen-blkfront", "xenfs"];
+
 /// The files a host boots from.
 #[derive(Debug)]
 pub struct Images {
@@ -65,11 +69,25 @@ pub struct Images {
     pub dom0: PathBuf,
 }
 
-/// Makes the images in `dir`, with the programs in `ours` and the scripts in `scripts`.
+/// What the images are made from.
+#[derive(Debug)]
+pub struct Parts<'a> {
+    /// The packages.
+    pub root: &'a Root,
+    /// Those of 32-bit guests, if there are to be any.
+    pub root_32: Option<&'a Root>,
+    /// Our programs.
+    pub ours: &'a [PathBuf],
+    /// What dom0 and guests do.
+    pub scripts: &'a Path,
+}
+
+/// Makes the images in `dir`.
 ///
 /// # Errors
 /// When a program or module is not in the packages, or a library of a program is not.
-pub fn build(root: &Root, dir: &Path, ours: &[PathBuf], scripts: &Path) -> Result<Images> {
+pub fn build(dir: &Path, parts: &Parts<'_>) -> Result<Images> {
+    let root = parts.root;
     fs::create_dir_all(dir)?;
     let xen = dir.join("xen");
     let compressed = root.find("boot", &format!("xen-{}-amd64.gz", root.suite.xen()))?;
@@ -77,7 +95,7 @@ pub fn build(root: &Root, dir: &Path, ours: &[PathBuf], scripts: &Path) -> Resul
     let kernel = root.find("boot", "vmlinuz-")?;
 
     let guest = dir.join("guest.cpio");
-    system(root, &guest, ours, scripts)?;
+    system(&guest, parts)?;
     // Linux unpacks archives that follow each other.
     let dom0 = dir.join("dom0.cpio");
     fs::copy(&guest, &dom0)?;
@@ -85,11 +103,20 @@ pub fn build(root: &Root, dir: &Path, ours: &[PathBuf], scripts: &Path) -> Resul
     more.text(Path::new("guest/arguments"), LINUX)?;
     more.copy(Path::new("guest/kernel"), &kernel)?;
     more.copy(Path::new("guest/initramfs"), &guest)?;
+    // The device model is what serves qdisk.
+    more.program(QEMU)?;
+    if let Some(root) = parts.root_32 {
+        let guest = dir.join("guest32.cpio");
+        system_32(&guest, root, parts.scripts)?;
+        more.copy(Path::new("guest32/kernel"), &root.find("boot", "vmlinuz-")?)?;
+        more.copy(Path::new("guest32/initramfs"), &guest)?;
+    }
     more.finish()?;
     Ok(Images { xen, kernel, dom0 })
 }
 
-fn system(root: &Root, path: &Path, ours: &[PathBuf], scripts: &Path) -> Result<()> {
+fn system(path: &Path, parts: &Parts<'_>) -> Result<()> {
+    let root = parts.root;
     let mut image = Initramfs::create(root, path)?;
     image.programs(PROGRAMS)?;
     let bin = format!("usr/lib/xen-{}/bin", root.suite.xen());
@@ -99,9 +126,20 @@ fn system(root: &Root, path: &Path, ours: &[PathBuf], scripts: &Path) -> Result<
     image.link(Path::new("xen-bin"), &bin)?;
     image.tree(Path::new("etc/xen"), &root.dir.join("etc/xen"))?;
     image.modules(&Modules::find(root)?, MODULES)?;
-    for path in ours {
+    for path in parts.ours {
         image.ours(path)?;
     }
+    finish(image, parts.scripts)
+}
+
+fn system_32(path: &Path, root: &Root, scripts: &Path) -> Result<()> {
+    let mut image = Initramfs::create(root, path)?;
+    image.programs(PROGRAMS_32)?;
+    image.modules(&Modules::find(root)?, MODULES_32)?;
+    finish(image, scripts)
+}
+
+fn finish(mut image: Initramfs<'_>, scripts: &Path) -> Result<()> {
     image.tree(Path::new("scripts"), scripts)?;
     image.link(Path::new("init"), "scripts/init.sh")?;
     image.finish()

@@ -10,9 +10,6 @@ use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const LOADER: &str = "lib64/ld-linux-x86-64.so.2";
-const LIBRARIES: &[&str] = &["usr/lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu/ceph"];
-
 /// An initramfs being written.
 pub(super) struct Initramfs<'a> {
     root: &'a Root,
@@ -44,7 +41,8 @@ impl<'a> Initramfs<'a> {
         image.copy(Path::new("etc/mke2fs.conf"), &root.dir.join("etc/mke2fs.conf"))?;
         image.add(Path::new("usr/bin/busybox"), &root.dir.join("usr/bin/busybox"))?;
         image.archive.link(Path::new("usr/bin/sh"), "busybox")?;
-        image.add(Path::new("usr/lib64/ld-linux-x86-64.so.2"), &root.dir.join(LOADER))?;
+        let loader = root.arch.loader();
+        image.add(Path::new(loader), &root.dir.join(loader))?;
         Ok(image)
     }
 
@@ -95,20 +93,26 @@ impl<'a> Initramfs<'a> {
         self.libraries(path)
     }
 
-    /// Adds the libraries of a program: those that the suite's own loader finds for it.
+    /// Adds the libraries that a program or a library needs.
     fn libraries(&mut self, program: &Path) -> Result<()> {
-        let root = self.root;
-        let dirs: Vec<_> =
-            LIBRARIES.iter().map(|dir| root.dir.join(dir).display().to_string()).collect();
-        let mut list = Command::new(root.dir.join(LOADER));
-        list.args(["--library-path", &dirs.join(":"), "--list"]).arg(program);
-        for line in run(&mut list)?.lines() {
-            // NAME => PATH (ADDRESS); what has no arrow is the loader or the kernel's.
-            let Some((name, found)) = line.trim().split_once(" => ") else { continue };
-            let path = found.split(" (").next().unwrap_or(found);
-            let inside = Path::new(path).strip_prefix(&root.dir);
-            let Ok(inside) = inside else { bail!("{program:?} needs {name}: {found}") };
-            self.add(&merged(inside), Path::new(path))?;
+        for line in run(Command::new("readelf").arg("-d").arg(program))?.lines() {
+            // 0x0000000000000001 (NEEDED)             Shared library: [NAME]
+            if !line.contains("(NEEDED)") {
+                continue;
+            }
+            let name = line.split(['[', ']']).nth(1).context("a library's name")?;
+            let dirs = self.root.arch.libraries().iter().map(|dir| Path::new(dir).join(name));
+            let found =
+                dirs.map(|path| (self.root.dir.join(&path), path)).find(|(at, _)| at.exists());
+            match found {
+                Some((_, path)) if self.archive.contains(&path) => {}
+                Some((at, path)) => {
+                    self.add(&path, &at)?;
+                    self.libraries(&at)?;
+                }
+                None if self.root.arch.loader().ends_with(name) => {}
+                None => bail!("{program:?} needs {name}, which is not there"),
+            }
         }
         Ok(())
     }

@@ -42,3 +42,12 @@ pub fn check(name: &str) -> Result<()> {
     }
     Ok(())
 }
+
+/// Whether a scenario has 32-bit guests: its script says `# needs: i386`.
+///
+/// # Errors
+/// When its script cannot be read.
+pub fn needs_32_bit(name: &str) -> Result<bool> {
+    let text = fs::read_to_string(scripts().join("scenarios").join(name).with_extension("sh"))?;
+    Ok(text.lines().any(|line| line == "# needs: i386"))
+}

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 use xen_blk_tests::xen::image::Images;
-use xen_blk_tests::xen::packages::Root;
+use xen_blk_tests::xen::packages::{Arch, Root};
 use xen_blk_tests::xen::{Suite, image, machine, scenario};
 
 /// Our programs that dom0 gets.
@@ -81,11 +81,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         }
         Action::Run { scenarios, limit } => {
             scenarios.iter().try_for_each(|name| scenario::check(name))?;
-            let images = prepare(suite, options)?;
+            let images = prepare(suite, options, scenarios)?;
             let limit = Duration::from_secs(*limit);
             scenarios.iter().try_for_each(|name| run_one(suite, &images, name, limit))
         }
-        Action::Shell => machine::interact(&prepare(suite, options)?),
+        Action::Shell => machine::interact(&prepare(suite, options, &[])?),
     }
 }
 
@@ -93,7 +93,7 @@ fn cache() -> PathBuf {
     target().join("xen")
 }
 
-fn prepare(suite: Suite, options: &Options) -> Result<Images> {
+fn prepare(suite: Suite, options: &Options, scenarios: &[String]) -> Result<Images> {
     if Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
         bail!(
             "qemu-system-x86_64 is missing: apt-get install --no-install-recommends qemu-system-x86"
@@ -104,9 +104,22 @@ fn prepare(suite: Suite, options: &Options) -> Result<Images> {
         step("build", cargo(&["build", "--release", "--bins"]).args(packages))?;
     }
     eprintln!("==> packages of {}", suite.name());
-    let root = Root::prepare(suite, &cache(), options.refresh)?;
+    let root = |arch| Root::prepare(suite, arch, &cache(), options.refresh);
+    let amd64 = root(Arch::Amd64)?;
+    let mut i386 = None;
+    for name in scenarios {
+        if i386.is_none() && scenario::needs_32_bit(name)? {
+            i386 = Some(root(Arch::I386)?);
+        }
+    }
     let ours: Vec<_> = OURS.iter().map(|name| target().join("release").join(name)).collect();
-    image::build(&root, &cache().join(suite.name()).join("images"), &ours, &scenario::scripts())
+    let parts = image::Parts {
+        root: &amd64,
+        root_32: i386.as_ref(),
+        ours: &ours,
+        scripts: &scenario::scripts(),
+    };
+    image::build(&cache().join(suite.name()).join("images"), &parts)
 }
 
 fn run_one(suite: Suite, images: &Images, scenario: &str, limit: Duration) -> Result<()> {

@@ -14,6 +14,8 @@ fail() {
 
 # How guests are made; scenarios change it.
 GUEST_TYPE=pv
+# Where its kernel and initramfs are.
+GUEST_SYSTEM=/guest
 GUEST_CPUS='"2","3"'
 GUEST_REBOOT=destroy
 # More lines of the configuration.
@@ -28,8 +30,8 @@ guest_config() {
     cat >"/run/$name.cfg" <<END
 name="$name"
 type="$GUEST_TYPE"
-kernel="/guest/kernel"
-ramdisk="/guest/initramfs"
+kernel="$GUEST_SYSTEM/kernel"
+ramdisk="$GUEST_SYSTEM/initramfs"
 extra="$(cat /guest/arguments) job=$words"
 memory=768
 vcpus=2

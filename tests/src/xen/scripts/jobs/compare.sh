@@ -1,0 +1,42 @@
+# Measures disks beside each other: disks=BACKEND:DISK,... rounds=N seconds=N. dom0 reads its counters
+# before and after each row; both keep step by way of xenstore.
+modprobe xen-blkfront
+
+# NAME: dom0 has read its counters.
+step() {
+    xenstore-write data/step "$1"
+    until [ "$(xenstore-read data/done 2>/dev/null)" = "$1" ]; do usleep 50000; done
+}
+
+# Events that the kernel's frontend has taken.
+events() {
+    awk '$NF == "blkif" { for (k = 2; k < 4; k++) n += $k } END { print n + 0 }' /proc/interrupts
+}
+
+# ROUND BACKEND DISK
+measure() {
+    while read -r row arguments; do
+        step "$1 $2 $row"
+        before=$(events)
+        run_fio "$row" "/dev/$3" $arguments || text failure "fio $row on $2: $(cat /run/fio.out)"
+        after=$(events)
+        step "$1 $2 $row end"
+        printf '@result {"name":"row","value":{"round":%s,"backend":"%s","row":"%s","guest_events":%s,"fio":%s}}\n' \
+            "$1" "$2" "$row" $((after - before)) "$(cat /run/fio.result)"
+    done </scripts/rows
+}
+
+for disk in $(echo "$disks" | tr ',' ' '); do
+    until [ -b "/dev/${disk#*:}" ]; do sleep 0.2; done
+done
+text blkfront "$(dmesg | grep blkfront:)"
+round=0
+while [ $round -le "$rounds" ]; do
+    for disk in $(echo "$disks" | tr ',' ' '); do
+        measure $round "${disk%:*}" "${disk#*:}"
+    done
+    # dom0's turn.
+    step "$round direct"
+    round=$((round + 1))
+done
+text done ""
