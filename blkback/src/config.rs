@@ -2,12 +2,12 @@
 
 use crate::metrics::Address;
 use crate::tuning::{DataPath, DirectIo, Tuning, WaitMode};
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::Args;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use xen_platform::xen;
+use xen_platform::Choice;
 use xenstore_glue::vbd::BackendKind;
 
 /// Where the daemon looks if it is not told.
@@ -23,7 +23,7 @@ const RESIZE_INTERVAL: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Config {
     /// The hypervisor.
-    pub platform: PlatformChoice,
+    pub platform: Choice,
     /// Directories to watch below `backend`.
     pub kinds: Vec<BackendKind>,
     /// Offers and strategies.
@@ -34,20 +34,6 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// How often the sizes of disks are looked at.
     pub resize_interval: Option<Duration>,
-}
-
-/// A hypervisor, and which of its domains this is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum PlatformChoice {
-    /// Xen itself, in whichever domain this process runs.
-    Xen,
-    /// The embedded platform in a directory, and a domain of it by name or number.
-    Embedded {
-        /// Where `xen-embedded serve` was told to be.
-        dir: PathBuf,
-        /// Name or number.
-        domain: String,
-    },
 }
 
 /// The file.
@@ -134,7 +120,9 @@ impl Config {
         let kinds = kinds.unwrap_or_else(|| vec!["vbd3".to_owned(), "vbd".to_owned()]);
         let interval = flags.resize_interval_s.or(file.resize_interval_s);
         let interval = interval.map_or(RESIZE_INTERVAL, Duration::from_secs);
-        let platform = platform(flags.platform.or(file.platform), flags.domain.or(file.domain))?;
+        let platform = flags.platform.or(file.platform);
+        let domain = flags.domain.or(file.domain);
+        let platform = Choice::new(platform.as_deref(), domain.as_deref())?;
         let state_dir = flags.state_dir.or(file.state_dir);
         Ok(Self {
             state_dir: state_dir.unwrap_or_else(|| state_dir_of(&platform)),
@@ -147,10 +135,10 @@ impl Config {
     }
 }
 
-fn state_dir_of(platform: &PlatformChoice) -> PathBuf {
+fn state_dir_of(platform: &Choice) -> PathBuf {
     match platform {
-        PlatformChoice::Xen => STATE_DIR.into(),
-        PlatformChoice::Embedded { dir, .. } => dir.join("blkback"),
+        Choice::Xen => STATE_DIR.into(),
+        Choice::Embedded { dir, .. } => dir.join("blkback"),
     }
 }
 
@@ -185,28 +173,6 @@ fn listen(text: Option<String>) -> anyhow::Result<Option<Address>> {
 fn read(path: &Path) -> anyhow::Result<File> {
     let text = std::fs::read_to_string(path).with_context(|| format!("read {path:?}"))?;
     toml::from_str(&text).with_context(|| format!("{path:?}"))
-}
-
-fn platform(name: Option<String>, domain: Option<String>) -> anyhow::Result<PlatformChoice> {
-    let Some(name) = name.or_else(|| xen::is_xen().then(|| "xen".to_owned())) else {
-        bail!(
-            "which hypervisor? This machine does not run on Xen: say --platform embedded:DIR, \
-             or platform = in the file"
-        );
-    };
-    if name == "xen" {
-        if let Some(domain) = domain {
-            bail!("domain {domain:?} cannot be chosen on Xen: it is the one that this runs in");
-        }
-        return Ok(PlatformChoice::Xen);
-    }
-    let Some(dir) = name.strip_prefix("embedded:") else {
-        bail!("platform {name:?} is not known: say xen or embedded:DIR");
-    };
-    let Some(domain) = domain else {
-        bail!("which domain of the embedded platform is this? Say --domain NAME");
-    };
-    Ok(PlatformChoice::Embedded { dir: PathBuf::from(dir), domain })
 }
 
 fn kind(name: &str) -> anyhow::Result<BackendKind> {

@@ -4,7 +4,7 @@ mod doctor;
 mod stats_cli;
 
 use anyhow::Context;
-use blkback::config::{Config, Flags, PlatformChoice};
+use blkback::config::{Config, Flags};
 use blkback::daemon::Daemon;
 use blkback::metrics::{Clock, Server};
 use blkback::records::Records;
@@ -17,10 +17,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
-use xen_platform::Platform;
-use xen_platform::embedded::EmbeddedPlatform;
-use xen_platform::xen::XenPlatform;
-use xenstore_glue::client::{Client, Endpoint};
+use xen_platform::{Choice, End};
+use xenstore_glue::client::Client;
 
 /// Xen block backend in user space
 #[derive(Parser)]
@@ -63,23 +61,6 @@ fn main() -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn open(choice: &PlatformChoice) -> anyhow::Result<(Arc<dyn Platform>, Endpoint)> {
-    match choice {
-        PlatformChoice::Xen => {
-            let endpoint = Endpoint::from_env();
-            let hint = "blkback doctor tells what is missing on this host";
-            let platform = XenPlatform::for_backend(&endpoint).context(hint)?;
-            Ok((platform, endpoint))
-        }
-        PlatformChoice::Embedded { dir, domain } => {
-            let platform = EmbeddedPlatform::attach(dir, domain)
-                .with_context(|| format!("become domain {domain} of the platform in {dir:?}"))?;
-            let endpoint = Endpoint::Unix(platform.xenstore_socket());
-            Ok((platform, endpoint))
-        }
-    }
-}
-
 async fn serve(config: Config) -> anyhow::Result<()> {
     let registry = Arc::new(Registry::default());
     let statistics = match &config.listen {
@@ -94,7 +75,11 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             None
         }
     };
-    let (platform, endpoint) = open(&config.platform)?;
+    let (platform, endpoint) =
+        config.platform.open(End::Backend).with_context(|| match &config.platform {
+            Choice::Xen => "blkback doctor tells what is missing on this host".to_owned(),
+            embedded => format!("become {embedded}"),
+        })?;
     let client = Client::connect(endpoint).await.context("connect to xenstore")?;
     let (stop, stopped) = watch::channel(false);
     let (rescan, rescanned) = watch::channel(());

@@ -3,6 +3,7 @@
 //! [`Platform`] is the whole interface. [`xen`] implements it on Xen, [`embedded`] on any Linux
 //! machine, with a broker process in the place of Xen.
 
+mod choice;
 pub mod embedded;
 mod error;
 mod file;
@@ -14,6 +15,7 @@ use std::fmt::Debug;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+pub use choice::{Choice, ChoiceError, End};
 pub use error::Error;
 pub use file::SharedFile;
 pub use region::LocalRegion;

@@ -5,14 +5,11 @@ pub(crate) mod info;
 pub(crate) mod nbd;
 pub(crate) mod units;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use blkfront::{Config, DEFAULT_SPIN, Disk, Waiting};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use xen_platform::Platform;
-use xen_platform::embedded::EmbeddedPlatform;
-use xen_platform::xen::{self, XenPlatform};
+use xen_platform::{Choice, End, Platform};
 use xenstore_glue::client::Endpoint;
 
 /// Which hypervisor, and which of its domains.
@@ -30,30 +27,8 @@ pub(crate) struct Host {
 impl Host {
     /// Becomes the domain.
     pub(crate) fn attach(&self) -> anyhow::Result<(Arc<dyn Platform>, Endpoint)> {
-        let platform = match self.platform.as_deref() {
-            Some(platform) => platform,
-            None if xen::is_xen() => "xen",
-            None => bail!(
-                "which hypervisor? This machine does not run on Xen: say --platform embedded:DIR"
-            ),
-        };
-        if platform == "xen" {
-            if let Some(domain) = &self.domain {
-                bail!("domain {domain:?} cannot be chosen on Xen: it is the one that this runs in");
-            }
-            let endpoint = Endpoint::from_env();
-            return Ok((XenPlatform::for_frontend(&endpoint)?, endpoint));
-        }
-        let Some(dir) = platform.strip_prefix("embedded:") else {
-            bail!("platform {platform:?} is not known: say xen or embedded:DIR");
-        };
-        let Some(domain) = &self.domain else {
-            bail!("which domain of {dir}? Say --domain NAME");
-        };
-        let platform = EmbeddedPlatform::attach(Path::new(dir), domain)
-            .with_context(|| format!("become domain {domain} of the platform in {dir}"))?;
-        let endpoint = Endpoint::Unix(platform.xenstore_socket());
-        Ok((platform, endpoint))
+        let choice = Choice::new(self.platform.as_deref(), self.domain.as_deref())?;
+        choice.open(End::Frontend).with_context(|| format!("become {choice}"))
     }
 
     /// Opens a disk.
