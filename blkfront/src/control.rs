@@ -4,7 +4,7 @@ use crate::disk::{Features, Geometry, State};
 use crate::fabric::Fabric;
 use crate::flight::{FlushMode, Limits};
 use crate::hw::Ring;
-use crate::link::{Command, Notice};
+use crate::link::{Bell, Command, Notice};
 use crate::{Cause, Config, rings};
 use ring_proto::{Abi, DomId, RingLayout};
 use std::collections::{HashMap, VecDeque};
@@ -50,6 +50,8 @@ pub(crate) struct Start {
     pub(crate) commands: UnboundedReceiver<Command>,
     /// For the fabric, to send commands.
     pub(crate) control: UnboundedSender<Command>,
+    /// Rung when the size has changed or the disk is gone.
+    pub(crate) news: Arc<Bell>,
     pub(crate) ready: Ready,
 }
 
@@ -135,10 +137,14 @@ impl Start {
             let reason = format!("{frontend}/backend and backend-id ({backend_id}) do not agree");
             return Err(Cause::Negotiation { backend, reason });
         };
-        let own = client.read_optional(&format!("{frontend}/state")).await;
-        let own = own.map_err(xenstore(format!("read {frontend}/state")))?;
-        let own = own.and_then(|value| XenbusState::parse(&value));
-        let state = State::new(devid, frontend.clone(), backend.clone());
+        let optional = async |key: &str| {
+            let path = format!("{frontend}/{key}");
+            client.read_optional(&path).await.map_err(xenstore(format!("read {path}")))
+        };
+        let own = optional("state").await?.and_then(|value| XenbusState::parse(&value));
+        // Toolstacks before Xen 4.17 do not say.
+        let trusted = optional("trusted").await?.is_none_or(|value| value != b"0");
+        let state = State::new(devid, frontend.clone(), backend.clone(), trusted);
         let control = Control {
             machine: FrontendMachine::new(own),
             client,
@@ -146,6 +152,7 @@ impl Start {
             config: self.config,
             ready: Some(self.ready),
             control: self.control,
+            news: self.news,
             frontend,
             backend,
             backend_domain: paths.backend_domain,
@@ -214,6 +221,7 @@ struct Control {
     /// Until it is connected for the first time.
     ready: Option<Ready>,
     control: UnboundedSender<Command>,
+    news: Arc<Bell>,
     frontend: String,
     backend: String,
     backend_domain: DomId,
@@ -313,9 +321,15 @@ impl Control {
     /// Nothing is in use any more: what is in flight fails, what comes is refused.
     fn start_closing(&mut self) {
         self.deadline = Some(Until::Closed(Instant::now() + self.config.connect_timeout));
+        self.gone();
+    }
+
+    fn gone(&self) {
         if let Some(fabric) = &self.fabric {
             fabric.post(|| Notice::Gone);
         }
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).gone = true;
+        self.news.ring();
     }
 
     fn expired(&mut self) -> FrontendEvent {
@@ -359,9 +373,7 @@ impl Control {
                 }
                 FrontendAction::Resized => self.resized().await.map(|()| None),
                 FrontendAction::Gone => {
-                    if let Some(fabric) = &self.fabric {
-                        fabric.post(|| Notice::Gone);
-                    }
+                    self.gone();
                     Ok(None)
                 }
             };
@@ -544,6 +556,8 @@ impl Control {
             tracing::info!(device = self.frontend, "resized to {} bytes", device.bytes());
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
             state.geometry.size = device.bytes();
+            drop(state);
+            self.news.ring();
         }
         Ok(())
     }

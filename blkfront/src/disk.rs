@@ -4,13 +4,14 @@ use crate::config::{MAX_DEPTH, MAX_POOL_BYTES, MAX_VCPUS};
 use crate::control::{self, Opened, Start};
 use crate::fabric::Fabric;
 use crate::flight::{FlushMode, Limits};
-use crate::link::Command;
+use crate::link::{Bell, Command};
 use crate::stats::Stats;
 use crate::{Cause, Config, Error, Queue, Result};
 use ring_proto::DomId;
 use ring_proto::abi::{MAX_INDIRECT_SEGMENTS, MAX_RING_PAGE_ORDER, PAGE_SIZE};
 use serde::Serialize;
 use std::ops::RangeInclusive;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use tokio::sync::mpsc::UnboundedSender;
@@ -90,6 +91,9 @@ pub struct Info {
     pub frontend: String,
     /// The backend's directory.
     pub backend: String,
+    /// What the toolstack says of the backend (`untrusted` in the disk's configuration). It changes
+    /// nothing: no backend is trusted (see the crate's description).
+    pub trusted: bool,
     /// Whether the backend is there now.
     pub connected: bool,
     /// Times a backend came back.
@@ -108,7 +112,10 @@ pub(crate) struct State {
     devid: u32,
     frontend: String,
     backend: String,
+    trusted: bool,
     pub(crate) connected: bool,
+    /// It will not be connected again.
+    pub(crate) gone: bool,
     /// Times it was connected.
     pub(crate) connections: u64,
     pub(crate) geometry: Geometry,
@@ -117,7 +124,7 @@ pub(crate) struct State {
 }
 
 impl State {
-    pub(crate) fn new(devid: u32, frontend: String, backend: String) -> Self {
+    pub(crate) fn new(devid: u32, frontend: String, backend: String, trusted: bool) -> Self {
         let limits = Limits {
             direct: 1,
             indirect: 0,
@@ -131,7 +138,9 @@ impl State {
             devid,
             frontend,
             backend,
+            trusted,
             connected: false,
+            gone: false,
             connections: 0,
             geometry: Geometry::default(),
             features: Features::default(),
@@ -149,6 +158,7 @@ pub struct Disk {
     fabric: Arc<Fabric>,
     backend_domain: DomId,
     state: Arc<Mutex<State>>,
+    news: Arc<Bell>,
     control: UnboundedSender<Command>,
     thread: Option<JoinHandle<Result<(), Cause>>>,
 }
@@ -170,6 +180,9 @@ impl Disk {
         let domain = platform.domid();
         let failed = |cause| Error { domain, device: device.to_owned(), cause };
         check(&config).map_err(failed)?;
+        let doing = "make an eventfd";
+        let news = Bell::new().map_err(|source| failed(Cause::System { doing, source }))?;
+        let news = Arc::new(news);
         let (control, commands) = tokio::sync::mpsc::unbounded_channel();
         let (ready, opened) = std::sync::mpsc::channel();
         let start = Start {
@@ -179,6 +192,7 @@ impl Disk {
             config: config.clone(),
             commands,
             control: control.clone(),
+            news: news.clone(),
             ready,
         };
         let doing = "start the control thread";
@@ -196,6 +210,7 @@ impl Disk {
             fabric,
             backend_domain,
             state,
+            news,
             control,
             thread: Some(thread),
         })
@@ -230,6 +245,18 @@ impl Disk {
         self.state().geometry
     }
 
+    /// Readable when the size has changed or the disk is gone, until [`Disk::take_news`].
+    pub fn news(&self) -> BorrowedFd<'_> {
+        self.news.as_fd()
+    }
+
+    /// Makes [`Disk::news`] quiet, and says whether the disk can still be used. One that cannot fails
+    /// all I/O; [`Disk::close`] tells why.
+    pub fn take_news(&self) -> bool {
+        self.news.silence();
+        !self.state().gone
+    }
+
     /// What was agreed with the backend; it may change when another one comes back.
     pub fn features(&self) -> Features {
         self.state().features
@@ -262,6 +289,7 @@ impl Disk {
             devid: state.devid,
             frontend: state.frontend,
             backend: state.backend,
+            trusted: state.trusted,
             connected: state.connected,
             reconnects: state.connections.saturating_sub(1),
             geometry: state.geometry,

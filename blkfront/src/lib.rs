@@ -36,7 +36,9 @@
 //! It sees, and can change at any time, what is in the queues' granted buffers; that is what a disk
 //! is for. Everything else it writes is checked: response ids and operations against what is in
 //! flight, indices against the ring, every key in xenstore. A backend that breaks the protocol loses
-//! its device ([`Violation`]); what was in flight fails with [`IoError::Gone`].
+//! its device ([`Violation`]); what was in flight fails with [`IoError::Gone`]. Data always goes through
+//! pages that were zeroed and then hold only what is on its way to or from this disk: a toolstack that calls
+//! a backend untrusted (XSA-403) asks for no more.
 //!
 //! # Memory
 //! A disk takes, for each ring, its pages (1 to 17) and 32 bytes a slot, and for each vCPU
@@ -55,6 +57,7 @@ mod flight;
 mod hw;
 mod io;
 mod link;
+mod local;
 mod mapping;
 pub mod nbd;
 mod owner;
@@ -73,6 +76,7 @@ pub use config::{
 pub use disk::{Disk, Features, Geometry, Info, RingInfo};
 pub use error::{Cause, Error, IoError, Refusal, Refused, Result, Violation};
 pub use io::{Completed, Io, Op};
+pub use local::prepare_process;
 pub use mapping::map_vcpus;
 pub use pool::IoBuffer;
 pub use queue::Queue;

@@ -27,10 +27,11 @@ enum Command {
     /// are from submission to completion as the job saw it, one clock reading a batch; a job that is held up
     /// submits later and does not count the time it would have waited (coordinated omission).
     Bench(cli::bench::Args),
-    /// Export a disk over NBD on a unix socket
+    /// Export a disk over NBD on a unix socket, or make it a block device of this machine, /dev/nbdN
     ///
-    /// Prints the URI for clients when it is ready. SIGTERM and SIGINT end it: requests that have come in are
-    /// answered first. Whoever may open the socket may use the disk.
+    /// Prints the URI for clients, or the device, when it is ready. SIGTERM and SIGINT end it: requests that
+    /// have come in are answered first, and what this machine has cached of a device is written. Whoever may
+    /// open the socket may use the disk.
     Nbd(cli::nbd::Args),
 }
 

@@ -38,6 +38,10 @@ fn print(info: &Info) {
     row("disk", &format!("{} ({}) of domain {}", info.device, info.devid, info.domain));
     row("frontend", &info.frontend);
     row("backend", &info.backend);
+    if !info.trusted {
+        let measures = "data is copied through pages that hold nothing else";
+        row("trust", &format!("the backend is not to be trusted: {measures}"));
+    }
     row("size", &format!("{} bytes ({})", geometry.size, show_bytes(geometry.size as f64)));
     let (logical, physical) = (geometry.sector_size, geometry.physical_sector_size);
     row("sectors", &format!("{logical} bytes logical, {physical} bytes physical"));

@@ -6,7 +6,11 @@ pub(crate) mod nbd;
 pub(crate) mod units;
 
 use anyhow::Context;
-use blkfront::{Config, DEFAULT_SPIN, Disk, Waiting};
+use blkfront::{Config, DEFAULT_SPIN, Disk, Waiting, prepare_process};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use std::fmt::Display;
+use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 use xen_platform::{Choice, End, Platform};
@@ -113,4 +117,28 @@ impl Rings {
             ..Config::default()
         }
     }
+}
+
+/// A descriptor that is readable when the program is to end. Called before there are any threads, which
+/// inherit that the signals are blocked: they wait for the descriptor.
+pub(crate) fn stop_signals() -> anyhow::Result<SignalFd> {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGTERM);
+    signals.add(Signal::SIGINT);
+    signals.thread_block().context("block signals")?;
+    SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).context("make a signalfd")
+}
+
+/// For a block device of this machine's own.
+pub(crate) fn prepare() {
+    if let Err(error) = prepare_process() {
+        tracing::warn!("where memory is short this may hang: {error}");
+    }
+}
+
+/// Tells those who wait for it that the disk can be used, and how.
+pub(crate) fn announce(name: &impl Display) {
+    let mut out = std::io::stdout();
+    // Nobody reads it: no matter.
+    let _ = writeln!(out, "{name}").and_then(|()| out.flush());
 }

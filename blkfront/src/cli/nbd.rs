@@ -1,12 +1,9 @@
 //! `blkfront nbd`.
 
 use super::units::size;
-use super::{Host, Rings};
+use super::{Host, Rings, announce, prepare, stop_signals};
 use anyhow::Context;
-use blkfront::nbd::{DEFAULT_IN_FLIGHT, DEFAULT_MAX_CONNECTIONS, Options, Server};
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
-use std::io::Write;
+use blkfront::nbd::{BlockDevice, DEFAULT_IN_FLIGHT, DEFAULT_MAX_CONNECTIONS, Options, Server};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -16,8 +13,11 @@ pub(crate) struct Args {
     /// The disk: a name such as xvda, or a number
     disk: String,
     /// The unix socket to listen on; made at the start, removed at the end
-    #[arg(long, value_name = "PATH")]
-    socket: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "device")]
+    socket: Option<PathBuf>,
+    /// Instead of a socket, the kernel's NBD device to attach, such as /dev/nbd0, with a queue a vCPU
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["socket", "name", "max_connections"])]
+    device: Option<PathBuf>,
     /// The export's name; clients that ask for none get it too
     #[arg(long, value_name = "EXPORT", default_value = "")]
     name: String,
@@ -38,26 +38,30 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(host: &Host, args: &Args) -> anyhow::Result<ExitCode> {
-    // Blocked before there are any threads, which inherit it: the signals wait for the descriptor.
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGTERM);
-    signals.add(Signal::SIGINT);
-    signals.thread_block().context("block signals")?;
-    let stop = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).context("make a signalfd")?;
+    let stop = stop_signals()?;
     let options = Options {
         export: args.name.clone(),
         read_only: args.read_only,
-        max_connections: args.max_connections,
+        max_connections: match args.device {
+            Some(_) => args.vcpus as usize,
+            None => args.max_connections,
+        },
         in_flight: match args.in_flight {
             Some(bytes) => usize::try_from(bytes).context("--in-flight")?,
             None => DEFAULT_IN_FLIGHT,
         },
     };
+    if args.device.is_some() {
+        prepare();
+    }
     let disk = host.open(&args.disk, options.config(args.rings.config(args.vcpus)))?;
-    let server = Server::bind(&args.socket, &disk, options)?;
-    println!("{}", server.uri());
-    std::io::stdout().flush()?;
-    server.run(stop)?;
+    if let Some(path) = &args.device {
+        BlockDevice::attach(path, &disk, options)?.run(stop, || announce(&path.display()))?;
+    } else if let Some(path) = &args.socket {
+        let server = Server::bind(path, &disk, options)?;
+        announce(&server.uri());
+        server.run(stop)?;
+    }
     disk.close()?;
     Ok(ExitCode::SUCCESS)
 }

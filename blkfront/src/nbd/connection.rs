@@ -79,14 +79,25 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    pub(super) fn new(socket: UnixStream, place: usize, export: Export, max_pages: usize) -> Self {
+    /// One that starts with the handshake, unless it was `negotiated` elsewhere.
+    pub(super) fn new(
+        socket: UnixStream,
+        place: usize,
+        export: Export,
+        negotiated: bool,
+        max_pages: usize,
+    ) -> Self {
         let mut greeting = Vec::new();
-        let handshake = Handshake::new(export, &mut greeting);
+        let phase = if negotiated {
+            Phase::Transmission { structured: false, max_payload: export.max_payload }
+        } else {
+            Phase::Handshake(Handshake::new(export, &mut greeting))
+        };
         Self {
             socket: Some(socket),
             place,
             state: State::Open,
-            phase: Phase::Handshake(handshake),
+            phase,
             input: Input::Message,
             bytes: Box::new([0; INPUT_BYTES]),
             start: 0,

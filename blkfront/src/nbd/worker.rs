@@ -24,6 +24,8 @@ const QUEUE: u64 = u64::MAX - 1;
 pub(super) struct Newcomer {
     pub(super) socket: UnixStream,
     pub(super) export: Export,
+    /// There is no handshake: it knows the export already.
+    pub(super) negotiated: bool,
 }
 
 /// What the listener and a worker share.
@@ -139,7 +141,7 @@ impl Worker {
     fn welcome(&mut self, epoll: &Epoll) -> io::Result<()> {
         // It cannot block: it was said to be readable, and nobody else reads it.
         self.shared.bell.read()?;
-        while let Ok(Newcomer { socket, export }) = self.inbox.try_recv() {
+        while let Ok(Newcomer { socket, export, negotiated }) = self.inbox.try_recv() {
             let mut places = self.connections.iter_mut().enumerate();
             let Some((place, free)) = places.find(|(_, connection)| connection.is_none()) else {
                 // The listener lets in no more than there are places for.
@@ -148,7 +150,7 @@ impl Worker {
             let edges = EpollFlags::EPOLLET | EpollFlags::EPOLLRDHUP;
             let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | edges;
             epoll.add(&socket, EpollEvent::new(flags, place as u64))?;
-            *free = Some(Connection::new(socket, place, export, self.max_pages));
+            *free = Some(Connection::new(socket, place, export, negotiated, self.max_pages));
         }
         Ok(())
     }

@@ -1,0 +1,42 @@
+//! What Linux's NBD client is told: the ioctls of `/dev/nbdN` (`linux/nbd.h`).
+//!
+//! There is netlink, too; but what was attached by ioctl the kernel detaches when the process dies.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+/// `NBD_MAJOR`: tells its devices from others, whose ioctls may have the same numbers.
+pub(super) const MAJOR: u64 = 43;
+
+/// Requests, and what their argument is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub(super) enum Request {
+    /// A descriptor: one more connection. All from one thread.
+    SetSocket = 0,
+    /// Bytes.
+    SetBlockSize = 1,
+    /// Bytes, also of a device at work.
+    SetSize = 2,
+    /// Returns when the device is detached.
+    DoIt = 3,
+    /// Forgets the connections.
+    ClearSocket = 4,
+    /// Sends a disconnect on every connection.
+    Disconnect = 8,
+    /// Seconds; 0 for none.
+    SetTimeout = 9,
+    /// Transmission flags, as of the protocol.
+    SetFlags = 10,
+}
+
+/// Asks the driver for something. The device must be of [`MAJOR`].
+pub(super) fn ask(device: &File, request: Request, argument: u64) -> io::Result<()> {
+    // `_IO(0xab, n)`, where Xen runs.
+    let number = 0xab00 | libc::Ioctl::from(request as u8);
+    // SAFETY: these requests take an integer, no pointer. A descriptor among them is taken a reference
+    // to.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), number, argument) };
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
