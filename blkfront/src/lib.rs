@@ -66,6 +66,8 @@ mod queue;
 mod rings;
 mod slab;
 mod stats;
+#[cfg(feature = "ublk")]
+pub mod ublk;
 mod wait;
 
 pub use asynchronous::AsyncQueue;

@@ -33,6 +33,12 @@ enum Command {
     /// have come in are answered first, and what this machine has cached of a device is written. Whoever may
     /// open the socket may use the disk.
     Nbd(cli::nbd::Args),
+    /// Make a disk a block device of this machine, /dev/ublkbN
+    ///
+    /// Prints the device when it is ready. SIGTERM and SIGINT end it: what this machine has cached is written
+    /// first. Takes Linux 6.4 or later.
+    #[cfg(feature = "ublk")]
+    Ublk(cli::ublk::Args),
 }
 
 fn main() -> ExitCode {
@@ -48,6 +54,8 @@ fn main() -> ExitCode {
         Command::Info(args) => cli::info::run(&cli.host, &args),
         Command::Bench(args) => cli::bench::run(&cli.host, &args),
         Command::Nbd(args) => cli::nbd::run(&cli.host, &args),
+        #[cfg(feature = "ublk")]
+        Command::Ublk(args) => cli::ublk::run(&cli.host, &args),
     };
     match result {
         Ok(code) => code,

@@ -249,6 +249,20 @@ impl IoBuffer {
         })
     }
 
+    /// Where its capacity begins, if its pages lie one after the other. As [`IoBuffer::runs`].
+    #[cfg(feature = "ublk")]
+    pub(crate) fn contiguous(&self) -> Option<*mut u8> {
+        let mut page = self.first;
+        for _ in 1..self.count {
+            let next = self.pages.next(page);
+            if next != page + 1 {
+                return None;
+            }
+            page = next;
+        }
+        Some(self.pages.memory.base().as_ptr().wrapping_add(self.first as usize * PAGE_SIZE))
+    }
+
     /// The page that byte `offset` is in.
     pub(crate) fn page_at(&self, offset: usize) -> u32 {
         let mut page = self.first;

@@ -3,6 +3,8 @@
 pub(crate) mod bench;
 pub(crate) mod info;
 pub(crate) mod nbd;
+#[cfg(feature = "ublk")]
+pub(crate) mod ublk;
 pub(crate) mod units;
 
 use anyhow::Context;

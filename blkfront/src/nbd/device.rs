@@ -99,7 +99,7 @@ impl<'a> BlockDevice<'a> {
             serve(disk, desks, &file, [stop.as_fd(), ended.as_fd()])?;
             // A disconnect waits for the connections, and they perhaps for a backend that is away:
             // then the end of the connections must do.
-            if sync(&file) {
+            if !disk.take_news() || sync(&file) {
                 ask(&file, Request::Disconnect, 0).map_err(failed)?;
             }
             Ok(())
@@ -150,7 +150,9 @@ fn device(doing: &'static str, remedy: &'static str) -> impl FnOnce(&Path, io::E
 fn open(path: &Path) -> Result<File, Error> {
     let file = File::options().read(true).write(true).open(path).map_err(|e| {
         let remedy = match e.kind() {
-            io::ErrorKind::NotFound => ": load the kernel module: modprobe nbd",
+            io::ErrorKind::NotFound => {
+                ": load the kernel module, and have it make enough: modprobe nbd nbds_max=16"
+            }
             io::ErrorKind::PermissionDenied => ": only root may attach a block device",
             _ => "",
         };

@@ -1,0 +1,287 @@
+//! A disk as a block device of this machine, `/dev/ublkbN`, by Linux's ublk (6.4 or later).
+//!
+//! ublk hands a block device's requests to a process by io_uring. A vCPU has a queue of the device and a
+//! thread, which carries requests between it and the ring; data is copied once, by the kernel, from or to
+//! granted pages.
+//!
+//! ```no_run
+//! # fn f(platform: std::sync::Arc<dyn xen_platform::Platform>,
+//! #      xenstore: xenstore_glue::client::Endpoint) -> Result<(), Box<dyn std::error::Error>> {
+//! use blkfront::ublk::{BlockDevice, Options};
+//! use blkfront::{Config, Disk};
+//!
+//! let options = Options::default();
+//! let config = options.config(Config { vcpus: 2, ..Config::default() });
+//! let disk = Disk::open(platform, xenstore, "xvda", config)?;
+//! let device = BlockDevice::add(&disk, options)?;
+//! let path = device.path();
+//! let (stop, _stop_it) = std::os::unix::net::UnixStream::pair()?;
+//! device.run(stop, || println!("{}", path.display()))?;
+//! # Ok(()) }
+//! ```
+
+mod abi;
+mod control;
+mod queue;
+
+use crate::local::{sync, wait_for_news};
+use crate::{Config, Disk, MAX_DEPTH, MAX_POOL_BYTES};
+use abi::{DeviceInfo, Parameters};
+use control::Registered;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use queue::{Shared, Worker};
+
+use ring_proto::abi::{PAGE_SIZE, SECTOR_SIZE};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
+use std::thread::JoinHandle;
+
+/// Requests a queue holds, unless [`Options::depth`] says otherwise: as many as a ring of one page.
+pub const DEFAULT_DEPTH: u16 = 32;
+/// Bytes of the longest request, unless [`Options::max_io`] says otherwise: with [`DEFAULT_DEPTH`], two
+/// mebibytes a vCPU, which xen-gntalloc grants without being told to (1024 pages).
+pub const DEFAULT_MAX_IO: usize = 64 << 10;
+
+/// How to make a device of a disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Options {
+    /// N of `/dev/ublkbN`; the kernel chooses if `None`.
+    pub id: Option<u32>,
+    /// Refuse to write, even if the disk can be written.
+    pub read_only: bool,
+    /// Requests a queue holds.
+    pub depth: u16,
+    /// Bytes of the longest request: whole pages.
+    pub max_io: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { id: None, read_only: false, depth: DEFAULT_DEPTH, max_io: DEFAULT_MAX_IO }
+    }
+}
+
+impl Options {
+    /// `config` with a pool and a depth that suffice for these options.
+    pub fn config(&self, config: Config) -> Config {
+        let depth = usize::from(self.depth);
+        Config { pool_bytes: self.max_io.saturating_mul(depth), depth, ..config }
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let depth = usize::from(self.depth);
+        if depth == 0 || depth > MAX_DEPTH {
+            let rule = format!("1 to {MAX_DEPTH}");
+            return Err(Error::Options { field: "depth", value: depth, rule });
+        }
+        let most = MAX_POOL_BYTES / depth;
+        if self.max_io == 0 || !self.max_io.is_multiple_of(PAGE_SIZE) || self.max_io > most {
+            let rule = format!("a multiple of {PAGE_SIZE}, up to {most} with that depth");
+            return Err(Error::Options { field: "max_io", value: self.max_io, rule });
+        }
+        Ok(())
+    }
+}
+
+/// Why there is no device.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A field of [`Options`] is out of range.
+    #[error("{field} is {value}, but must be {rule}")]
+    Options {
+        /// The field.
+        field: &'static str,
+        /// What it is.
+        value: usize,
+        /// What it may be.
+        rule: String,
+    },
+    /// The kernel refused something.
+    #[error("ublk: {doing}: {source}{remedy}")]
+    Kernel {
+        /// What was being done.
+        doing: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+        /// What to do about it, after a colon, or nothing.
+        remedy: &'static str,
+    },
+    /// A queue is taken already.
+    #[error(transparent)]
+    Disk(#[from] crate::Error),
+}
+
+fn failed<E: Into<io::Error>>(doing: &'static str) -> impl FnOnce(E) -> Error {
+    move |e| Error::Kernel { doing, source: e.into(), remedy: "" }
+}
+
+/// A device, not to be seen yet. Dropping it removes it.
+#[derive(Debug)]
+pub struct BlockDevice<'a> {
+    disk: &'a Disk,
+    options: Options,
+    device: Registered,
+}
+
+/// A queue's thread.
+#[derive(Debug)]
+struct Thread {
+    shared: Arc<Shared>,
+    thread: JoinHandle<io::Result<()>>,
+}
+
+impl<'a> BlockDevice<'a> {
+    /// Makes a device of `disk`, which is to be opened with [`Options::config`].
+    ///
+    /// # Errors
+    /// When an option is out of range, the kernel has no ublk, or the number is taken.
+    pub fn add(disk: &'a Disk, options: Options) -> Result<Self, Error> {
+        options.check()?;
+        let info = DeviceInfo {
+            queues: disk.vcpus() as u16,
+            depth: options.depth,
+            max_io_bytes: options.max_io as u32,
+            id: options.id.unwrap_or(abi::ANY_DEVICE),
+            pid: std::process::id() as i32,
+            flags: abi::F_IOCTL_NUMBERS,
+            ..DeviceInfo::default()
+        };
+        let device = Registered::add(info, parameters(disk, &options))?;
+        Ok(Self { disk, options, device })
+    }
+
+    /// The block device, once it runs.
+    pub fn path(&self) -> PathBuf {
+        format!("/dev/ublkb{}", self.device.info().id).into()
+    }
+
+    /// Serves until `stop` becomes readable, the disk is gone, or a thread fails. It calls `ready` when
+    /// the device can be used. At the end what the kernel has cached is written, for at most five
+    /// seconds, and the device is removed.
+    ///
+    /// # Errors
+    /// When a queue is taken, or threads cannot be made or one of them fails.
+    pub fn run(mut self, stop: impl AsFd, ready: impl FnOnce()) -> Result<(), Error> {
+        let mut threads = Vec::new();
+        let started = self.start(&mut threads);
+        let mut result = started.and_then(|ended| {
+            self.device.start()?;
+            ready();
+            let ends = [stop.as_fd(), ended.as_fd()];
+            while wait_for_news(self.disk, &ends).map_err(failed("wait for the disk"))? {
+                tracing::warn!(
+                    "the disk's size has changed; {} keeps its own until it is made anew",
+                    self.path().display()
+                );
+            }
+            let device = File::open(self.path()).map_err(failed("open the block device"))?;
+            if self.disk.take_news() && !sync(&device) {
+                give_up(&threads);
+            }
+            Ok(())
+        });
+        if result.is_err() {
+            give_up(&threads);
+        }
+        result = result.and(self.device.stop());
+        for Thread { thread, .. } in threads {
+            let ended = thread.join().unwrap_or_else(|_| Err(io::Error::other("panicked")));
+            result = result.and(ended.map_err(failed("serve a queue")));
+        }
+        result
+    }
+
+    /// Starts the threads, and returns what is readable when one of them has ended.
+    fn start(&self, threads: &mut Vec<Thread>) -> Result<UnixStream, Error> {
+        let &DeviceInfo { id, queues, depth, .. } = self.device.info();
+        let path = format!("/dev/ublkc{id}");
+        let file = File::options().read(true).write(true).open(path);
+        let file = Arc::new(file.map_err(failed("open the device of requests"))?);
+        let (ended, at_work) = UnixStream::pair().map_err(failed("make a socket"))?;
+        let (ready, fetched) = channel();
+        for number in 0..queues {
+            let queue = self.disk.queue(number.into())?;
+            let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC);
+            let bell = bell.map_err(failed("make an eventfd"))?;
+            let shared = Arc::new(Shared { give_up: AtomicBool::new(false), bell });
+            let worker = Worker::new(
+                file.clone(),
+                shared.clone(),
+                number,
+                depth,
+                self.options.max_io,
+                queue,
+            );
+            let worker = worker.map_err(failed("set a queue up"))?;
+            let at_work = at_work.try_clone().map_err(failed("make a socket"))?;
+            let ready = ready.clone();
+            let thread = std::thread::Builder::new().name(format!("ublk-vcpu{number}"));
+            let thread = thread.spawn(move || {
+                let result = worker.run(|| {
+                    let _ = ready.send(());
+                });
+                // Whoever waits is woken, by this thread alone.
+                let _ = at_work.shutdown(std::net::Shutdown::Both);
+                result
+            });
+            threads.push(Thread { shared, thread: thread.map_err(failed("start a thread"))? });
+        }
+        drop(ready);
+        // The device cannot be started before, and a thread that cannot fetch has ended.
+        if fetched.iter().take(queues.into()).count() < queues.into() {
+            let source = io::Error::other("a queue's thread has ended");
+            return Err(Error::Kernel { doing: "fetch requests", source, remedy: "" });
+        }
+        Ok(ended)
+    }
+}
+
+fn give_up(threads: &[Thread]) {
+    for Thread { shared, .. } in threads {
+        shared.give_up.store(true, Ordering::Relaxed);
+        let _ = shared.bell.write(1);
+    }
+}
+
+fn parameters(disk: &Disk, options: &Options) -> Parameters {
+    let (geometry, features) = (disk.geometry(), disk.features());
+    let read_only = options.read_only || geometry.read_only;
+    let mut attributes = 0;
+    if read_only {
+        attributes |= abi::ATTR_READ_ONLY;
+    }
+    if features.flush {
+        attributes |= abi::ATTR_VOLATILE_CACHE | abi::ATTR_FUA;
+    }
+    // Both are powers of two.
+    let logical_shift = geometry.sector_size.trailing_zeros() as u8;
+    let physical_shift = (geometry.physical_sector_size.trailing_zeros() as u8).max(logical_shift);
+    let mut parameters = Parameters {
+        len: size_of::<Parameters>() as u32,
+        kinds: abi::KIND_BASIC,
+        attributes,
+        logical_shift,
+        physical_shift,
+        optimal_shift: physical_shift,
+        minimal_shift: physical_shift,
+        max_sectors: (options.max_io / SECTOR_SIZE) as u32,
+        sectors: geometry.size / SECTOR_SIZE as u64,
+        ..Parameters::default()
+    };
+    if features.discard && !read_only {
+        parameters.kinds |= abi::KIND_DISCARD;
+        parameters.discard_alignment = features.discard_alignment;
+        parameters.discard_granularity = features.discard_granularity;
+        // Bytes of it fit a u32.
+        parameters.max_discard_sectors = u32::MAX / SECTOR_SIZE as u32;
+        parameters.max_discard_segments = 1;
+    }
+    parameters
+}

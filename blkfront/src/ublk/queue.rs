@@ -1,0 +1,281 @@
+//! A queue's thread: it carries requests from the kernel to a ring and back.
+//!
+//! A tag has a buffer of granted pages for good, one after the other, and the kernel copies between it
+//! and the request: there is no copy of ours, and one system call for all that has been answered and to
+//! be fetched.
+
+use super::abi::{self, Descriptor, IoCommand};
+use crate::{Completed, Io, IoBuffer, Op, Queue};
+use io_uring::{IoUring, opcode, types};
+use nix::sys::eventfd::EventFd;
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
+use ring_proto::abi::{PAGE_SIZE, SECTOR_SIZE};
+use std::fs::File;
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, AsRawFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// What completions are called that are no tag's.
+const QUEUE: u64 = u64::MAX;
+const BELL: u64 = u64::MAX - 1;
+
+/// What a queue's thread is told.
+#[derive(Debug)]
+pub(super) struct Shared {
+    /// To answer everything with an error at once.
+    pub(super) give_up: AtomicBool,
+    /// Rung after that was set.
+    pub(super) bell: EventFd,
+}
+
+#[derive(Debug)]
+struct Tag {
+    /// `None` while it is in the queue.
+    buffer: Option<IoBuffer>,
+    /// Where it is.
+    addr: u64,
+    /// Bytes of the request that is to be answered.
+    asked: Option<u32>,
+}
+
+/// A queue of the device.
+pub(super) struct Worker {
+    number: u16,
+    file: Arc<File>,
+    shared: Arc<Shared>,
+    descriptors: Descriptors,
+    queue: Queue,
+    tags: Vec<Tag>,
+    /// Tags that the kernel has not aborted.
+    live: usize,
+    /// Nothing goes to the queue any more.
+    given_up: bool,
+}
+
+impl Worker {
+    /// For the device `file`, whose queues have `depth` tags of at most `max_io` bytes.
+    ///
+    /// # Errors
+    /// When its requests cannot be mapped, or the queue's pool is not a fresh one of that size.
+    pub(super) fn new(
+        file: Arc<File>,
+        shared: Arc<Shared>,
+        number: u16,
+        depth: u16,
+        max_io: usize,
+        mut queue: Queue,
+    ) -> io::Result<Self> {
+        let descriptors = Descriptors::map(&file, number, depth)?;
+        let mut tags = Vec::with_capacity(depth.into());
+        for _ in 0..depth {
+            // A fresh pool hands its pages out in order.
+            let buffer = queue.alloc(max_io);
+            let place = buffer.as_ref().and_then(IoBuffer::contiguous);
+            let addr = place.ok_or(io::ErrorKind::OutOfMemory)? as u64;
+            tags.push(Tag { buffer, addr, asked: None });
+        }
+        let live = depth.into();
+        Ok(Self { number, file, shared, descriptors, queue, tags, live, given_up: false })
+    }
+
+    /// Fetches, says so, and serves until the kernel has aborted all tags.
+    ///
+    /// # Errors
+    /// Before `ready`: when the kernel does not let us fetch. Later: when it does not take answers.
+    pub(super) fn run(mut self, ready: impl FnOnce()) -> io::Result<()> {
+        // One for each tag, and the two that wait.
+        let entries = u32::from(self.descriptors.depth) + 2;
+        let mut ring: IoUring = IoUring::builder()
+            .setup_single_issuer()
+            .setup_coop_taskrun()
+            .build(entries.next_power_of_two())?;
+        for tag in 0..self.descriptors.depth {
+            self.send(&mut ring, abi::FETCH_REQ, tag, 0)?;
+        }
+        ring.submit()?;
+        // What is refused is so at once, and nothing can have come yet.
+        if let Some(refused) = ring.completion().next() {
+            return Err(io::Error::from_raw_os_error(-refused.result()));
+        }
+        ready();
+        self.wait_for(&mut ring, self.shared.bell.as_fd().as_raw_fd(), BELL)?;
+        let mut waits = false;
+        let mut done = Vec::with_capacity(self.tags.len());
+        loop {
+            self.queue.poll(&mut done);
+            self.finish(&mut ring, &mut done)?;
+            self.queue.plug();
+            while let Some((name, result)) = next(&mut ring) {
+                match name {
+                    QUEUE => waits = false,
+                    // Looked at below, and never unset.
+                    BELL => {}
+                    tag => self.take(&mut ring, tag as u16, result)?,
+                }
+            }
+            self.queue.unplug();
+            if !self.given_up && self.shared.give_up.load(Ordering::Relaxed) {
+                self.give_up(&mut ring)?;
+            }
+            if self.live == 0 {
+                return Ok(());
+            }
+            if self.queue.in_flight() > 0 {
+                ring.submit()?;
+                // With no time to wait it spins as the disk was configured to, and does not sleep.
+                if self.queue.wait(&mut done, Some(std::time::Duration::ZERO)) > 0 {
+                    self.finish(&mut ring, &mut done)?;
+                    continue;
+                }
+            }
+            if !self.queue.arm() {
+                continue;
+            }
+            if !waits {
+                self.wait_for(&mut ring, self.queue.as_fd().as_raw_fd(), QUEUE)?;
+                waits = true;
+            }
+            match ring.submit_and_wait(1) {
+                Err(e) if e.kind() != io::ErrorKind::Interrupted => return Err(e),
+                _ => {}
+            }
+        }
+    }
+
+    /// A completion of a tag: a request, or the end.
+    fn take(&mut self, ring: &mut IoUring, tag: u16, result: i32) -> io::Result<()> {
+        if result != abi::IO_OK {
+            self.live -= 1;
+            return Ok(());
+        }
+        if self.given_up {
+            return self.send(ring, abi::COMMIT_AND_FETCH_REQ, tag, -libc::EIO);
+        }
+        let Some(request) = self.descriptors.get(tag) else { return Ok(()) };
+        let Some(slot) = self.tags.get_mut(usize::from(tag)) else { return Ok(()) };
+        let bytes = request.sectors.saturating_mul(SECTOR_SIZE as u32);
+        let offset = request.start.saturating_mul(SECTOR_SIZE as u64);
+        let fua = request.op_flags & abi::IO_FUA != 0;
+        let (op, asked) = match request.op_flags as u8 {
+            abi::OP_READ => (Op::Read, bytes),
+            abi::OP_WRITE => (Op::Write { fua }, bytes),
+            abi::OP_FLUSH => (Op::Flush, 0),
+            abi::OP_DISCARD => (Op::Discard { len: bytes.into(), secure: false }, 0),
+            _ => return self.send(ring, abi::COMMIT_AND_FETCH_REQ, tag, -libc::EOPNOTSUPP),
+        };
+        let mut buffer = None;
+        if asked > 0 {
+            // It is there: the request before was answered when it came back.
+            buffer = slot.buffer.take();
+            buffer.iter_mut().for_each(|buffer| buffer.set_len(asked as usize));
+        }
+        slot.asked = Some(asked);
+        if let Err(refused) = self.queue.submit(Io { cookie: tag.into(), op, offset, buffer }) {
+            if refused.io.buffer.is_some() {
+                slot.buffer = refused.io.buffer;
+            }
+            slot.asked = None;
+            let result = -refused.reason.errno();
+            return self.send(ring, abi::COMMIT_AND_FETCH_REQ, tag, result);
+        }
+        Ok(())
+    }
+
+    /// Answers what the queue has completed.
+    fn finish(&mut self, ring: &mut IoUring, done: &mut Vec<Completed>) -> io::Result<()> {
+        for Completed { cookie, result, buffer } in done.drain(..) {
+            let Some(slot) = self.tags.get_mut(cookie as usize) else { continue };
+            if buffer.is_some() {
+                slot.buffer = buffer;
+            }
+            // Answered already, when everything was given up.
+            let Some(asked) = slot.asked.take() else { continue };
+            let result = result.map_or_else(|error| -error.errno(), |()| asked as i32);
+            self.send(ring, abi::COMMIT_AND_FETCH_REQ, cookie as u16, result)?;
+        }
+        Ok(())
+    }
+
+    /// Answers everything with an error: the backend may take for ever.
+    fn give_up(&mut self, ring: &mut IoUring) -> io::Result<()> {
+        self.given_up = true;
+        for tag in 0..self.descriptors.depth {
+            let slot = self.tags.get_mut(usize::from(tag));
+            if slot.and_then(|slot| slot.asked.take()).is_some() {
+                self.send(ring, abi::COMMIT_AND_FETCH_REQ, tag, -libc::EIO)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fetches the next request of a tag; with the result of the one before, if there was one.
+    fn send(&self, ring: &mut IoUring, operation: u32, tag: u16, result: i32) -> io::Result<()> {
+        let addr = self.tags.get(usize::from(tag)).map_or(0, |slot| slot.addr);
+        let command = IoCommand { queue: self.number, tag, result, addr };
+        let command = opcode::UringCmd16::new(types::Fd(self.file.as_raw_fd()), operation)
+            .cmd(command.bytes())
+            .build()
+            .user_data(tag.into());
+        // SAFETY: the kernel reads and writes the tag's buffer, granted pages of which there are no
+        // references. They outlive the command: buffers keep them, and all are kept until every tag is
+        // aborted, or the ring is gone that the kernel would do it for.
+        let pushed = unsafe { ring.submission().push(&command) };
+        // There is room for all tags.
+        pushed.map_err(|_| io::ErrorKind::ResourceBusy.into())
+    }
+
+    fn wait_for(&self, ring: &mut IoUring, fd: i32, name: u64) -> io::Result<()> {
+        let poll = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).build().user_data(name);
+        // SAFETY: it takes no memory.
+        let pushed = unsafe { ring.submission().push(&poll) };
+        pushed.map_err(|_| io::ErrorKind::ResourceBusy.into())
+    }
+}
+
+fn next(ring: &mut IoUring) -> Option<(u64, i32)> {
+    ring.completion().next().map(|done| (done.user_data(), done.result()))
+}
+
+/// The requests of a queue, by tag: the kernel writes one before it completes the tag's command, and
+/// leaves it alone until that is answered.
+#[derive(Debug)]
+struct Descriptors {
+    base: NonNull<Descriptor>,
+    len: NonZeroUsize,
+    depth: u16,
+}
+
+// SAFETY: the mapping belongs to this value, and is only read.
+unsafe impl Send for Descriptors {}
+
+impl Descriptors {
+    fn map(file: &File, queue: u16, depth: u16) -> io::Result<Self> {
+        let len = (usize::from(depth) * size_of::<Descriptor>()).next_multiple_of(PAGE_SIZE);
+        let len = NonZeroUsize::new(len).ok_or(io::ErrorKind::InvalidInput)?;
+        let offset = abi::descriptors_offset(queue) as i64;
+        // SAFETY: the kernel places a new mapping, which aliases nothing of this process's.
+        let base =
+            unsafe { mmap(None, len, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, file, offset) }?;
+        Ok(Self { base: base.cast(), len, depth })
+    }
+
+    fn get(&self, tag: u16) -> Option<Descriptor> {
+        if tag >= self.depth {
+            return None;
+        }
+        let at = self.base.as_ptr().wrapping_add(tag.into());
+        // SAFETY: within the mapping, as checked; any bytes are a descriptor.
+        Some(unsafe { at.read_volatile() })
+    }
+}
+
+impl Drop for Descriptors {
+    fn drop(&mut self) {
+        // SAFETY: the mapping made in `map`, of which there are no references.
+        let _ = unsafe { munmap(self.base.cast(), self.len.get()) };
+    }
+}
