@@ -13,6 +13,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use std::fmt::Display;
 use std::io::Write;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 use xen_platform::{Choice, End, Platform};
@@ -143,4 +144,13 @@ pub(crate) fn announce(name: &impl Display) {
     let mut out = std::io::stdout();
     // Nobody reads it: no matter.
     let _ = writeln!(out, "{name}").and_then(|()| out.flush());
+}
+
+/// Closes a disk that was served; with `stats`, says what was done as JSON.
+pub(crate) fn finish(disk: Disk, stats: bool) -> anyhow::Result<ExitCode> {
+    if stats {
+        announce(&serde_json::to_string_pretty(&disk.info())?);
+    }
+    disk.close()?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -1,7 +1,7 @@
 //! `blkfront nbd`.
 
 use super::units::size;
-use super::{Host, Rings, announce, prepare, stop_signals};
+use super::{Host, Rings, announce, finish, prepare, stop_signals};
 use anyhow::Context;
 use blkfront::nbd::{BlockDevice, DEFAULT_IN_FLIGHT, DEFAULT_MAX_CONNECTIONS, Options, Server};
 use std::path::PathBuf;
@@ -33,6 +33,9 @@ pub(crate) struct Args {
     /// vCPUs, each with a thread and a queue, to which connections are pinned in turn
     #[arg(long, value_name = "N", default_value_t = 1)]
     vcpus: u32,
+    /// At the end, tell what was done, as JSON
+    #[arg(long)]
+    stats: bool,
     #[command(flatten)]
     rings: Rings,
 }
@@ -62,6 +65,5 @@ pub(crate) fn run(host: &Host, args: &Args) -> anyhow::Result<ExitCode> {
         announce(&server.uri());
         server.run(stop)?;
     }
-    disk.close()?;
-    Ok(ExitCode::SUCCESS)
+    finish(disk, args.stats)
 }

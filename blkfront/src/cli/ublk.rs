@@ -1,7 +1,7 @@
 //! `blkfront ublk`.
 
 use super::units::size;
-use super::{Host, Rings, announce, prepare, stop_signals};
+use super::{Host, Rings, announce, finish, prepare, stop_signals};
 use anyhow::Context;
 use blkfront::ublk::{BlockDevice, DEFAULT_DEPTH, DEFAULT_MAX_IO, Options};
 use std::process::ExitCode;
@@ -26,6 +26,9 @@ pub(crate) struct Args {
     /// The longest request [default: 64k]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     max_io: Option<u64>,
+    /// At the end, tell what was done, as JSON
+    #[arg(long)]
+    stats: bool,
     #[command(flatten)]
     rings: Rings,
 }
@@ -46,6 +49,5 @@ pub(crate) fn run(host: &Host, args: &Args) -> anyhow::Result<ExitCode> {
     let device = BlockDevice::add(&disk, options)?;
     let path = device.path();
     device.run(stop, || announce(&path.display()))?;
-    disk.close()?;
-    Ok(ExitCode::SUCCESS)
+    finish(disk, args.stats)
 }

@@ -53,6 +53,8 @@ const MODULES: &[&str] = &[
     "xen-privcmd",
     "xenfs",
 ];
+/// Modules that Debian 12's kernel does not have.
+const NEWER_MODULES: &[&str] = &["ublk_drv"];
 
 const QEMU: &str = "usr/libexec/xen-qemu-system-i386";
 const PROGRAMS_32: &[&str] = &["sbin/e2fsck", "sbin/mke2fs", "usr/bin/fio"];
@@ -125,7 +127,9 @@ fn system(path: &Path, parts: &Parts<'_>) -> Result<()> {
     }
     image.link(Path::new("xen-bin"), &bin)?;
     image.tree(Path::new("etc/xen"), &root.dir.join("etc/xen"))?;
-    image.modules(&Modules::find(root)?, MODULES)?;
+    let modules = Modules::find(root)?;
+    let newer = NEWER_MODULES.iter().filter(|name| modules.contains(name));
+    image.modules(&modules, &MODULES.iter().chain(newer).copied().collect::<Vec<_>>())?;
     for path in parts.ours {
         image.ours(path)?;
     }

@@ -49,6 +49,11 @@ impl Modules {
         Ok(Self { release: release.to_owned(), files })
     }
 
+    /// Whether the kernel has a module of this name.
+    pub(super) fn contains(&self, name: &str) -> bool {
+        self.files.contains_key(&canonical(name))
+    }
+
     /// A module, unpacked: an emulated CPU would take long.
     pub(super) fn read(&self, name: &str) -> Result<Vec<u8>> {
         let path = self.files.get(name);

@@ -72,6 +72,22 @@ nothing_left() {
     done
 }
 
+# As guest_results, with the statistics of the kernel's backend.
+kernel_results() {
+    while guest_lives "$1"; do
+        for dir in /sys/bus/xen-backend/devices/vbd-*/statistics; do
+            # Those of a disk go with it: the last look counts.
+            (cd "$dir" 2>/dev/null && grep -s . *) >/run/stats.new
+            [ -s /run/stats.new ] && tr '\n' ' ' </run/stats.new >"/run/stats.$(basename "${dir%/*}")"
+        done
+        sleep 2
+    done
+    for file in /run/stats.vbd-*; do
+        [ -s "$file" ] && result blkback "{\"device\":\"${file#/run/stats.}\",\"statistics\":\"$(cat "$file")\"}"
+    done
+    guest_results "$1"
+}
+
 # As guest_results, with blkback's statistics, and that nothing is left when the guest NAME is gone.
 blkback_results() {
     while guest_lives "$1"; do

@@ -2,6 +2,7 @@
 ram_disk 256
 file_disk 64
 start_blkback
-create_guest guest disk 'vdev=xvda,format=raw,access=rw,backendtype=phy,target=/dev/nullb0' \
-    'vdev=xvdb,format=raw,access=rw,backendtype=phy,target=/dev/loop0'
+create_guest guest 'disk untrusted=xvdb' \
+    'vdev=xvda,format=raw,access=rw,backendtype=phy,target=/dev/nullb0' \
+    'vdev=xvdb,format=raw,access=rw,backendtype=phy,untrusted,target=/dev/loop0'
 blkback_results guest

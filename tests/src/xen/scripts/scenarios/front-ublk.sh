@@ -1,0 +1,8 @@
+# As front-ours, but the disks are /dev/ublkbN (Debian 13: Linux 6.1 has no ublk).
+ram_disk 256
+file_disk 64
+start_blkback
+create_guest guest 'front via=ublk' \
+    'vdev=xvda,format=raw,access=rw,backendtype=phy,untrusted,target=/dev/nullb0' \
+    'vdev=xvdb,format=raw,access=rw,backendtype=phy,target=/dev/loop0'
+blkback_results guest
