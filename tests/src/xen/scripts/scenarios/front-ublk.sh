@@ -2,7 +2,8 @@
 ram_disk 256
 file_disk 64
 start_blkback
+GUEST_UNTRUSTED=51712
 create_guest guest 'front via=ublk' \
-    'vdev=xvda,format=raw,access=rw,backendtype=phy,untrusted,target=/dev/nullb0' \
+    'vdev=xvda,format=raw,access=rw,backendtype=phy,target=/dev/nullb0' \
     'vdev=xvdb,format=raw,access=rw,backendtype=phy,target=/dev/loop0'
 blkback_results guest
