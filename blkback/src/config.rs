@@ -95,6 +95,9 @@ pub struct Flags {
     /// Longest spin of adaptive waiting, in microseconds [default: 50]
     #[arg(long, value_name = "N")]
     spin_us: Option<u64>,
+    /// In a driver domain, seconds to wait for a hotplug script; 0 where nobody runs any [default: 3]
+    #[arg(long, value_name = "N")]
+    script_timeout_s: Option<u64>,
     /// Seconds between looks at the sizes of disks; 0 for only on SIGHUP [default: 5]
     #[arg(long, value_name = "N")]
     resize_interval_s: Option<u64>,
@@ -116,6 +119,7 @@ impl Config {
         set(&mut tuning.direct, flags.direct);
         set(&mut tuning.wait, flags.wait);
         set(&mut tuning.spin_us, flags.spin_us);
+        set(&mut tuning.script_timeout_s, flags.script_timeout_s);
         let kinds = flags.kinds.or(file.kinds);
         let kinds = kinds.unwrap_or_else(|| vec!["vbd3".to_owned(), "vbd".to_owned()]);
         let interval = flags.resize_interval_s.or(file.resize_interval_s);

@@ -14,6 +14,9 @@ const DEFAULT_SPIN: Duration = Duration::from_micros(50);
 /// Rings a device gets without being told otherwise: as many as Linux's frontend asks for at the most.
 const DEFAULT_QUEUES: usize = 4;
 
+/// Where nobody may be there to run hotplug scripts: what a script takes, with time to spare.
+const DEFAULT_SCRIPT_TIMEOUT: Duration = Duration::from_secs(3);
+
 /// Offers and strategies, the same for every device.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
@@ -36,6 +39,9 @@ pub struct Tuning {
     pub wait: WaitMode,
     /// The longest spin of [`WaitMode::Adaptive`], in microseconds.
     pub spin_us: u64,
+    /// In a driver domain, seconds from `InitWait` on in which `xl devd`, if it is there, will have
+    /// run a disk's hotplug script.
+    pub script_timeout_s: u64,
 }
 
 impl Default for Tuning {
@@ -50,6 +56,7 @@ impl Default for Tuning {
             direct: DirectIo::Auto,
             wait: WaitMode::Adaptive,
             spin_us: DEFAULT_SPIN.as_micros() as u64,
+            script_timeout_s: DEFAULT_SCRIPT_TIMEOUT.as_secs(),
         }
     }
 }
@@ -112,6 +119,12 @@ impl Tuning {
             WaitMode::Adaptive => Wait::Adaptive(Duration::from_micros(self.spin_us)),
             WaitMode::Poll => Wait::Poll,
         }
+    }
+
+    /// How long a hotplug script is waited for where it is not sure that anybody runs it.
+    pub fn script_timeout(&self) -> Duration {
+        // Beyond a day nobody sees the difference, and adding it to now cannot overflow.
+        Duration::from_secs(self.script_timeout_s.min(24 * 60 * 60))
     }
 
     /// For opening storage.

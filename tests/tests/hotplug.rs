@@ -7,7 +7,9 @@ mod guest;
 use anyhow::{Result, ensure};
 use guest::{Device, Guest, Link, Store, Transport, WellBehaved, state};
 use ring_proto::{Abi, RingLayout};
+use std::time::Duration;
 use xen_blk_tests::host::{Host, Programs};
+use xen_blk_tests::process::wait_until;
 
 const PLAIN: Transport =
     Transport { layout: RingLayout::Union(Abi::X86_64), order: 0, persistent: false };
@@ -53,4 +55,34 @@ fn the_disk_is_connected_when_its_script_has_run_or_nobody_runs_it() -> Result<(
     let waiting = state_of(&refused)?;
     ensure!(waiting.as_deref() == Some(state::INIT_WAIT), "{waiting:?}: {}", daemon.log());
     Ok(())
+}
+
+/// What removes a script's work needs the directory, and the one who runs it removes that.
+#[test]
+fn the_directory_stays_for_who_runs_the_script() -> Result<()> {
+    let host = Host::start(Programs::beside_us()?)?;
+    let daemon = host.backend(&["--script-timeout-s", "3600"])?;
+    let guest = Guest::create(&host, "guest")?;
+    let admin = Store::connect(&host.platform_dir().join("xenstored.sock"))?;
+    let (disk, link) = offered(&host, &guest, "xvda")?;
+    // Longer than it is waited for without that option.
+    std::thread::sleep(Duration::from_secs(4));
+    ensure!(disk.property(&guest, "state")?.as_deref() == Some(state::INIT_WAIT), "not waited for");
+    admin.write(&format!("{}/hotplug-status", disk.back), "connected")?;
+    disk.wait_backend(&guest, &[state::CONNECTED])?;
+    disk.set_state(&guest, state::CONNECTED)?;
+    let mut used = WellBehaved::on(&guest, link)?;
+    used.round_trip(0)?;
+    std::thread::scope(|scope| {
+        let toolstack = scope.spawn(|| host.detach("guest", "xvda"));
+        disk.wait_backend(&guest, &[state::CLOSING])?;
+        used.disconnect(&guest, &disk)?;
+        wait_until("the device to be removed", || Ok(daemon.log().contains("device removed")))?;
+        // Longer than it is left where there is no script.
+        std::thread::sleep(Duration::from_secs(3));
+        ensure!(admin.read(&format!("{}/params", disk.back))?.is_some(), "{}", daemon.log());
+        admin.rm(&disk.back)?;
+        toolstack.join().map_err(|_| anyhow::anyhow!("the toolstack panicked"))??;
+        Ok(())
+    })
 }

@@ -151,6 +151,8 @@ fn twenty_attachments_leave_nothing() -> Result<()> {
         .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
     ensure!(!open.into_iter().any(|target| target == path), "the file is still open");
     ensure!(daemon.terminate()?.success(), "{}", daemon.log());
+    let said = daemon.log().matches("state=Closed").count();
+    ensure!(said == 21, "the log says {said} times that a disk is closed: {}", daemon.log());
     Ok(())
 }
 

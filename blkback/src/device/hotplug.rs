@@ -1,6 +1,6 @@
 //! Making a disk ready to be connected, and the toolstack's hotplug script, which may have a say.
 
-use super::{Abandoned, Device};
+use super::{Abandoned, Device, nodes};
 use ring_proto::DomId;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -8,36 +8,52 @@ use tracing::info;
 use xenstore_glue::client;
 use xenstore_glue::xenbus::BackendEvent;
 
-/// Where nobody may be there to run hotplug scripts, a script is waited for this long from `InitWait` on.
-const SCRIPT_TIMEOUT: Duration = Duration::from_secs(3);
+/// After `Closed`, `xl devd` runs the script once more and then removes the directory. It is left this
+/// long for that: a script that finds its directory gone writes its complaint there, and so brings it
+/// back. libxl in dom0 waits 10 s for the directory to go.
+const SCRIPT_GRACE: Duration = Duration::from_secs(8);
+/// Where no script runs, between `Closed` and the removal of the directory: libxl waits for the value
+/// of `state`, and takes a missing node for a failure.
+const RETIRE_GRACE: Duration = Duration::from_secs(1);
 
-/// Whether a hotplug script has still to say that the disk may be used.
+/// What a hotplug script has to do with the disk.
 ///
 /// The toolstack runs it when it has seen `InitWait`, and waits for no other state: a frontend that is
 /// quick would make us go on to `Connected` before it looks, and hot-attach would fail. Nor is a disk
 /// to be used that the script refuses, because another guest writes it, say.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Script {
-    NotAwaited,
-    /// Until then, where it is not sure that it runs.
+    /// None is named, or nobody runs it.
+    None,
+    /// It has still to say that the disk may be used; until then, where it is not sure that it runs.
     Awaited(Option<Instant>),
+    /// It has said so.
+    Ran,
 }
 
 impl Script {
     /// `InitWait` was published: the script runs now, if anybody runs it. In dom0 the toolstack does; in
     /// a driver domain `xl devd`, if it is there.
-    pub(super) fn start(&mut self, own: DomId) {
+    pub(super) fn start(&mut self, own: DomId, timeout: Duration) {
         if let Self::Awaited(deadline) = self
             && own != DomId(0)
         {
-            *deadline = Some(Instant::now() + SCRIPT_TIMEOUT);
+            *deadline = Some(Instant::now() + timeout);
         }
     }
 
     pub(super) fn deadline(self) -> Option<Instant> {
         match self {
             Self::Awaited(deadline) => deadline,
-            Self::NotAwaited => None,
+            Self::None | Self::Ran => None,
+        }
+    }
+
+    /// How long the directory of a closed device is left for others to remove.
+    fn grace(self) -> Duration {
+        match self {
+            Self::Ran => SCRIPT_GRACE,
+            Self::None | Self::Awaited(_) => RETIRE_GRACE,
         }
     }
 }
@@ -62,7 +78,8 @@ impl Device {
                     self.script = Script::Awaited(None);
                     return Ok(());
                 }
-                self.connectable().await
+                let script = if self.description.script { Script::Ran } else { Script::None };
+                self.connectable(script).await
             }
             Ok(Err(error)) => self.refused(&error).await,
             Err(error) => self.refused(&error).await,
@@ -74,8 +91,8 @@ impl Device {
     }
 
     /// The disk may be connected.
-    pub(super) async fn connectable(&mut self) -> Result<(), Abandoned> {
-        self.script = Script::NotAwaited;
+    pub(super) async fn connectable(&mut self, script: Script) -> Result<(), Abandoned> {
+        self.script = script;
         self.context.client.write(&self.node("hotplug-status"), "connected").await?;
         self.feed(BackendEvent::StorageReady).await
     }
@@ -89,15 +106,47 @@ impl Device {
 
     /// What the script says, if it has to.
     pub(super) async fn look_for_script(&mut self) -> Result<(), Abandoned> {
-        if self.script == Script::NotAwaited {
+        if !matches!(self.script, Script::Awaited(_)) {
             return Ok(());
         }
         match self.hotplug_status().await?.as_deref() {
             None => {}
-            Some(b"connected") => self.connectable().await?,
+            Some(b"connected") => self.connectable(Script::Ran).await?,
             // The toolstack takes the device away.
             Some(_) => self.script = Script::Awaited(None),
         }
+        Ok(())
+    }
+
+    /// The toolstack has asked for the device to go, and it is closed. In dom0 the toolstack removes its
+    /// directory; elsewhere `xl devd` does, or if there is none, we do.
+    pub(super) async fn retire(&mut self) -> Result<(), Abandoned> {
+        info!("device removed");
+        self.storage = None;
+        if self.context.platform.domid() == DomId(0) {
+            return Ok(());
+        }
+        let (client, dir) = (&self.context.client, &self.dir);
+        let online = format!("{dir}/online");
+        let until = Instant::now() + self.script.grace();
+        loop {
+            tokio::time::sleep(RETIRE_GRACE).await;
+            match client.read_optional(&online).await?.as_deref() {
+                Some(b"0") if Instant::now() < until => {}
+                Some(b"0") => break,
+                // Removed, or attached anew.
+                _ => return Ok(()),
+            }
+        }
+        client
+            .transact(async |transaction| {
+                let online = transaction.read_optional(&online).await?;
+                if online.as_deref() == Some(b"0") {
+                    nodes::remove_with_parent(transaction, dir).await?;
+                }
+                Ok(())
+            })
+            .await?;
         Ok(())
     }
 }

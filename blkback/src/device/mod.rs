@@ -30,9 +30,6 @@ use xenstore_glue::vbd::{
 use xenstore_glue::wire::Errno;
 use xenstore_glue::xenbus::{BackendAction, BackendEvent, BackendMachine, StalePeer, XenbusState};
 
-/// Between `Closed` and the removal of the directory: libxl waits for the value of `state`, and
-/// takes a missing node for a failure.
-const RETIRE_GRACE: Duration = Duration::from_secs(1);
 /// Between giving a device up and looking at it again: whatever is wrong with it, looking must not
 /// keep the daemon busy.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
@@ -213,6 +210,8 @@ struct Device {
     /// When the frontend was asked to close.
     closing_since: Option<tokio::time::Instant>,
     script: Script,
+    /// The state that the log has last.
+    told: Option<XenbusState>,
     /// For all that the frontend can make happen as often as it likes.
     log: Throttle,
 }
@@ -262,7 +261,8 @@ impl Device {
             connected: None,
             ended,
             closing_since: None,
-            script: Script::NotAwaited,
+            script: Script::None,
+            told: None,
             log: Throttle::new(),
         };
         Ok((device, frontend))
@@ -297,7 +297,7 @@ impl Device {
                 }
                 () = sleep_until(script) => {
                     info!("nobody runs the hotplug script here: going on without");
-                    self.connectable().await?;
+                    self.connectable(Script::None).await?;
                 }
             }
         }
@@ -448,11 +448,12 @@ impl Device {
                 Ok(true)
             })
             .await?;
-        if written && self.log.admits() {
+        // The same one is written again where the toolstack has written over it.
+        if written && self.told.replace(state) != Some(state) && self.log.admits() {
             info!(%state);
         }
         if state == XenbusState::InitWait {
-            self.script.start(self.context.platform.domid());
+            self.script.start(self.context.platform.domid(), self.context.tuning.script_timeout());
         }
         self.closing_since =
             (state == XenbusState::Closing && self.link.is_some()).then(tokio::time::Instant::now);
@@ -564,29 +565,5 @@ impl Device {
             }
         }
         self.context.registry.update(&self.dir, |view| view.rings.clear());
-    }
-
-    /// The toolstack has asked for the device to go: say that it is closed, and, outside of dom0,
-    /// where the toolstack does that, remove its directory.
-    async fn retire(&mut self) -> Result<(), Abandoned> {
-        self.publish(Vec::new(), XenbusState::Closed).await?;
-        info!("device removed");
-        self.storage = None;
-        if self.context.platform.domid().0 == 0 {
-            return Ok(());
-        }
-        tokio::time::sleep(RETIRE_GRACE).await;
-        let (client, dir) = (&self.context.client, &self.dir);
-        client
-            .transact(async |transaction| {
-                // The toolstack may have attached it anew.
-                let online = transaction.read_optional(&format!("{dir}/online")).await?;
-                if online.as_deref() == Some(b"0") {
-                    nodes::remove_with_parent(transaction, dir).await?;
-                }
-                Ok(())
-            })
-            .await?;
-        Ok(())
     }
 }
