@@ -1,6 +1,8 @@
 //! How a disk is to be opened.
 
+use ring_proto::Abi;
 use std::time::Duration;
+use xenstore_glue::vbd::PROTOCOL_DEFAULT;
 
 /// Bytes of granted data pages a vCPU gets unless [`Config::pool_bytes`] says otherwise: 128 I/Os of
 /// 64 KiB, the deepest the IOmeter mix goes on one vCPU.
@@ -35,6 +37,8 @@ pub struct Config {
     /// Ask for the split layout (docs/protocol.md); without it, or with a backend that does not know
     /// it, the ring is blkif.h's.
     pub split_ring: bool,
+    /// The ABI of such a ring.
+    pub protocol: Protocol,
     /// The most segments of an indirect request; 0 does without indirect requests. The backend's
     /// `feature-max-indirect-segments` bounds it.
     pub max_indirect_segments: u16,
@@ -64,6 +68,7 @@ impl Default for Config {
             ring_order: 0,
             persistent: true,
             split_ring: false,
+            protocol: Protocol::default(),
             max_indirect_segments: DEFAULT_INDIRECT_SEGMENTS,
             merge: true,
             depth: DEFAULT_DEPTH,
@@ -72,6 +77,30 @@ impl Default for Config {
             waiting: Waiting::default(),
             connect_timeout: Duration::from_secs(10),
             reconnect_timeout: None,
+        }
+    }
+}
+
+/// How blkif.h's structures are laid out, and whether the key `protocol` says so.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Protocol {
+    /// It names the ABI.
+    Named(Abi),
+    /// There is no such key. Backends then take [`PROTOCOL_DEFAULT`], as from old frontends.
+    Unnamed,
+}
+
+impl Default for Protocol {
+    fn default() -> Self {
+        Self::Named(Abi::NATIVE)
+    }
+}
+
+impl Protocol {
+    pub(crate) fn abi(self) -> Abi {
+        match self {
+            Self::Named(abi) => abi,
+            Self::Unnamed => PROTOCOL_DEFAULT,
         }
     }
 }

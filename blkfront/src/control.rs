@@ -5,8 +5,8 @@ use crate::fabric::Fabric;
 use crate::flight::{FlushMode, Limits};
 use crate::hw::Ring;
 use crate::link::{Bell, Command, Notice};
-use crate::{Cause, Config, rings};
-use ring_proto::{Abi, DomId, RingLayout};
+use crate::{Cause, Config, Protocol, rings};
+use ring_proto::{DomId, RingLayout};
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -431,7 +431,7 @@ impl Control {
         let layout = if self.config.split_ring && offer.split_ring {
             RingLayout::Split
         } else {
-            RingLayout::Union(Abi::NATIVE)
+            RingLayout::Union(self.config.protocol.abi())
         };
         let order = self.config.ring_order.min(offer.max_ring_page_order);
         let (mut rings, mut queues) = (Vec::new(), Vec::new());
@@ -458,7 +458,10 @@ impl Control {
     async fn write_request(&self, request: &FrontendRequest) -> Result<(), Cause> {
         const STALE: [&str; 4] = ["queue-", "ring-ref", "response-ring-ref", "event-channel"];
         let frontend = &self.frontend;
-        let nodes = request.to_keys();
+        let mut nodes = request.to_keys();
+        if self.config.protocol == Protocol::Unnamed {
+            nodes.retain(|(key, _)| key != "protocol");
+        }
         let reissue = if self.config.reissue { "1" } else { "0" };
         let written = self.client.transact(async |store: &client::Transaction| {
             for name in store.directory(frontend).await? {

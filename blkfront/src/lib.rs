@@ -73,7 +73,7 @@ mod wait;
 pub use asynchronous::AsyncQueue;
 pub use config::{
     Config, DEFAULT_DEPTH, DEFAULT_INDIRECT_SEGMENTS, DEFAULT_POOL_BYTES, DEFAULT_SPIN, MAX_DEPTH,
-    MAX_POOL_BYTES, MAX_VCPUS, Waiting,
+    MAX_POOL_BYTES, MAX_VCPUS, Protocol, Waiting,
 };
 pub use disk::{Disk, Features, Geometry, Info, RingInfo};
 pub use error::{Cause, Error, IoError, Refusal, Refused, Result, Violation};

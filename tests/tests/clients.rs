@@ -67,6 +67,20 @@ impl Exported {
     }
 }
 
+/// 32-bit frontends, and old ones that do not say what they are, which backends take for 32-bit ones.
+#[test]
+fn fio_verifies_other_abis() -> Result<()> {
+    for (option, key) in [("x86_32-abi", Some("x86_32-abi")), ("none", None)] {
+        let disk = Exported::new(16 * MIB, "access=rw", &["--protocol", option])?;
+        let store = run(disk.host.xenstore("ls").args(["-f", "/local/domain"]))?;
+        let said = store.lines().find_map(|line| line.split_once("/protocol = "));
+        ensure!(said.map(|(_, name)| name.trim_matches('"')) == key, "{store}");
+        disk.fio(&["--rw=randwrite", "--bsrange=512-256k", "--blockalign=512", "--size=8m"])
+            .with_context(|| format!("protocol {option}"))?;
+    }
+    Ok(())
+}
+
 /// fio writes patterns in every block size of the IOmeter mix and reads them back, on every ring.
 #[test]
 fn fio_verifies_every_block_size() -> Result<()> {

@@ -8,9 +8,10 @@ pub(crate) mod ublk;
 pub(crate) mod units;
 
 use anyhow::Context;
-use blkfront::{Config, DEFAULT_SPIN, Disk, Waiting, prepare_process};
+use blkfront::{Config, DEFAULT_SPIN, Disk, Protocol, Waiting, prepare_process};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use ring_proto::Abi;
 use std::fmt::Display;
 use std::io::Write;
 use std::process::ExitCode;
@@ -57,6 +58,17 @@ pub(crate) enum Wait {
     Adaptive,
 }
 
+/// Values of the key `protocol`.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum ProtocolName {
+    #[value(name = "x86_64-abi")]
+    X86_64,
+    #[value(name = "x86_32-abi")]
+    X86_32,
+    /// No such key
+    None,
+}
+
 /// How to talk to the backend.
 #[derive(clap::Args, Debug)]
 #[command(next_help_heading = "Rings")]
@@ -82,6 +94,9 @@ pub(crate) struct Rings {
     /// Do not offer to issue requests again: be to the backend what Linux's frontend is
     #[arg(long, hide = true)]
     no_reissue: bool,
+    /// Be to the backend what a frontend of another ABI is, or an old one that names none
+    #[arg(long, hide = true, value_enum)]
+    protocol: Option<ProtocolName>,
     /// How threads wait for responses
     #[arg(long, value_enum, default_value_t)]
     wait: Wait,
@@ -111,6 +126,12 @@ impl Rings {
             max_indirect_segments: self.indirect,
             merge: !self.no_merge,
             reissue: !self.no_reissue,
+            protocol: match self.protocol {
+                None => Protocol::default(),
+                Some(ProtocolName::X86_64) => Protocol::Named(Abi::X86_64),
+                Some(ProtocolName::X86_32) => Protocol::Named(Abi::X86_32),
+                Some(ProtocolName::None) => Protocol::Unnamed,
+            },
             waiting: match self.wait() {
                 Wait::Poll => Waiting::Poll,
                 Wait::Event => Waiting::Event,
