@@ -144,3 +144,39 @@ fn map(file: &File) -> io::Result<Arc<dyn SharedMemory>> {
     let mapped = SharedFile::map(file.as_fd()).map_err(io::Error::other)?;
     Ok(Arc::new(mapped))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ring_proto::abi::PAGE_SIZE;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_directory_that_others_may_write_to_is_refused() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let records = dir.path().join("a/b");
+        let mode = |mode| std::fs::set_permissions(&records, PermissionsExt::from_mode(mode));
+        Records::open(&records).expect("created");
+        assert_eq!(records.metadata().expect("there").mode() & 0o777, 0o700);
+        for (bits, accepted) in [(0o755, true), (0o775, false), (0o757, false), (0o700, true)] {
+            mode(bits).expect("ours");
+            assert_eq!(Records::open(&records).is_ok(), accepted, "{bits:o}");
+        }
+    }
+
+    #[test]
+    fn a_file_tells_its_device() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let records = Records::open(dir.path()).expect("ours");
+        let backend = "/local/domain/0/backend/vbd3/12/51712";
+        let other = "/local/domain/0/backend/vbd3/1/51712";
+        for (backend, ring) in [(backend, 0), (backend, 10), (other, 0)] {
+            let name = RingName { backend, ring, identity: "" };
+            records.create(&records.file(name), PAGE_SIZE).expect("created");
+        }
+        records.forget(other);
+        assert_eq!(records.devices().collect::<Vec<_>>(), [backend; 2]);
+        records.forget(backend);
+        assert_eq!(records.devices().count(), 0);
+    }
+}

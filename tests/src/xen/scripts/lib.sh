@@ -23,10 +23,15 @@ file_disk() {
     losetup /dev/loop0 /tmp/disk.raw
 }
 
-# Starts blkback and shows what it says.
-start_blkback() {
+# Starts blkback.
+run_blkback() {
     blkback serve --platform xen --listen unix:/run/blkback/stats.sock >>/run/blkback.log 2>&1 &
     backend=$!
+}
+
+# As run_blkback, and shows what it says.
+start_blkback() {
+    run_blkback
     tail -F /run/blkback.log 2>/dev/null &
 }
 

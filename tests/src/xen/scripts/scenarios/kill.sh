@@ -1,0 +1,38 @@
+# kill -9 of blkback under load, five times: Linux's xen-blkfront in a guest goes on without an error.
+KILLS=5
+ram_disk 256
+file_disk 64
+start_blkback
+create_guest guest 'load seconds=120' 'vdev=xvda,format=raw,access=rw,backendtype=phy,target=/dev/nullb0' \
+    'vdev=xvdb,format=raw,access=rw,backendtype=phy,target=/dev/loop0'
+until grep -q 'load begins' /var/log/xen/console/guest-guest.log; do
+    guest_lives guest || fail "the guest has ended"
+    sleep 1
+done
+# Requests that the daemon has taken.
+requests() {
+    blkback stats --json 2>/dev/null | grep -oE '"(rd|wr)_req": *[0-9]+' | grep -oE '[0-9]+$' |
+        { sum=0; while read -r n; do sum=$((sum + n)); done; echo $sum; }
+}
+kill=0
+while [ $kill -lt $KILLS ]; do
+    sleep 4
+    until [ "$(requests)" -gt 500 ]; do
+        guest_lives guest || fail "the guest ended before kill $kill"
+        sleep 1
+    done
+    kill -9 $backend
+    wait $backend || true
+    run_blkback
+    kill=$((kill + 1))
+    echo "dom0: killed blkback $kill times"
+done
+blkback_results guest
+# Two disks of two rings.
+taken_up=$(grep -c 'going on where the last backend stopped' /run/blkback.log)
+busy=$(grep 'going on where' /run/blkback.log | grep -vc 'open=0$') || true
+result kills "{\"kills\":$KILLS,\"rings_taken_up\":$taken_up,\"with_requests_open\":$busy}"
+[ "$taken_up" = $((KILLS * 4)) ] || fail "$taken_up rings were taken up"
+[ "$busy" -gt 0 ] || fail "nothing was ever in flight"
+! grep -E 'WARN|ERROR' /run/blkback.log || fail "blkback has warned"
+[ -z "$(ls /run/blkback/* 2>/dev/null | grep -v stats.sock)" ] || fail "a record is left"
