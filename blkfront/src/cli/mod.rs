@@ -106,6 +106,9 @@ pub(crate) struct Rings {
     /// Longest spin of adaptive waiting, in microseconds
     #[arg(long, value_name = "N", default_value_t = DEFAULT_SPIN.as_micros() as u64)]
     spin_us: u64,
+    /// Seconds that the backend is given to connect, and to let go at the end
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    connect_timeout: u64,
     /// Seconds that I/O waits for a backend that went away before it fails [default: for ever]
     #[arg(long, value_name = "SECONDS")]
     reconnect_timeout: Option<u64>,
@@ -137,6 +140,7 @@ impl Rings {
                 Wait::Event => Waiting::Event,
                 Wait::Adaptive => Waiting::Adaptive(Duration::from_micros(self.spin_us)),
             },
+            connect_timeout: Duration::from_secs(self.connect_timeout),
             reconnect_timeout: self.reconnect_timeout.map(Duration::from_secs),
             ..Config::default()
         }

@@ -4,15 +4,13 @@ export RUST_LOG=info
 # The kernel's frontend would take the disks: it is a module, and nothing loads it.
 [ -d /sys/module/xen_blkfront ] && text failure "xen-blkfront is loaded"
 
-info() {
-    blkfront info "$@" --json >/run/info.json || text failure "blkfront info $*"
-    result info /run/info.json
-}
-text info "$(blkfront info xvda --split)"
-info xvda --vcpus 2 --split --ring-order 2
+# Emulated on a busy machine, a backend can take long.
+patience="--connect-timeout 60"
+
+text info "$(blkfront info xvda $patience --vcpus 2 --split --ring-order 2)"
+blkfront info xvda $patience --json >/run/info.json || text failure "blkfront info"
+result info /run/info.json
 grep -q '"trusted": false' /run/info.json || text failure "xvda is not called untrusted"
-info xvdb
-grep -q '"trusted": true' /run/info.json || text failure "xvdb is called untrusted"
 
 case $via in
 nbd)
@@ -33,13 +31,13 @@ start() {
     nbd) set -- nbd "$@" --device "$device$n" ;;
     ublk) set -- ublk "$@" --id "$n" ;;
     esac
-    blkfront "$@" --stats >"/run/front$n" 2>"/run/front$n.log" &
+    blkfront "$@" $patience --stats >"/run/front$n" 2>"/run/front$n.log" &
     eval "front$n=$!"
     tries=0
     until grep -q "^$device$n" "/run/front$n"; do
         sleep 0.2
         tries=$((tries + 1))
-        kill -0 $! 2>/dev/null && [ $tries -lt 150 ] && continue
+        kill -0 $! 2>/dev/null && [ $tries -lt 600 ] && continue
         return 1
     done
 }
@@ -66,7 +64,7 @@ echo 16384 >$limit
 
 start 0 xvda --vcpus 2 --split || text failure "$(cat /run/front0.log)"
 if [ "$via" = nbd ]; then
-    blkfront nbd xvdb --device ${device}0 2>/run/busy.log && text failure "a device twice"
+    blkfront nbd xvdb $patience --device ${device}0 2>/run/busy.log && text failure "a device twice"
     text busy "$(tail -1 /run/busy.log)"
 fi
 start 1 xvdb --ring-order 1 || text failure "$(cat /run/front1.log)"
@@ -76,13 +74,14 @@ text queue "$(cd "/sys/block/${device#/dev/}0/queue" && grep -s . max_segments m
 verify_disk ${device}0
 time_disk ${device}0
 report discard discard ${device}1
-verify_disk ${device}1
+job verify-flush ${device}1 --rw=randrw --bs=8k --iodepth=8 --size=4M --fsync=16 --verify=crc32c \
+    --verify_fatal=1
 report filesystem filesystem ${device}0
 stop 0
 stop 1
 
 # And without the kernel's help, over the union layout.
-blkfront bench xvda --rw randwrite --bssplit 512/10:4k/50:64k/30:256k/10 --iodepth 16 --numjobs 2 \
+blkfront bench xvda $patience --rw randwrite --bssplit 512/10:4k/50:64k/30:256k/10 --iodepth 16 --numjobs 2 \
     --size 4m --verify=crc32c --json >/run/bench.json || text failure "blkfront bench"
 result bench /run/bench.json
 text dmesg-errors "$(dmesg | grep -E 'I/O error|nbd.*(error|timed out)|BUG:|WARNING:' | head -5)"
