@@ -193,7 +193,8 @@ impl<'a> BlockDevice<'a> {
         result = result.and(self.device.stop());
         for Thread { thread, .. } in threads {
             let ended = thread.join().unwrap_or_else(|_| Err(io::Error::other("panicked")));
-            result = result.and(ended.map_err(failed("serve a queue")));
+            // What has ended a thread is the cause of what failed after it.
+            result = ended.map_err(failed("serve a queue")).and(result);
         }
         result
     }
