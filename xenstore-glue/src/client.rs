@@ -45,7 +45,7 @@ pub use transaction::{Commit, Transaction};
 pub use watch::Watch;
 
 /// The most requests that wait for a reply at a time; more wait their turn here. xenstored stops
-/// reading from an unprivileged domain beyond 20 (its quota "outstanding").
+/// reading from an unprivileged domain beyond 20 (its quota "outstanding"). Over the kernel's device it is one.
 pub const MAX_OUTSTANDING: usize = 20;
 /// The most different paths that a [`Watch`] keeps while nobody takes them. Beyond, it forgets
 /// them all for one event on the watched path itself, which means "read everything again".

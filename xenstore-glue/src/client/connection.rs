@@ -10,7 +10,7 @@ use super::nodes::{Failure, refused};
 use super::transaction::Guard;
 use super::transport::Transport;
 use super::watch::WatchState;
-use super::{Endpoint, Error, MAX_OUTSTANDING, Result};
+use super::{Endpoint, Error, Result};
 use crate::wire::{Decoder, MessageType, PAYLOAD_MAX, Packet, Reply, Request, WireError};
 
 /// The pause before the first attempt to connect again, and what it grows to: xenstored is back
@@ -283,7 +283,7 @@ impl Link {
 
     /// Whether another request may be sent.
     fn is_ready(&self) -> bool {
-        self.unsent.is_empty() && self.pending.len() < MAX_OUTSTANDING
+        self.unsent.is_empty() && self.pending.len() < self.transport.max_outstanding()
     }
 
     fn next_rewatch(&mut self) -> Option<u64> {
@@ -305,7 +305,7 @@ impl Link {
 
     /// To be called only while [`is_ready`](Self::is_ready).
     fn send(&mut self, mut packet: Packet, pending: Pending) {
-        // Of at most MAX_OUTSTANDING + 1 ids one is free, and 0 is for watch events.
+        // Of so many ids one is free, and 0 is for watch events.
         while self.next_req_id == 0 || self.pending.contains_key(&self.next_req_id) {
             self.next_req_id = self.next_req_id.wrapping_add(1);
         }

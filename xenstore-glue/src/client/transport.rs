@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 
-use super::Endpoint;
+use super::{Endpoint, MAX_OUTSTANDING};
 
 /// A byte stream to xenstore. Reads and writes may be cancelled without losing bytes.
 #[derive(Debug)]
@@ -65,6 +65,17 @@ impl Transport {
             // The kernel queues the message and returns; it never reports the device writable
             // (xenbus_file_poll knows only EPOLLIN), so this must not wait for that.
             Self::Device { writer, .. } => (&*writer).write(message),
+        }
+    }
+
+    /// The most requests that may wait for a reply at a time.
+    pub(super) fn max_outstanding(&self) -> usize {
+        match self {
+            Self::Unix(_) => MAX_OUTSTANDING,
+            // The kernel passes a request's payload on from the buffer that it was written to, some
+            // time after write has returned (`xenbus_dev_request_and_reply` in xenbus_xs.c): the next
+            // message written takes its place, and xenstored gets it with the header of the one before.
+            Self::Device { .. } => 1,
         }
     }
 

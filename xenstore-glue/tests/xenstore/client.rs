@@ -1,9 +1,13 @@
 //! Our client, when things go wrong.
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
+use nix::unistd::ttyname;
 
 use xenstore_glue::client::{
     Client, Commit, Endpoint, Error, MAX_OUTSTANDING, MAX_UNDRAINED_PATHS, Nodes,
@@ -69,6 +73,48 @@ async fn the_device_is_one_file_for_both_ways() {
     assert!(matches!(refused, Err(Error::Wire(WireError::TooLong { len, max: limit }))
         if limit == max && len == max + 1));
     assert!(matches!(client.reset_watches().await, Err(Error::Device { .. })));
+}
+
+/// The kernel keeps one message a file, and passes it on when it gets to it. A terminal is a device
+/// whose other end a test can hold.
+#[tokio::test]
+async fn the_device_gets_one_request_at_a_time() {
+    let pty = nix::pty::openpty(None, None).unwrap();
+    let mut raw = tcgetattr(&pty.slave).unwrap();
+    cfmakeraw(&mut raw);
+    tcsetattr(&pty.slave, SetArg::TCSANOW, &raw).unwrap();
+    let client = Client::connect(Endpoint::Device(ttyname(&pty.slave).unwrap())).await.unwrap();
+    let mut kernel = std::fs::File::from(pty.master);
+    let (requests, arrived) = std::sync::mpsc::channel();
+    let mut reader = kernel.try_clone().unwrap();
+    std::thread::spawn(move || {
+        let mut message = vec![0; HEADER_LEN + b"/a\0".len()];
+        while reader.read_exact(&mut message).is_ok() && requests.send(message.clone()).is_ok() {}
+    });
+    let reads: Vec<_> = ["/a", "/b", "/c"]
+        .map(|path| {
+            (
+                path,
+                tokio::spawn({
+                    let client = client.clone();
+                    async move { client.read(path).await }
+                }),
+            )
+        })
+        .into();
+    let waiting = tokio::task::spawn_blocking(move || {
+        for _ in 0..3 {
+            let message = arrived.recv_timeout(Duration::from_secs(10)).unwrap();
+            assert!(arrived.recv_timeout(Duration::from_millis(200)).is_err(), "two at a time");
+            // A request reads as its own reply.
+            kernel.write_all(&message).unwrap();
+        }
+        kernel
+    });
+    for (path, read) in reads {
+        assert_eq!(soon(read).await.unwrap().unwrap(), format!("{path}\0").into_bytes());
+    }
+    waiting.await.unwrap();
 }
 
 /// Names beyond one message, and requests beyond the limit of those under way.
