@@ -56,6 +56,9 @@ const MODULES: &[&str] = &[
 /// Modules that Debian 12's kernel does not have.
 const NEWER_MODULES: &[&str] = &["ublk_drv"];
 
+/// For scenarios that look where time goes; not small.
+const PROFILERS: &[&str] =
+    &["usr/bin/blkparse", "usr/bin/btt", "usr/bin/perf", "usr/sbin/blktrace"];
 const QEMU: &str = "usr/libexec/xen-qemu-system-i386";
 const PROGRAMS_32: &[&str] = &["sbin/e2fsck", "sbin/mke2fs", "usr/bin/fio"];
 const MODULES_32: &[&str] = &["crc32c_generic", "ext4", "xen-blkfront", "xenfs"];
@@ -78,6 +81,8 @@ pub struct Parts<'a> {
     pub root: &'a Root,
     /// Those of 32-bit guests, if there are to be any.
     pub root_32: Option<&'a Root>,
+    /// Whether dom0 and guests have perf and blktrace.
+    pub profilers: bool,
     /// Our programs.
     pub ours: &'a [PathBuf],
     /// What dom0 and guests do.
@@ -126,6 +131,9 @@ fn system(path: &Path, parts: &Parts<'_>) -> Result<()> {
         image.program(&format!("{bin}/{name}"))?;
     }
     image.link(Path::new("xen-bin"), &bin)?;
+    if parts.profilers {
+        image.programs(PROFILERS)?;
+    }
     image.tree(Path::new("etc/xen"), &root.dir.join("etc/xen"))?;
     let modules = Modules::find(root)?;
     let newer = NEWER_MODULES.iter().filter(|name| modules.contains(name));

@@ -15,10 +15,12 @@ use std::process::{Command, Stdio};
 /// What the images are made of, besides Xen's packages that have its version in their name.
 const PACKAGES: &[&str] = &[
     "bash",
+    "blktrace",
     "busybox-static",
     "e2fsprogs",
     "fio",
     "linux-image-amd64",
+    "linux-perf",
     "qemu-system-xen",
     "util-linux",
     "xen-utils-common",

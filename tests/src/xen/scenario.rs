@@ -43,11 +43,13 @@ pub fn check(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Whether a scenario has 32-bit guests: its script says `# needs: i386`.
+/// What only some scenarios need in their images: words of their scripts' line `# needs: ...`, of which
+/// there are `i386` and `profilers`.
 ///
 /// # Errors
 /// When its script cannot be read.
-pub fn needs_32_bit(name: &str) -> Result<bool> {
+pub fn needs(name: &str) -> Result<Vec<String>> {
     let text = fs::read_to_string(scripts().join("scenarios").join(name).with_extension("sh"))?;
-    Ok(text.lines().any(|line| line == "# needs: i386"))
+    let line = text.lines().find_map(|line| line.strip_prefix("# needs: "));
+    Ok(line.unwrap_or_default().split(' ').map(str::to_owned).collect())
 }

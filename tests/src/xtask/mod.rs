@@ -1,6 +1,7 @@
 //! The commands of `cargo xtask`.
 
 pub(crate) mod bench;
+mod compare;
 pub(crate) mod demo;
 mod plot;
 pub(crate) mod test;

@@ -1,11 +1,11 @@
 //! `cargo xtask xen`: a real Xen host under emulation.
 
-use super::{cargo, step, target};
+use super::{cargo, compare, step, target};
 use anyhow::{Result, bail};
 use clap::{Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 use xen_blk_tests::xen::image::Images;
@@ -14,6 +14,12 @@ use xen_blk_tests::xen::{Suite, image, machine, scenario};
 
 /// Our programs that dom0 gets.
 const OURS: &[&str] = &["blkback", "blkfront"];
+
+/// What `cargo xtask test` runs: one attachment with everything used once, and what can be shown on real
+/// Xen only of a backend that is killed.
+const SHORT: [&str; 2] = ["dom0-phy", "kill"];
+/// For each of these, on a slow machine. They take a quarter of it.
+const SHORT_LIMIT: Duration = Duration::from_secs(480);
 
 /// Options of `cargo xtask xen`.
 #[derive(clap::Args)]
@@ -81,11 +87,13 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         }
         Action::Run { scenarios, limit } => {
             scenarios.iter().try_for_each(|name| scenario::check(name))?;
-            let images = prepare(suite, options, scenarios)?;
+            let images = prepare(suite, &programs(options)?, options.refresh, scenarios)?;
             let limit = Duration::from_secs(*limit);
             scenarios.iter().try_for_each(|name| run_one(suite, &images, name, limit))
         }
-        Action::Shell => machine::interact(&prepare(suite, options, &[])?),
+        Action::Shell => {
+            machine::interact(&prepare(suite, &programs(options)?, options.refresh, &[])?)
+        }
     }
 }
 
@@ -93,29 +101,42 @@ fn cache() -> PathBuf {
     target().join("xen")
 }
 
-fn prepare(suite: Suite, options: &Options, scenarios: &[String]) -> Result<Images> {
+/// Runs the scenarios of [`SHORT`] with programs as tests are built.
+///
+/// # Errors
+/// As for [`run`].
+pub(crate) fn short() -> Result<()> {
+    let scenarios = SHORT.map(str::to_owned);
+    let images = prepare(Suite::Bookworm, &target().join("debug"), false, &scenarios)?;
+    scenarios.iter().try_for_each(|name| run_one(Suite::Bookworm, &images, name, SHORT_LIMIT))
+}
+
+/// Where our programs are.
+fn programs(options: &Options) -> Result<PathBuf> {
+    if !options.no_build {
+        let packages = ["-p", "blkback", "-p", "blkfront"];
+        step("build", cargo(&["build", "--release", "--bins"]).args(packages))?;
+    }
+    Ok(target().join("release"))
+}
+
+fn prepare(suite: Suite, programs: &Path, refresh: bool, scenarios: &[String]) -> Result<Images> {
     if Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
         bail!(
             "qemu-system-x86_64 is missing: apt-get install --no-install-recommends qemu-system-x86"
         );
     }
-    if !options.no_build {
-        let packages = ["-p", "blkback", "-p", "blkfront"];
-        step("build", cargo(&["build", "--release", "--bins"]).args(packages))?;
-    }
     eprintln!("==> packages of {}", suite.name());
-    let root = |arch| Root::prepare(suite, arch, &cache(), options.refresh);
+    let root = |arch| Root::prepare(suite, arch, &cache(), refresh);
     let amd64 = root(Arch::Amd64)?;
-    let mut i386 = None;
-    for name in scenarios {
-        if i386.is_none() && scenario::needs_32_bit(name)? {
-            i386 = Some(root(Arch::I386)?);
-        }
-    }
-    let ours: Vec<_> = OURS.iter().map(|name| target().join("release").join(name)).collect();
+    let needs = scenarios.iter().map(|name| scenario::needs(name)).collect::<Result<Vec<_>>>()?;
+    let needed = |what: &str| needs.iter().flatten().any(|need| need == what);
+    let i386 = needed("i386").then(|| root(Arch::I386)).transpose()?;
+    let ours: Vec<_> = OURS.iter().map(|name| programs.join(name)).collect();
     let parts = image::Parts {
         root: &amd64,
         root_32: i386.as_ref(),
+        profilers: needed("profilers"),
         ours: &ours,
         scripts: &scenario::scripts(),
     };
@@ -138,6 +159,10 @@ fn run_one(suite: Suite, images: &Images, scenario: &str, limit: Duration) -> Re
     let report = dir.join("result.json");
     serde_json::to_writer_pretty(File::create(&report)?, &all)?;
     show(&outcome);
+    if let Some(tables) = compare::tables(&outcome) {
+        fs::write(dir.join("tables.md"), &tables)?;
+        println!("{tables}");
+    }
     eprintln!("Left behind: {}, {}", report.display(), outcome.console.display());
     if let Some(failure) = failure {
         bail!("{scenario}: {failure}\n\nThe console's end:\n{}", outcome.console_tail());
@@ -163,13 +188,13 @@ fn show(outcome: &machine::Outcome) {
             job["error"],
         );
     }
-    for name in ["blkfront", "queues", "queue", "discard", "filesystem", "dmesg-errors"] {
+    for name in ["blkfront", "queues", "queue", "discard", "filesystem", "report", "dmesg-errors"] {
         for value in outcome.named(name) {
             println!("{name}: {}", text(value).replace('|', "\n    "));
         }
     }
 }
 
-fn text(value: &Value) -> &str {
+pub(super) fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
 }

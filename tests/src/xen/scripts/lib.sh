@@ -47,7 +47,7 @@ run_fio() {
     row=$1
     shift
     fio --name="$row" --filename="$1" --ioengine=libaio --direct=1 --time_based --runtime="$seconds" \
-        --ramp_time=0.5 --group_reporting --norandommap --clat_percentiles=0 --lat_percentiles=0 \
+        --group_reporting --norandommap --clat_percentiles=0 --lat_percentiles=0 \
         --output-format=json --output=/run/fio.json $(shift; echo "$@") >/run/fio.out 2>&1 || return 1
     # Warnings come first.
     sed -n '/^{/,$p' /run/fio.json | tr -d '\n\r' >/run/fio.result

@@ -1,0 +1,85 @@
+# Linux's xen-blkback, QEMU's qdisk and blkback beside each other, and dom0 itself: use --suite trixie.
+# One RAM disk, one guest with a disk of each backend on it; rows take turns. Round 0 counts grant
+# operations, with probes that cost time; the others are timed.
+rounds=1
+seconds=1
+ram_disk 256
+modprobe xen-blkback
+start_blkback
+cat >/etc/xen/scripts/block-none <<'END'
+#!/bin/sh
+[ "$1" = add ] && xenstore-write "$XENBUS_PATH/hotplug-status" connected
+exit 0
+END
+chmod +x /etc/xen/scripts/block-none
+
+tracing=/sys/kernel/tracing
+mount -t tracefs tracefs $tracing
+# What the kernel's grant operations are asked for is in the argument that counts them.
+grant_probes="gnttab_map_refs:dx gnttab_unmap_refs:dx gnttab_batch_copy:si"
+start_probes() {
+    for probe in $grant_probes; do
+        echo "p:grants/${probe%:*} ${probe%:*} count=%${probe#*:}:u32" >>$tracing/kprobe_events || return 0
+        echo "hist:keys=common_type:vals=count" >$tracing/events/grants/${probe%:*}/trigger
+    done
+}
+read_probes() {
+    for probe in $grant_probes; do
+        printf '"%s":"%s",' "${probe%:*}" "$(grep -s -o -E 'hitcount: *[0-9]+ *count: *[0-9]+' \
+            "$tracing/events/grants/${probe%:*}/hist" | tr -s ' ' | tail -1)"
+    done
+}
+stop_probes() {
+    for probe in $grant_probes; do
+        echo "!hist:keys=common_type:vals=count" >$tracing/events/grants/${probe%:*}/trigger
+    done
+    echo >$tracing/kprobe_events
+}
+
+# Nanoseconds that threads have run: of processes by number, or of kernel threads by name.
+ran() {
+    cat /proc/"$1"/task/*/schedstat 2>/dev/null | awk '{ n += $1 } END { print n + 0 }'
+}
+ran_kernel() {
+    for pid in $(pgrep "^[0-9]+\.xvd"); do cat "/proc/$pid/schedstat"; done 2>/dev/null \
+        | awk '{ n += $1 } END { print n + 0 }'
+}
+counters() {
+    busy=$(awk '/^cpu / { print $2 + $3 + $4 + $7 + $8 }' /proc/stat)
+    kernel_events=$(awk '$NF ~ /^blkif-backend/ { n += $2 + $3 } END { print n + 0 }' /proc/interrupts)
+    user_events=$(awk '$NF ~ /^evtchn:/ { n += $2 + $3 } END { print n + 0 }' /proc/interrupts)
+    printf '{"busy_ticks":%s,"kernel_ns":%s,"qdisk_ns":%s,"ours_ns":%s,"kernel_events":%s,"user_events":%s,%s"step":"%s"}' \
+        "$busy" "$(ran_kernel)" "$(ran "$qemu")" "$(ran "$backend")" "$kernel_events" "$user_events" \
+        "$(read_probes)" "$1"
+}
+
+qemu=none
+ours='format=raw,access=rw,backendtype=tap,script=/etc/xen/scripts/block-none,target=/dev/nullb0'
+create_guest guest "compare disks=kernel:xvda,qdisk:xvdb,ours:xvdc rounds=$rounds seconds=$seconds" \
+    'vdev=xvda,format=raw,access=rw,backendtype=phy,target=/dev/nullb0' \
+    'vdev=xvdb,format=raw,access=rw,backendtype=qdisk,target=/dev/nullb0' "vdev=xvdc,$ours"
+qemu=$(pgrep qemu | head -1)
+data="/local/domain/$(xl domid guest)/data"
+start_probes
+last=
+while guest_lives guest; do
+    step=$(xenstore-read "$data/step" 2>/dev/null || true)
+    [ "$step" = "$last" ] && { usleep 50000; continue; }
+    last=$step
+    case $step in
+    *direct)
+        round=${step% *}
+        [ "$round" = 0 ] && stop_probes
+        [ "$round" = 0 ] || while read -r row arguments; do
+            run_fio "$row" /dev/nullb0 $arguments || fail "fio $row in dom0"
+            result row "{\"round\":$round,\"backend\":\"direct\",\"row\":\"$row\",\"fio\":$(cat /run/fio.result)}"
+        done </scripts/rows
+        ;;
+    *) result counters "$(counters "$step")" ;;
+    esac
+    xenstore-write "$data/done" "$step"
+done
+[ -s /run/stats ] || true
+result blkback-log "\"$(grep -c . /run/blkback.log)\""
+guest_results guest
+stop_blkback

@@ -1,0 +1,147 @@
+//! The tables of the scenario `compare`: backends beside each other on one host.
+
+use super::xen::text;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use xen_blk_tests::xen::machine::Outcome;
+
+/// The backends, as the scenario calls them, and the prefix of their counters.
+const BACKENDS: [(&str, &str); 3] = [("kernel", "kernel"), ("qdisk", "user"), ("ours", "user")];
+/// Grant operations are counted in this round, which is not timed.
+const COUNTING: u64 = 0;
+/// `USER_HZ`: the unit of `/proc/stat` is 10 ms.
+const TICK_US: f64 = 10_000.0;
+
+/// One row of one backend in one round.
+struct Sample {
+    iops: f64,
+    ios: f64,
+    guest_events: f64,
+}
+
+type Key<'a> = (u64, &'a str, &'a str);
+
+/// The tables in Markdown; nothing if the scenario was another one.
+pub(super) fn tables(outcome: &Outcome) -> Option<String> {
+    let mut samples: BTreeMap<Key<'_>, Sample> = BTreeMap::new();
+    let mut rows: Vec<&str> = Vec::new();
+    for row in outcome.named("row") {
+        let name = text(&row["row"]);
+        if !rows.contains(&name) {
+            rows.push(name);
+        }
+        let job = &row["fio"]["jobs"][0];
+        let sum = |what: &str| number(&job["read"][what]) + number(&job["write"][what]);
+        let sample = Sample {
+            iops: sum("iops"),
+            ios: sum("total_ios").max(1.0),
+            guest_events: number(&row["guest_events"]),
+        };
+        samples.insert((row["round"].as_u64()?, text(&row["backend"]), name), sample);
+    }
+    if rows.is_empty() {
+        return None;
+    }
+    let counters: BTreeMap<&str, &Value> =
+        outcome.named("counters").map(|value| (text(&value["step"]), value)).collect();
+    let table = Tables { samples, counters };
+    let mut out = String::from(
+        "| IOPS, median (lowest-highest) | dom0 itself | xen-blkback | qdisk | blkback | \
+         of xen-blkback | of qdisk |\n|---|---|---|---|---|---|---|\n",
+    );
+    for row in &rows {
+        let iops = |backend| table.median(backend, row, |s, _, _| s.iops);
+        let shown = |backend| {
+            let (low, middle, high) = iops(backend);
+            format!("{middle:.0} ({low:.0}-{high:.0})")
+        };
+        let of = |peer| iops("ours").1 / iops(peer).1;
+        out += &format!(
+            "| {row} | {} | {} | {} | {} | {:.2} | {:.1} |\n",
+            shown("direct"),
+            shown("kernel"),
+            shown("qdisk"),
+            shown("ours"),
+            of("kernel"),
+            of("qdisk"),
+        );
+    }
+    out += "\n| an I/O | backend | CPU us, backend's threads | CPU us, all of dom0 | \
+            events to the backend | events to the guest | grants mapped, unmapped, copied |\n\
+            |---|---|---|---|---|---|---|\n";
+    for row in &rows {
+        for (backend, prefix) in BACKENDS {
+            let per_io = |name: String, scale: f64| {
+                let delta = |s: &Sample, before: &Value, after: &Value| {
+                    (number(&after[&name]) - number(&before[&name])) * scale / s.ios
+                };
+                table.median(backend, row, delta).1
+            };
+            out += &format!(
+                "| {row} | {backend} | {:.1} | {:.1} | {:.3} | {:.3} | {} |\n",
+                per_io(format!("{backend}_ns"), 1e-3),
+                per_io("busy_ticks".to_owned(), TICK_US),
+                per_io(format!("{prefix}_events"), 1.0),
+                table.median(backend, row, |s, _, _| s.guest_events / s.ios).1,
+                table.grants(backend, row).unwrap_or_default(),
+            );
+        }
+    }
+    Some(out)
+}
+
+struct Tables<'a> {
+    samples: BTreeMap<Key<'a>, Sample>,
+    /// By step: `ROUND BACKEND ROW`, and the same with ` end`.
+    counters: BTreeMap<&'a str, &'a Value>,
+}
+
+impl Tables<'_> {
+    /// Lowest, median and highest of the timed rounds, of what `value` makes of a row and of dom0's
+    /// counters before and after it.
+    fn median(
+        &self,
+        backend: &str,
+        row: &str,
+        value: impl Fn(&Sample, &Value, &Value) -> f64,
+    ) -> (f64, f64, f64) {
+        let mut found: Vec<_> = (self.samples.iter())
+            .filter(|((round, b, r), _)| *round != COUNTING && *b == backend && *r == row)
+            .map(|((round, ..), sample)| {
+                let (before, after) = self.around(*round, backend, row);
+                value(sample, before, after)
+            })
+            .collect();
+        found.sort_unstable_by(f64::total_cmp);
+        match found.as_slice() {
+            [] => (f64::NAN, f64::NAN, f64::NAN),
+            all => (all[0], all[all.len() / 2], all[all.len() - 1]),
+        }
+    }
+
+    fn around(&self, round: u64, backend: &str, row: &str) -> (&Value, &Value) {
+        let step = format!("{round} {backend} {row}");
+        let at = |step: &str| self.counters.get(step).copied().unwrap_or(&Value::Null);
+        (at(&step), at(&format!("{step} end")))
+    }
+
+    /// Pages an I/O that grant operations were asked for.
+    fn grants(&self, backend: &str, row: &str) -> Option<String> {
+        let sample = self.samples.get(&(COUNTING, backend, row))?;
+        let (before, after) = self.around(COUNTING, backend, row);
+        let each = ["gnttab_map_refs", "gnttab_unmap_refs", "gnttab_batch_copy"].map(|probe| {
+            let pages = |value: &Value| last_number(text(&value[probe]));
+            format!("{:.3}", (pages(after) - pages(before)) / sample.ios)
+        });
+        Some(each.join(", "))
+    }
+}
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or(0.0)
+}
+
+/// `hitcount: 3 count: 12` is 12; what was never hit is 0.
+fn last_number(text: &str) -> f64 {
+    text.rsplit(' ').next().and_then(|word| word.parse().ok()).unwrap_or(0.0)
+}
