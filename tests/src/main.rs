@@ -20,6 +20,8 @@ enum Command {
     Bench(xtask::bench::Options),
     /// Install what the tests need, then run all of them
     Test(xtask::test::Options),
+    /// Build a Debian package of both programs, with unit, hotplug script and manual pages
+    Deb(xtask::deb::Options),
     /// A real Xen host under emulation, and scenarios that run on it
     Xen(xtask::xen::Options),
 }
@@ -29,6 +31,7 @@ fn main() -> anyhow::Result<()> {
         Command::Demo(options) => xtask::demo::run(&options),
         Command::Bench(options) => xtask::bench::run(&options),
         Command::Test(options) => xtask::test::run(&options),
+        Command::Deb(options) => xtask::deb::run(&options),
         Command::Xen(options) => xtask::xen::run(&options),
     }
 }

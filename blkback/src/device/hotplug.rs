@@ -90,9 +90,12 @@ impl Device {
         self.context.client.read_optional(&self.node("hotplug-status")).await
     }
 
-    /// The disk may be connected.
+    /// The disk may be connected, as far as a script is concerned.
     pub(super) async fn connectable(&mut self, script: Script) -> Result<(), Abandoned> {
         self.script = script;
+        if self.storage.is_none() {
+            return self.feed(BackendEvent::StorageFailed).await;
+        }
         self.context.client.write(&self.node("hotplug-status"), "connected").await?;
         self.feed(BackendEvent::StorageReady).await
     }
@@ -101,6 +104,12 @@ impl Device {
         self.fail(&error.to_string()).await?;
         self.context.client.write(&self.node("hotplug-error"), error.to_string()).await?;
         self.context.client.write(&self.node("hotplug-status"), "error").await?;
+        // Where the toolstack looks at nothing but `InitWait` and then at what its script says, it
+        // would wait for the former in vain and not know why.
+        if self.description.script && self.context.platform.domid() == DomId(0) {
+            self.script = Script::Awaited(None);
+            return Ok(());
+        }
         self.feed(BackendEvent::StorageFailed).await
     }
 

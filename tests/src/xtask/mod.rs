@@ -2,6 +2,7 @@
 
 pub(crate) mod bench;
 mod compare;
+pub(crate) mod deb;
 pub(crate) mod demo;
 mod plot;
 pub(crate) mod test;
