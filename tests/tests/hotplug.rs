@@ -7,6 +7,8 @@ mod guest;
 use anyhow::{Result, ensure};
 use guest::{Device, Guest, Link, Store, Transport, WellBehaved, state};
 use ring_proto::{Abi, RingLayout};
+use std::fs::File;
+use std::process::Command;
 use std::time::Duration;
 use xen_blk_tests::host::{Host, Programs};
 use xen_blk_tests::process::wait_until;
@@ -85,4 +87,49 @@ fn the_directory_stays_for_who_runs_the_script() -> Result<()> {
         toolstack.join().map_err(|_| anyhow::anyhow!("the toolstack panicked"))??;
         Ok(())
     })
+}
+
+/// Debian's xenstore tools and the script that we ship, on a disk of a driver domain.
+#[test]
+fn our_script_says_what_blkback_has_found() -> Result<()> {
+    let host = Host::start(Programs::beside_us()?)?;
+    let _daemon = host.backend(&["--script-timeout-s", "3600"])?;
+    let guest = Guest::create(&host, "guest")?;
+    let admin = Store::connect(&host.platform_dir().join("xenstored.sock"))?;
+    let script = |device: &Device, action: &str| -> Result<bool> {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../blkback/dist/block-blkback");
+        let socket = host.platform_dir().join("xenstored.sock");
+        let mut command = Command::new("sh");
+        command.arg(path).arg(action);
+        command.env("XENSTORED_PATH", socket).env("XENBUS_PATH", &device.back);
+        Ok(command.status()?.success())
+    };
+    let image = host.dir().join("disk.raw");
+    File::create(&image)?.set_len(1 << 20)?;
+    let attach = |vdev: &str, target: &str| -> Result<Device> {
+        let line = format!("vdev={vdev},script=block-blkback,target={target}");
+        let device = guest.attach(&host, &line)?;
+        device.set_state(&guest, state::INITIALISING)?;
+        device.wait_backend(&guest, &[state::INIT_WAIT, state::CLOSED])?;
+        Ok(device)
+    };
+    let node = |device: &Device, key: &str| admin.read(&format!("{}/{key}", device.back));
+
+    for (vdev, target) in [("xvda", "null:64G"), ("xvdb", &image.display().to_string())] {
+        let device = attach(vdev, target)?;
+        ensure!(node(&device, "hotplug-status")?.is_none(), "{target}");
+        ensure!(script(&device, "add")?, "{target}");
+        ensure!(node(&device, "hotplug-status")?.as_deref() == Some("connected"), "{target}");
+        ensure!(node(&device, "physical-device")?.is_none(), "{target} is no device");
+        ensure!(script(&device, "add")? && script(&device, "remove")?, "{target}, again");
+        ensure!(!script(&device, "change")?, "an action that there is not");
+    }
+    // As blkback says of a disk that it cannot open.
+    let refused = attach("xvdc", "null:1G")?;
+    admin.write(&format!("{}/hotplug-error", refused.back), "no such disk")?;
+    admin.write(&format!("{}/hotplug-status", refused.back), "error")?;
+    ensure!(!script(&refused, "add")?);
+    ensure!(node(&refused, "hotplug-status")?.as_deref() == Some("error"));
+    ensure!(node(&refused, "hotplug-error")?.as_deref() == Some("no such disk"));
+    Ok(())
 }

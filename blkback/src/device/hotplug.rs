@@ -102,11 +102,13 @@ impl Device {
 
     async fn refused(&mut self, error: &(dyn std::error::Error + Sync)) -> Result<(), Abandoned> {
         self.fail(&error.to_string()).await?;
+        // One that is there already is of a daemon before us: nobody is told by a script any more.
+        let is_new = self.hotplug_status().await?.is_none();
         self.context.client.write(&self.node("hotplug-error"), error.to_string()).await?;
         self.context.client.write(&self.node("hotplug-status"), "error").await?;
-        // Where the toolstack looks at nothing but `InitWait` and then at what its script says, it
-        // would wait for the former in vain and not know why.
-        if self.description.script && self.context.platform.domid() == DomId(0) {
+        // libxl looks for `InitWait` and nothing else, then at what the script says: without the former
+        // it would wait in vain and not say why. Our script tells it; others know nothing of us.
+        if is_new && self.description.own_script && self.context.platform.domid() == DomId(0) {
             self.script = Script::Awaited(None);
             return Ok(());
         }

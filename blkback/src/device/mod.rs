@@ -3,6 +3,7 @@
 //! The xenbus machine decides; this task reads xenstore for it and does what it says.
 
 mod hotplug;
+mod kernel;
 mod link;
 mod nodes;
 mod throttle;
@@ -24,8 +25,8 @@ use tracing::{Instrument, debug, info, info_span, warn};
 use xen_platform::Platform;
 use xenstore_glue::client::{self, Client, Watch};
 use xenstore_glue::vbd::{
-    Agreement, BackendOffer, DevicePaths, DeviceProperties, Discard, FrontendRequest, QueueKeys,
-    Refusal, VirtualDevice,
+    Agreement, BackendKind, BackendOffer, DevicePaths, DeviceProperties, Discard, FrontendRequest,
+    QueueKeys, Refusal, VirtualDevice,
 };
 use xenstore_glue::wire::Errno;
 use xenstore_glue::xenbus::{BackendAction, BackendEvent, BackendMachine, StalePeer, XenbusState};
@@ -152,6 +153,11 @@ enum ConnectError {
 
 async fn run(context: Context, paths: DevicePaths, pokes: &Pokes) -> Result<End, Abandoned> {
     let shutdown = context.shutdown.clone();
+    if paths.kind == BackendKind::Vbd
+        && unless_stopped(&shutdown, kernel::wait_until_gone()).await.is_none()
+    {
+        return Ok(End::Stopped);
+    }
     let (ended, ring_ended) = mpsc::unbounded_channel();
     let (mut device, frontend) =
         match unless_stopped(&shutdown, Device::find(context, paths, ended)).await {

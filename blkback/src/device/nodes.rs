@@ -7,6 +7,9 @@ use xenstore_glue::client::{self, Client, Nodes};
 use xenstore_glue::disk::{Target, TargetError};
 use xenstore_glue::vbd::DevicePaths;
 
+/// The hotplug script that says what we have said of a disk.
+const OWN_SCRIPT: &str = "block-blkback";
+
 /// A device's backend directory, as libxl fills it.
 #[derive(Clone, Debug)]
 pub(super) struct Description {
@@ -25,6 +28,8 @@ pub(super) struct Description {
     pub(super) discard: bool,
     /// The toolstack means to run a hotplug script.
     pub(super) script: bool,
+    /// It is [`OWN_SCRIPT`].
+    pub(super) own_script: bool,
 }
 
 /// Why a device is refused before its frontend was even looked at.
@@ -71,6 +76,7 @@ impl Description {
             });
         }
         let mode = text("mode").await?.unwrap_or_default();
+        let script = text("script").await?.unwrap_or_default();
         Ok(Self {
             frontend,
             frontend_id: paths.frontend_domain,
@@ -81,7 +87,8 @@ impl Description {
             cdrom: is(text("device-type").await?, "cdrom"),
             removable: is(text("removable").await?, "1"),
             discard: !is(text("discard-enable").await?, "0"),
-            script: text("script").await?.is_some_and(|script| !script.is_empty()),
+            own_script: script.rsplit('/').next() == Some(OWN_SCRIPT),
+            script: !script.is_empty(),
         })
     }
 

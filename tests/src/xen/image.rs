@@ -45,6 +45,8 @@ const MODULES: &[&str] = &[
     "loop",
     "nbd",
     "null_blk",
+    // Where the whole Debian is.
+    "nvme",
     "xen-blkback",
     "xen-blkfront",
     "xen-evtchn",
@@ -72,6 +74,8 @@ pub struct Images {
     pub kernel: PathBuf,
     /// dom0's initramfs, in which the guests' is.
     pub dom0: PathBuf,
+    /// A disk of the machine's, which is not written to.
+    pub disk: Option<PathBuf>,
 }
 
 /// What the images are made from.
@@ -119,7 +123,7 @@ pub fn build(dir: &Path, parts: &Parts<'_>) -> Result<Images> {
         more.copy(Path::new("guest32/initramfs"), &guest)?;
     }
     more.finish()?;
-    Ok(Images { xen, kernel, dom0 })
+    Ok(Images { xen, kernel, dom0, disk: None })
 }
 
 fn system(path: &Path, parts: &Parts<'_>) -> Result<()> {

@@ -79,6 +79,10 @@ fn qemu(images: &Images, scenario: &str, limit: Duration) -> Command {
          dom0_max_vcpus=2 dom0_vcpus_pin sched=null",
     );
     command.arg("-initrd").arg(dom0);
+    if let Some(disk) = &images.disk {
+        let drive = format!("file={},format=raw,if=none,id=disk,snapshot=on", disk.display());
+        command.args(["-drive", &drive, "-device", "nvme,serial=debian,drive=disk"]);
+    }
     command
 }
 

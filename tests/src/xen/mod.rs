@@ -4,6 +4,7 @@
 //! PV needs no virtualisation hardware, so an emulator is enough for hypervisor, dom0 and guests.
 
 pub mod cpio;
+pub mod debian;
 pub mod image;
 mod initramfs;
 pub mod machine;

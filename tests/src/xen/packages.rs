@@ -32,9 +32,7 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Packages still have files in these (merged /usr).
 const MERGED: &[&str] = &["bin", "sbin", "lib", "lib64"];
 
-/// Where this machine gets its own packages from, asked for another suite. 32-bit guests do without
-/// updates: archives for their sake are small, and not always whole.
-fn sources(suite: &str, arch: Arch) -> Result<String> {
+pub(super) fn sources(suite: &str, arch: Arch) -> Result<String> {
     let mut ask = Command::new("apt-get");
     ask.args(["indextargets", "--format", "$(SITE) $(RELEASE)", "Identifier: Packages"]);
     let mut lines = BTreeSet::new();

@@ -1,6 +1,6 @@
 //! `cargo xtask xen`: a real Xen host under emulation.
 
-use super::{cargo, compare, step, target};
+use super::{cargo, compare, deb, step, target};
 use anyhow::{Result, bail};
 use clap::{Subcommand, ValueEnum};
 use serde_json::{Value, json};
@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::Duration;
 use xen_blk_tests::xen::image::Images;
 use xen_blk_tests::xen::packages::{Arch, Root};
-use xen_blk_tests::xen::{Suite, image, machine, scenario};
+use xen_blk_tests::xen::{Suite, debian, image, machine, scenario};
 
 /// Our programs that dom0 gets.
 const OURS: &[&str] = &["blkback", "blkfront"];
@@ -87,12 +87,19 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         }
         Action::Run { scenarios, limit } => {
             scenarios.iter().try_for_each(|name| scenario::check(name))?;
-            let images = prepare(suite, &programs(options)?, options.refresh, scenarios)?;
+            let (root, images) = prepare(suite, &programs(options)?, options.refresh, scenarios)?;
             let limit = Duration::from_secs(*limit);
-            scenarios.iter().try_for_each(|name| run_one(suite, &images, name, limit))
+            scenarios.iter().try_for_each(|name| {
+                if name == debian::SCENARIO {
+                    let package = deb::build(true)?;
+                    let images = debian::install(&root, &images, &package, options.refresh)?;
+                    return run_one(suite, &images, name, limit);
+                }
+                run_one(suite, &images, name, limit)
+            })
         }
         Action::Shell => {
-            machine::interact(&prepare(suite, &programs(options)?, options.refresh, &[])?)
+            machine::interact(&prepare(suite, &programs(options)?, options.refresh, &[])?.1)
         }
     }
 }
@@ -107,7 +114,7 @@ fn cache() -> PathBuf {
 /// As for [`run`].
 pub(crate) fn short() -> Result<()> {
     let scenarios = SHORT.map(str::to_owned);
-    let images = prepare(Suite::Bookworm, &target().join("debug"), false, &scenarios)?;
+    let (_, images) = prepare(Suite::Bookworm, &target().join("debug"), false, &scenarios)?;
     scenarios.iter().try_for_each(|name| run_one(Suite::Bookworm, &images, name, SHORT_LIMIT))
 }
 
@@ -120,7 +127,12 @@ fn programs(options: &Options) -> Result<PathBuf> {
     Ok(target().join("release"))
 }
 
-fn prepare(suite: Suite, programs: &Path, refresh: bool, scenarios: &[String]) -> Result<Images> {
+fn prepare(
+    suite: Suite,
+    programs: &Path,
+    refresh: bool,
+    scenarios: &[String],
+) -> Result<(Root, Images)> {
     if Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
         bail!(
             "qemu-system-x86_64 is missing: apt-get install --no-install-recommends qemu-system-x86"
@@ -140,7 +152,8 @@ fn prepare(suite: Suite, programs: &Path, refresh: bool, scenarios: &[String]) -
         ours: &ours,
         scripts: &scenario::scripts(),
     };
-    image::build(&cache().join(suite.name()).join("images"), &parts)
+    let images = image::build(&cache().join(suite.name()).join("images"), &parts)?;
+    Ok((amd64, images))
 }
 
 fn run_one(suite: Suite, images: &Images, scenario: &str, limit: Duration) -> Result<()> {

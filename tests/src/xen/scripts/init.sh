@@ -23,6 +23,7 @@ for word in $(cat /proc/cmdline); do
     esac
 done
 . /scripts/lib.sh
+[ "$scenario" = debian ] && . /scripts/debian-init.sh
 case $(cat /proc/xen/capabilities) in
 *control_d*) . /scripts/dom0-init.sh ;;
 *) . /scripts/guest-init.sh ;;

@@ -1,0 +1,24 @@
+//! Linux's own backend, which serves disks of the kind `vbd` wherever it is loaded.
+
+use std::path::Path;
+use std::time::Duration;
+use tracing::{info, warn};
+
+/// There while Linux's backend is loaded.
+const DRIVER: &str = "/sys/bus/xen-backend/drivers/vbd";
+/// Between looks at whether it is gone: nothing announces that.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Waits until Linux's backend is not loaded. It would be on the same rings as we.
+pub(super) async fn wait_until_gone() {
+    if !Path::new(DRIVER).exists() {
+        return;
+    }
+    warn!(
+        "left to the kernel's xen-blkback until that is gone: rmmod xen-blkback, or attach with backendtype=tap"
+    );
+    while Path::new(DRIVER).exists() {
+        tokio::time::sleep(LOOK).await;
+    }
+    info!("the kernel's xen-blkback is gone");
+}

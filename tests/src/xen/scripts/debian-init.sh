@@ -1,0 +1,31 @@
+# dom0, where it is a whole Debian: from the initramfs to the system on the disk.
+[ "${limit:-0}" -gt 0 ] && limit="RuntimeMaxSec=$limit"
+modprobe -a nvme ext4
+until [ -b /dev/nvme0n1 ]; do sleep 0.1; done
+mount -t ext4 /dev/nvme0n1 /mnt
+# Memory is faster than the disk, and systemd takes a /run that is there.
+cp -a /guest /scripts /run/
+ln -s run/guest run/scripts /mnt/
+mkdir -p /mnt/usr/lib/modules /mnt/var/log/xen/console
+cp -a /usr/lib/modules/* /mnt/usr/lib/modules/
+chroot /mnt depmod
+echo 'XENCONSOLED_ARGS=--log=all' >>/mnt/etc/default/xen
+cat >/mnt/etc/systemd/system/scenario.service <<END
+[Unit]
+Description=The scenario
+Wants=xen.service
+After=xen.service
+OnFailure=poweroff.target
+[Service]
+ExecStart=/bin/sh /scripts/debian-dom0.sh
+StandardOutput=file:/dev/hvc0
+StandardError=file:/dev/hvc0
+$limit
+[Install]
+WantedBy=multi-user.target
+END
+chroot /mnt systemctl -q enable scenario.service
+chroot /mnt systemctl -q mask getty.target serial-getty@hvc0.service
+umount /proc/xen /dev/pts
+for dir in dev proc run sys; do mount --move /$dir /mnt/$dir; done
+exec switch_root /mnt /sbin/init

@@ -1,0 +1,26 @@
+# Writes xvda and xvdb, and reads back what was written, for seconds=.
+modprobe xen-blkfront
+for disk in xvda xvdb; do
+    tries=0
+    until [ -b /dev/$disk ]; do
+        sleep 0.2
+        tries=$((tries + 1))
+        [ $tries -lt 150 ] || fail "no /dev/$disk"
+    done
+done
+echo "guest: verifying"
+for disk in xvda xvdb; do
+    fio --name=$disk --filename=/dev/$disk --ioengine=libaio --direct=1 --rw=randwrite \
+        --bsrange=4k-64k --iodepth=16 --size=16M --verify=crc32c --verify_fatal=1 \
+        --time_based --runtime="$seconds" --output-format=json --output=/run/$disk.json \
+        >/run/$disk.out 2>&1 &
+    eval "$disk=$!"
+done
+for disk in xvda xvdb; do
+    eval "pid=\$$disk"
+    wait $pid || text failure "fio on $disk: $(cat /run/$disk.out /run/$disk.json | head -c 2000)"
+    sed -n '/^{/,$p' /run/$disk.json >/run/fio.result
+    result fio /run/fio.result
+done
+text dmesg-errors "$(dmesg | grep -E 'I/O error|blkfront:.*([Bb]ad|error|invalid)|BUG:|WARNING:' | head -5)"
+text done ""
