@@ -9,7 +9,7 @@ result exposure "$exposure"
 ram_disk 256
 truncate -s 64M /srv/disk.raw
 line=format=raw,access=rw,backendtype=phy,script=block-blkback
-create_guest guest "verify seconds=70" "vdev=xvda,$line,target=/dev/nullb0" \
+create_guest guest "verify seconds=60" "vdev=xvda,$line,target=/dev/nullb0" \
     "vdev=xvdb,$line,target=/srv/disk.raw"
 domain=$(xl domid guest)
 backend=/local/domain/0/backend/vbd/$domain
@@ -17,6 +17,7 @@ backend=/local/domain/0/backend/vbd/$domain
 until grep -q 'guest: verifying' /var/log/xen/console/guest-guest.log; do sleep 1; done
 
 for time in 1 2; do
+    echo "dom0: restart $time"
     systemctl restart blkback || fail "restart $time"
     sleep 5
 done
@@ -24,6 +25,7 @@ pid=$(systemctl show -P MainPID blkback)
 dpkg -i $package
 [ "$(systemctl show -P MainPID blkback)" != "$pid" ] || fail "an upgrade left the old daemon running"
 
+echo "dom0: attach and detach"
 xl block-attach guest "vdev=xvdc,$line,target=null:64G" || fail "attach null:64G"
 tries=0
 until [ "$(xenstore-read "$backend/51744/state")" = 4 ]; do
@@ -57,10 +59,12 @@ result blkback "$(blkback stats --json)"
 guest_results guest
 nothing_left
 pid=$(systemctl show -P MainPID blkback)
+echo "dom0: kill -9"
 kill -KILL "$pid"
 sleep 3
 systemctl is-active --quiet blkback || fail "systemd does not start blkback again"
 
+echo "dom0: purge"
 dpkg -L xen-blk | while read -r path; do [ -d "$path" ] || echo "$path"; done >/run/files
 [ "$(wc -l </run/files)" -gt 10 ]
 dpkg --purge xen-blk
