@@ -41,6 +41,8 @@ refused() {
     if xl block-attach guest "vdev=xvdd,$line,target=$1" 2>/run/refused; then fail "$1 is attached"; fi
     cat /run/refused
     grep -q "$2" /run/refused || fail "xl does not say why $1 is refused"
+    # libxl leaves what it could not attach.
+    xl block-detach guest xvdd || fail "detach what was refused"
 }
 refused /nowhere "does not exist"
 truncate -s 1M /var/tmp/out.raw /root/out.raw
