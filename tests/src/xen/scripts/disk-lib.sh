@@ -1,19 +1,19 @@
 # What guests do with a block device, with its data verified.
 
-# NAME DEVICE ARGUMENTS...: a fio job.
+# NAME DEVICE ARGUMENTS...: a fio job. (All variables are of the whole script.)
 job() {
-    name=$1
-    device=$2
+    job_name=$1
+    job_disk=$2
     shift 2
-    fio --name="$name" --filename="$device" --ioengine=libaio --direct=1 --group_reporting \
+    fio --name="$job_name" --filename="$job_disk" --ioengine=libaio --direct=1 --group_reporting \
         --output-format=json --output=/run/fio.json "$@" >/run/fio.out 2>&1
     status=$?
     cat /run/fio.out
     # Warnings come first.
     sed -n '/^{/,$p' /run/fio.json >/run/fio.result
     result fio /run/fio.result
-    text "fio-status" "$name $status"
-    [ $status = 0 ] || text failure "fio $name: $(cat /run/fio.out)"
+    text "fio-status" "$job_name $status"
+    [ $status = 0 ] || text failure "fio $job_name: $(cat /run/fio.out)"
 }
 
 # DEVICE: writes at every size, reads, and flushes.
