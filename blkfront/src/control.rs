@@ -481,12 +481,15 @@ impl Control {
     }
 
     async fn connect(&mut self) -> Result<FrontendEvent, Cause> {
-        let keys = self.read_backend(DeviceProperties::KEYS).await?;
+        let keys = [DeviceProperties::KEYS, &[BackendOffer::PERSISTENT_KEY]].concat();
+        let keys = self.read_backend(&keys).await?;
         let device = DeviceProperties::from_keys(&|key: &str| keys.get(key).cloned())
             .map_err(|refusal| self.refuse(refusal))?;
-        let (Some(fabric), Some(offered)) = (&self.fabric, self.offered.take()) else {
+        let (Some(fabric), Some(mut offered)) = (&self.fabric, self.offered.take()) else {
             return Ok(FrontendEvent::Failed);
         };
+        let kept = keys.get(BackendOffer::PERSISTENT_KEY).is_some_and(|value| value == b"1");
+        offered.agreement.persistent = kept && self.config.persistent;
         let (limits, features) = limits(&self.config, &offered.agreement, &device);
         fabric.link.sectors.store(device.sectors, Ordering::Relaxed);
         self.connection += 1;

@@ -26,13 +26,17 @@ pub struct BackendOffer {
 }
 
 impl BackendOffer {
+    /// Whether the backend keeps grants mapped: the one key of these that Linux's writes only before
+    /// `Connected`, so that a frontend knows when it has connected.
+    pub const PERSISTENT_KEY: &'static str = "feature-persistent";
+
     /// The keys that [`Self::from_keys`] looks up.
     pub const KEYS: &'static [&'static str] = &[
         "multi-queue-max-queues",
         "max-ring-page-order",
         "max-ring-pages",
         "feature-max-indirect-segments",
-        "feature-persistent",
+        Self::PERSISTENT_KEY,
         "feature-split-ring",
     ];
 
@@ -43,7 +47,7 @@ impl BackendOffer {
             node("multi-queue-max-queues", self.max_queues),
             node("max-ring-page-order", self.max_ring_page_order),
             node("feature-max-indirect-segments", self.max_indirect_segments),
-            node("feature-persistent", bit(self.persistent)),
+            node(Self::PERSISTENT_KEY, bit(self.persistent)),
         ];
         if self.split_ring {
             nodes.push(node("feature-split-ring", 1));
@@ -67,7 +71,7 @@ impl BackendOffer {
             max_indirect_segments: u16::try_from(segments)
                 .unwrap_or(u16::MAX)
                 .min(MAX_INDIRECT_SEGMENTS as u16),
-            persistent: flag(keys, "feature-persistent")?,
+            persistent: flag(keys, Self::PERSISTENT_KEY)?,
             split_ring: flag(keys, "feature-split-ring")?,
         })
     }

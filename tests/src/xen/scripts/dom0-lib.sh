@@ -84,7 +84,7 @@ kernel_results() {
     while guest_lives "$1"; do
         for dir in /sys/bus/xen-backend/devices/vbd-*/statistics; do
             # Those of a disk go with it: the last look counts.
-            (cd "$dir" 2>/dev/null && grep -s . *) >/run/stats.new
+            (cd "$dir" 2>/dev/null && grep -s . *) >/run/stats.new || true
             [ -s /run/stats.new ] && tr '\n' ' ' </run/stats.new >"/run/stats.$(basename "${dir%/*}")"
         done
         sleep 2
