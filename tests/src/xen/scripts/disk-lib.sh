@@ -16,14 +16,22 @@ job() {
     [ $status = 0 ] || text failure "fio $job_name: $(cat /run/fio.out)"
 }
 
-# DEVICE: writes at every size, reads, and flushes.
+# DEVICE: writes at every size, reads, and flushes; a quarter of it with the word short=1.
 verify_disk() {
     verify="--verify=crc32c --verify_fatal=1 --clat_percentiles=0 --lat_percentiles=0"
-    job verify-4k "$1" --rw=randwrite --bs=4k --iodepth=32 --size=8M $verify
+    job verify-4k "$1" --rw=randwrite --bs=4k --iodepth=32 --size=$((short ? 2 : 8))M $verify
     job verify-sizes "$1" --rw=randwrite --bsrange=512-256k --blockalign=512 --iodepth=16 \
-        --size=16M $verify
-    job verify-mixed "$1" --rw=randrw --bs=8k --iodepth=8 --size=4M --numjobs=2 \
-        --offset_increment=4M --fsync=16 $verify
+        --size=$((short ? 4 : 16))M $verify
+    job verify-mixed "$1" --rw=randrw --bs=8k --iodepth=8 --size=$((short ? 1 : 4))M \
+        --numjobs=2 --offset_increment=4M --fsync=16 $verify
+}
+
+# DEVICE MIB: waits for the disk; what is written to that mebibyte of it is what is read.
+use_disk() {
+    until [ -b "$1" ]; do sleep 0.1; done
+    dd if=/dev/urandom of=/run/written bs=64k count=16 || return 1
+    dd if=/run/written of="$1" bs=64k seek=$((16 * $2)) oflag=direct conv=notrunc || return 1
+    dd if="$1" bs=64k skip=$((16 * $2)) count=16 iflag=direct | cmp - /run/written
 }
 
 # DEVICE: random reads and writes, timed.

@@ -2,7 +2,8 @@
 # No one may be left to stop a machine that hangs.
 [ "${limit:-0}" -gt 0 ] && (sleep "$limit"; echo "dom0: time is up"; poweroff -f) &
 
-xenstored --pid-file /run/xenstored.pid
+# Without it everything waits for ever, so it has to be seen.
+(xenstored --no-fork --pid-file /run/xenstored.pid; echo "dom0: xenstored ended with $?") &
 until xenstore-read -s / >/dev/null 2>&1; do sleep 0.2; done
 xen-init-dom0
 xenconsoled --log=all --pid-file=/run/xenconsoled.pid

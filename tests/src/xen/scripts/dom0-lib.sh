@@ -63,6 +63,51 @@ guest_lives() {
     xl domid "$1" >/dev/null 2>&1
 }
 
+# NAME COMMAND: has a guest whose job is `agent` run it in its shell; prints what that prints. Fails if it does.
+ask() {
+    number=$(cut -d' ' -f1 /proc/uptime)
+    data=/local/domain/$(xl domid "$1")/data || fail "$1 is not there to be asked: $2"
+    # The first event says that the watch is there, the second one that something has come of it.
+    xenstore-watch -n 2 "$data/answer" | {
+        read -r _
+        xenstore-write -R "$data/ask" "$number $2"
+        read -r _
+    }
+    answer=$(xenstore-read -R "$data/answer" 2>/dev/null) && [ "${answer%% *}" = "$number" ] \
+        || fail "$1 ended while asked: $2"
+    answer=${answer#* }
+    echo "${answer#* }"
+    [ "${answer%% *}" = 0 ] || fail "$1: $2: ${answer#* }"
+}
+
+# Ends a guest whose job is `agent`, and passes its results on.
+end_guest() {
+    xenstore-write "/local/domain/$(xl domid "$1")/data/ask" 'end true'
+    guest_results "$1"
+}
+
+# EXPECTED COMMAND...: waits until the command prints that; what has ended may take a while to be gone.
+# A number may also be smaller.
+settles() {
+    expected=$1
+    shift
+    tries=0
+    until seen=$("$@") && { [ "$seen" = "$expected" ] || [ "$seen" -lt "$expected" ] 2>/dev/null; }; do
+        tries=$((tries + 1))
+        if [ $tries -gt 60 ]; then
+            echo "$expected" >/run/expected
+            echo "$seen" >/run/seen
+            fail "$*: $(diff /run/expected /run/seen | grep '^[-+][^-+]' | head -8)"
+        fi
+        sleep 0.5
+    done
+}
+
+# The names of all nodes in xenstore but those of the domains' own business.
+nodes() {
+    xenstore-ls -f / | sed 's/ = .*//' | grep -vE '^/(tool.*|libxl|vm)$|/data/|^/local/domain/0/backend/[a-z0-9]*$' | sort
+}
+
 # Waits until the guest NAME has switched itself off, and passes its results on.
 guest_results() {
     while guest_lives "$1"; do sleep 1; done

@@ -23,15 +23,15 @@ file_disk() {
     losetup /dev/loop0 /tmp/disk.raw
 }
 
-# Starts blkback.
+# OPTION...: starts blkback.
 run_blkback() {
-    blkback serve --platform xen --listen unix:/run/blkback/stats.sock >>/run/blkback.log 2>&1 &
+    blkback serve --platform xen "$@" --listen unix:/run/blkback/stats.sock >>/run/blkback.log 2>&1 &
     backend=$!
 }
 
 # As run_blkback, and shows what it says.
 start_blkback() {
-    run_blkback
+    run_blkback "$@"
     tail -F /run/blkback.log 2>/dev/null &
 }
 
@@ -40,6 +40,17 @@ stop_blkback() {
     kill -0 $backend || fail "blkback has ended: $(tail -1 /run/blkback.log | tr -d '\"')"
     kill -TERM $backend
     wait $backend || fail "blkback did not end well"
+}
+
+# What blkback has open, and how much it has mapped of other domains. Its first thread keeps the gntdev that it
+# has used once; of tokio's threads, which look at the sizes of disks, there are one or two.
+opened() {
+    ls -l /proc/$backend/fd | awk -v threads="$(cat /proc/$backend/task/*/comm | grep -vc tokio)" '
+        /gntdev$/ { gntdev++; next }
+        END { print NR - gntdev " files, " (gntdev > 1 ? gntdev : 1) " gntdev, " threads " threads" }'
+}
+mapped() {
+    grep -c gntdev /proc/$backend/maps || true
 }
 
 # ROW DEVICE ARGUMENTS...: a timed fio job, whose result is left in /run/fio.result, in a line.

@@ -1,0 +1,3 @@
+# blkback in a PVH driver domain, for a PV guest beside xl devd, and for a PVH guest alone.
+. /scripts/driver.sh
+driver_domain pvh
