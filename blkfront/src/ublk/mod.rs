@@ -183,14 +183,16 @@ impl<'a> BlockDevice<'a> {
             }
             let device = File::open(self.path()).map_err(failed("open the block device"))?;
             if self.disk.take_news() && !sync(&device) {
-                give_up(&threads);
+                tell(&threads, |shared| &shared.give_up);
             }
             Ok(())
         });
         if result.is_err() {
-            give_up(&threads);
+            tell(&threads, |shared| &shared.give_up);
         }
         result = result.and(self.device.stop());
+        // A device that was never started aborts no tags.
+        tell(&threads, |shared| &shared.leave);
         for Thread { thread, .. } in threads {
             let ended = thread.join().unwrap_or_else(|_| Err(io::Error::other("panicked")));
             // What has ended a thread is the cause of what failed after it.
@@ -211,7 +213,8 @@ impl<'a> BlockDevice<'a> {
             let queue = self.disk.queue(number.into())?;
             let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC);
             let bell = bell.map_err(failed("make an eventfd"))?;
-            let shared = Arc::new(Shared { give_up: AtomicBool::new(false), bell });
+            let (give_up, leave) = (AtomicBool::new(false), AtomicBool::new(false));
+            let shared = Arc::new(Shared { give_up, leave, bell });
             let worker = Worker::new(
                 file.clone(),
                 shared.clone(),
@@ -244,9 +247,9 @@ impl<'a> BlockDevice<'a> {
     }
 }
 
-fn give_up(threads: &[Thread]) {
+fn tell(threads: &[Thread], what: impl Fn(&Shared) -> &AtomicBool) {
     for Thread { shared, .. } in threads {
-        shared.give_up.store(true, Ordering::Relaxed);
+        what(shared).store(true, Ordering::Relaxed);
         let _ = shared.bell.write(1);
     }
 }

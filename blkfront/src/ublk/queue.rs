@@ -28,7 +28,9 @@ const BELL: u64 = u64::MAX - 1;
 pub(super) struct Shared {
     /// To answer everything with an error at once.
     pub(super) give_up: AtomicBool,
-    /// Rung after that was set.
+    /// There is no block device any more, or there never was: nothing is to be answered.
+    pub(super) leave: AtomicBool,
+    /// Rung after one of them was set.
     pub(super) bell: EventFd,
 }
 
@@ -82,7 +84,7 @@ impl Worker {
         Ok(Self { number, file, shared, descriptors, queue, tags, live, given_up: false })
     }
 
-    /// Fetches, says so, and serves until the kernel has aborted all tags.
+    /// Fetches, says so, and serves until it is to leave, or the kernel has aborted all tags.
     ///
     /// # Errors
     /// Before `ready`: when the kernel does not let us fetch. Later: when it does not take answers.
@@ -112,8 +114,11 @@ impl Worker {
             while let Some((name, result)) = next(&mut ring) {
                 match name {
                     QUEUE => waits = false,
-                    // Looked at below, and never unset.
-                    BELL => {}
+                    BELL => {
+                        // It cannot block: it was said to be readable, and nobody else reads it.
+                        self.shared.bell.read()?;
+                        self.wait_for(&mut ring, self.shared.bell.as_fd().as_raw_fd(), BELL)?;
+                    }
                     tag => self.take(&mut ring, tag as u16, result)?,
                 }
             }
@@ -121,7 +126,7 @@ impl Worker {
             if !self.given_up && self.shared.give_up.load(Ordering::Relaxed) {
                 self.give_up(&mut ring)?;
             }
-            if self.live == 0 {
+            if self.live == 0 || self.shared.leave.load(Ordering::Relaxed) {
                 return Ok(());
             }
             if self.queue.in_flight() > 0 {

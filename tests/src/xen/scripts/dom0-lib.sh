@@ -128,9 +128,9 @@ nothing_left() {
 kernel_results() {
     while guest_lives "$1"; do
         for dir in /sys/bus/xen-backend/devices/vbd-*/statistics; do
-            # Those of a disk go with it: the last look counts.
+            # Those of rings go with them: the last look that shows something counts.
             (cd "$dir" 2>/dev/null && grep -s . *) >/run/stats.new || true
-            [ -s /run/stats.new ] && tr '\n' ' ' </run/stats.new >"/run/stats.$(basename "${dir%/*}")"
+            grep -q ':[1-9]' /run/stats.new && tr '\n' ' ' </run/stats.new >"/run/stats.$(basename "${dir%/*}")"
         done
         sleep 2
     done
