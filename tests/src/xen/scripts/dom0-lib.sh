@@ -143,8 +143,8 @@ kernel_results() {
 # As guest_results, with blkback's statistics, and that nothing is left when the guest NAME is gone.
 blkback_results() {
     while guest_lives "$1"; do
-        # Those of a disk go with it: the last look counts.
-        blkback stats --json >/run/stats.new 2>/dev/null && grep -q '"sectors"' /run/stats.new \
+        # Those of rings go with them: the last look that shows something counts.
+        blkback stats --json >/run/stats.new 2>/dev/null && grep -Eq '"wr_req": ?[1-9]' /run/stats.new \
             && mv /run/stats.new /run/stats
         sleep 5
     done

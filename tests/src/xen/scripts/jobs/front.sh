@@ -82,7 +82,8 @@ stop 1
 
 # And without the kernel's help, over the union layout.
 blkfront bench xvda $patience --rw randwrite --bssplit 512/10:4k/50:64k/30:256k/10 --iodepth 16 --numjobs 2 \
-    --size 4m --verify=crc32c --json >/run/bench.json || text failure "blkfront bench"
+    --size 4m --verify=crc32c --json >/run/bench.json 2>/run/bench.log ||
+    text failure "blkfront bench: $(tail -1 /run/bench.log)"
 result bench /run/bench.json
 text dmesg-errors "$(dmesg | grep -E 'I/O error|nbd.*(error|timed out)|BUG:|WARNING:' | head -5)"
 text done ""
