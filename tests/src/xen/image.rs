@@ -61,6 +61,8 @@ const NEWER_MODULES: &[&str] = &["ublk_drv"];
 /// For scenarios that look where time goes; not small.
 const PROFILERS: &[&str] =
     &["usr/bin/blkparse", "usr/bin/btt", "usr/bin/perf", "usr/sbin/blktrace"];
+/// It does not start without, even where it shows nothing.
+const QEMU_KEYMAPS: &str = "usr/share/qemu/keymaps";
 const QEMU: &str = "usr/libexec/xen-qemu-system-i386";
 const PROGRAMS_32: &[&str] = &["sbin/e2fsck", "sbin/mke2fs", "usr/bin/fio"];
 const MODULES_32: &[&str] = &["crc32c_generic", "ext4", "xen-blkfront", "xenfs"];
@@ -116,6 +118,7 @@ pub fn build(dir: &Path, parts: &Parts<'_>) -> Result<Images> {
     more.copy(Path::new("guest/initramfs"), &guest)?;
     // The device model is what serves qdisk.
     more.program(QEMU)?;
+    more.tree(Path::new(QEMU_KEYMAPS), &root.dir.join(QEMU_KEYMAPS))?;
     if let Some(root) = parts.root_32 {
         let guest = dir.join("guest32.cpio");
         system_32(&guest, root, parts.scripts)?;

@@ -7,8 +7,8 @@ use xen_blk_tests::xen::machine::Outcome;
 
 /// The backends, as the scenario calls them, and the prefix of their counters.
 const BACKENDS: [(&str, &str); 3] = [("kernel", "kernel"), ("qdisk", "user"), ("ours", "user")];
-/// Grant operations are counted in this round, which is not timed.
-const COUNTING: u64 = 0;
+/// Where dom0's kernel asks for grant operations.
+const GRANT_PROBES: [&str; 3] = ["gnttab_map_refs", "gnttab_unmap_refs", "gnttab_batch_copy"];
 /// `USER_HZ`: the unit of `/proc/stat` is 10 ms.
 const TICK_US: f64 = 10_000.0;
 
@@ -77,13 +77,20 @@ pub(super) fn tables(outcome: &Outcome) -> Option<String> {
                 };
                 table.median(backend, row, delta).1
             };
+            let grants = GRANT_PROBES.map(|probe| {
+                let pages = |value: &Value| last_number(text(&value[probe]));
+                let delta = |s: &Sample, before: &Value, after: &Value| {
+                    (pages(after) - pages(before)) / s.ios
+                };
+                format!("{:.3}", table.median(backend, row, delta).1)
+            });
             out += &format!(
                 "| {row} | {backend} | {:.1} | {:.1} | {:.3} | {:.3} | {} |\n",
                 per_io(format!("{backend}_ns"), 1e-3),
                 per_io("busy_ticks".to_owned(), TICK_US),
                 per_io(format!("{prefix}_events"), 1.0),
                 table.median(backend, row, |s, _, _| s.guest_events / s.ios).1,
-                table.grants(backend, row).unwrap_or_default(),
+                grants.join(", "),
             );
         }
     }
@@ -106,7 +113,7 @@ impl Tables<'_> {
         value: impl Fn(&Sample, &Value, &Value) -> f64,
     ) -> (f64, f64, f64) {
         let mut found: Vec<_> = (self.samples.iter())
-            .filter(|((round, b, r), _)| *round != COUNTING && *b == backend && *r == row)
+            .filter(|((_, b, r), _)| *b == backend && *r == row)
             .map(|((round, ..), sample)| {
                 let (before, after) = self.around(*round, backend, row);
                 value(sample, before, after)
@@ -123,17 +130,6 @@ impl Tables<'_> {
         let step = format!("{round} {backend} {row}");
         let at = |step: &str| self.counters.get(step).copied().unwrap_or(&Value::Null);
         (at(&step), at(&format!("{step} end")))
-    }
-
-    /// Pages an I/O that grant operations were asked for.
-    fn grants(&self, backend: &str, row: &str) -> Option<String> {
-        let sample = self.samples.get(&(COUNTING, backend, row))?;
-        let (before, after) = self.around(COUNTING, backend, row);
-        let each = ["gnttab_map_refs", "gnttab_unmap_refs", "gnttab_batch_copy"].map(|probe| {
-            let pages = |value: &Value| last_number(text(&value[probe]));
-            format!("{:.3}", (pages(after) - pages(before)) / sample.ios)
-        });
-        Some(each.join(", "))
     }
 }
 

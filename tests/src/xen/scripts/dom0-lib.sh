@@ -8,7 +8,7 @@ result() {
 fail() {
     result failure "\"$1\""
     echo "dom0: FAILED: $1"
-    tail -n 30 /var/log/xen/xl-*.log /var/log/xen/xen-hotplug.log 2>/dev/null || true
+    tail -n 30 /var/log/xen/xl-*.log /var/log/xen/xen-hotplug.log /var/log/xen/qemu-dm-*.log 2>/dev/null || true
     exit 1
 }
 

@@ -2,10 +2,16 @@
 # before and after each row; both keep step by way of xenstore.
 modprobe xen-blkfront
 
-# NAME: dom0 has read its counters.
+mkfifo /run/done
+xenstore-watch data/done >/run/done &
+exec 3</run/done
+
+# NAME: until dom0 has done its part of it.
 step() {
     xenstore-write data/step "$1"
-    until [ "$(xenstore-read data/done 2>/dev/null)" = "$1" ]; do usleep 50000; done
+    while read -r _ <&3; do
+        [ "$(xenstore-read data/done 2>/dev/null)" = "$1" ] && return
+    done
 }
 
 # Events that the kernel's frontend has taken.
@@ -18,7 +24,7 @@ measure() {
     while read -r row arguments; do
         step "$1 $2 $row"
         before=$(events)
-        run_fio "$row" "/dev/$3" $arguments || text failure "fio $row on $2: $(cat /run/fio.out)"
+        run_fio "$row" "/dev/$3" $arguments </dev/null || text failure "fio $row on $2: $(cat /run/fio.out)"
         after=$(events)
         step "$1 $2 $row end"
         printf '@result {"name":"row","value":{"round":%s,"backend":"%s","row":"%s","guest_events":%s,"fio":%s}}\n' \
@@ -30,7 +36,7 @@ for disk in $(echo "$disks" | tr ',' ' '); do
     until [ -b "/dev/${disk#*:}" ]; do sleep 0.2; done
 done
 text blkfront "$(dmesg | grep blkfront:)"
-round=0
+round=1
 while [ $round -le "$rounds" ]; do
     for disk in $(echo "$disks" | tr ',' ' '); do
         measure $round "${disk%:*}" "${disk#*:}"
@@ -39,4 +45,5 @@ while [ $round -le "$rounds" ]; do
     step "$round direct"
     round=$((round + 1))
 done
+xenstore-write data/step end
 text done ""

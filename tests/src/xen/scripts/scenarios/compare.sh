@@ -1,11 +1,10 @@
 # Linux's xen-blkback, QEMU's qdisk and blkback beside each other, and dom0 itself: use --suite trixie.
-# One RAM disk, one guest with a disk of each backend on it; rows take turns. Round 0 counts grant
-# operations, with probes that cost time; the others are timed.
-rounds=1
-seconds=1
+# One RAM disk, one guest with a disk of each backend on it; rows take turns.
+rounds=3
+seconds=2
 ram_disk 256
 modprobe xen-blkback
-start_blkback
+start_blkback --kinds vbd3
 cat >/etc/xen/scripts/block-none <<'END'
 #!/bin/sh
 [ "$1" = add ] && xenstore-write "$XENBUS_PATH/hotplug-status" connected
@@ -16,7 +15,7 @@ chmod +x /etc/xen/scripts/block-none
 tracing=/sys/kernel/tracing
 mount -t tracefs tracefs $tracing
 # What the kernel's grant operations are asked for is in the argument that counts them.
-grant_probes="gnttab_map_refs:dx gnttab_unmap_refs:dx gnttab_batch_copy:si"
+grant_probes="gnttab_map_refs:cx gnttab_unmap_refs:cx gnttab_batch_copy:si"
 start_probes() {
     for probe in $grant_probes; do
         echo "p:grants/${probe%:*} ${probe%:*} count=%${probe#*:}:u32" >>$tracing/kprobe_events || return 0
@@ -29,19 +28,13 @@ read_probes() {
             "$tracing/events/grants/${probe%:*}/hist" | tr -s ' ' | tail -1)"
     done
 }
-stop_probes() {
-    for probe in $grant_probes; do
-        echo "!hist:keys=common_type:vals=count" >$tracing/events/grants/${probe%:*}/trigger
-    done
-    echo >$tracing/kprobe_events
-}
 
 # Nanoseconds that threads have run: of processes by number, or of kernel threads by name.
 ran() {
     cat /proc/"$1"/task/*/schedstat 2>/dev/null | awk '{ n += $1 } END { print n + 0 }'
 }
 ran_kernel() {
-    for pid in $(pgrep "^[0-9]+\.xvd"); do cat "/proc/$pid/schedstat"; done 2>/dev/null \
+    for comm in $(grep -l -E '^[0-9]+\.xvd' /proc/[0-9]*/comm); do cat "${comm%comm}schedstat"; done 2>/dev/null \
         | awk '{ n += $1 } END { print n + 0 }'
 }
 counters() {
@@ -58,28 +51,25 @@ ours='format=raw,access=rw,backendtype=tap,script=/etc/xen/scripts/block-none,ta
 create_guest guest "compare disks=kernel:xvda,qdisk:xvdb,ours:xvdc rounds=$rounds seconds=$seconds" \
     'vdev=xvda,format=raw,access=rw,backendtype=phy,target=/dev/nullb0' \
     'vdev=xvdb,format=raw,access=rw,backendtype=qdisk,target=/dev/nullb0' "vdev=xvdc,$ours"
-qemu=$(pgrep qemu | head -1)
-data="/local/domain/$(xl domid guest)/data"
+domain="/local/domain/$(xl domid guest)"
+qemu=$(xenstore-read "$domain/image/device-model-pid")
 start_probes
-last=
-while guest_lives guest; do
-    step=$(xenstore-read "$data/step" 2>/dev/null || true)
-    [ "$step" = "$last" ] && { usleep 50000; continue; }
-    last=$step
+
+xenstore-watch "$domain/data/step" | while read -r _; do
+    step=$(xenstore-read "$domain/data/step" 2>/dev/null || true)
     case $step in
+    # Not begun; or the guest has gone.
+    '') guest_lives guest || break ;;
+    end) break ;;
     *direct)
-        round=${step% *}
-        [ "$round" = 0 ] && stop_probes
-        [ "$round" = 0 ] || while read -r row arguments; do
-            run_fio "$row" /dev/nullb0 $arguments || fail "fio $row in dom0"
-            result row "{\"round\":$round,\"backend\":\"direct\",\"row\":\"$row\",\"fio\":$(cat /run/fio.result)}"
+        while read -r row arguments; do
+            run_fio "$row" /dev/nullb0 $arguments </dev/null || fail "fio $row in dom0"
+            result row "{\"round\":${step% *},\"backend\":\"direct\",\"row\":\"$row\",\"fio\":$(cat /run/fio.result)}"
         done </scripts/rows
         ;;
     *) result counters "$(counters "$step")" ;;
     esac
-    xenstore-write "$data/done" "$step"
+    xenstore-write "$domain/data/done" "$step"
 done
-[ -s /run/stats ] || true
-result blkback-log "\"$(grep -c . /run/blkback.log)\""
 guest_results guest
 stop_blkback
