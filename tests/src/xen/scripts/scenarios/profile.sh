@@ -1,4 +1,4 @@
-# Where time goes on blkback: perf, lock contention and blktrace, as docs/profiling.md tells.
+# Where time goes on blkback: perf, lock contention and blktrace, in dom0 and in the guest.
 # needs: profilers
 seconds=15
 ram_disk 256
