@@ -133,14 +133,7 @@ impl Drop for Process {
 /// # Errors
 /// When it fails; the message holds its output.
 pub fn run(command: &mut Command) -> Result<String> {
-    let output =
-        command.stdin(Stdio::null()).output().with_context(|| format!("start {command:?}"))?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    if !output.status.success() {
-        let errors = String::from_utf8_lossy(&output.stderr);
-        bail!("{command:?}: {}\n{text}{errors}", output.status);
-    }
-    Ok(text)
+    Ok(String::from_utf8_lossy(&output(command)?).into_owned())
 }
 
 /// Waits until `condition` holds.
@@ -163,9 +156,12 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Re
 /// # Errors
 /// When it cannot be started or fails, with what it says.
 pub fn output(command: &mut Command) -> Result<Vec<u8>> {
-    let output = command.output().with_context(|| format!("start {command:?}"))?;
+    let output =
+        command.stdin(Stdio::null()).output().with_context(|| format!("start {command:?}"))?;
     if !output.status.success() {
-        bail!("{command:?}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8_lossy(&output.stdout);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        bail!("{command:?}: {}\n{text}{errors}", output.status);
     }
     Ok(output.stdout)
 }
