@@ -43,6 +43,22 @@ impl Process {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// Everything it has printed, and where each of its threads is: what one wants to know of a
+    /// process that hangs.
+    pub fn describe(&self) -> String {
+        let mut text = format!("{} has printed:\n{}\nits threads:\n", self.name, self.log());
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid()));
+        for thread in threads.into_iter().flatten().flatten() {
+            // Some of it is there for root only.
+            for file in ["comm", "stat", "syscall", "stack"] {
+                let path = thread.path().join(file);
+                text += std::fs::read_to_string(path).unwrap_or_default().trim_end();
+                text.push('\n');
+            }
+        }
+        text
+    }
+
     /// Its number.
     pub fn pid(&self) -> u32 {
         self.child.id()

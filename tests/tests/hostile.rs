@@ -190,7 +190,8 @@ fn malformed_requests(options: &[&str], count: u64) -> Result<()> {
                 // One kind in 13 is random, and some of those are right.
                 let share = count / combinations * 101 / 100;
                 let n = assault(&mut ring, &mut attack, share)
-                    .with_context(|| format!("{} {transport:?}", device.back))?;
+                    .with_context(|| format!("{} {transport:?}", device.back));
+                let n = scene.watch(n)?;
                 malformed += n;
                 let rate = n as f64 / begin.elapsed().as_secs_f64();
                 println!("{transport:?}: {n} malformed requests, {rate:.0}/s");
@@ -204,7 +205,7 @@ fn malformed_requests(options: &[&str], count: u64) -> Result<()> {
                 random = attack.random;
                 // The same device serves whoever obeys the rules.
                 let mut disk = WellBehaved::connect(&scene.evil, device, transport)?;
-                disk.round_trip(8)?;
+                scene.watch(disk.round_trip(8))?;
                 disk.disconnect(&scene.evil, device)?;
             }
         }

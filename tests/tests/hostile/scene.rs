@@ -2,7 +2,7 @@
 
 use crate::guest::{Device, Guest, Transport, WellBehaved};
 use crate::usage::Usage;
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use ring_proto::{Abi, RingLayout};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -37,6 +37,14 @@ impl Scene {
         let neighbour = Neighbour::start(WellBehaved::connect(&good, &good_device, transport)?);
         let evil = Guest::create(&host, "evil")?;
         Ok(Self { evil, good, good_device, neighbour, daemon, host })
+    }
+
+    /// Tells of the daemon where something failed.
+    pub(crate) fn watch<T>(&self, outcome: Result<T>) -> Result<T> {
+        outcome.with_context(|| {
+            let stats = self.host.stats().map_or_else(|e| e.to_string(), |s| s.to_string());
+            format!("{}\nstatistics: {stats}", self.daemon.describe())
+        })
     }
 
     /// The daemon has served the neighbour without an error, still runs, and holds nothing of ours.
