@@ -12,6 +12,31 @@ use std::time::{Duration, Instant};
 pub const HUNG: Duration = Duration::from_secs(60);
 /// How often conditions are looked at that nothing announces.
 const LOOK: Duration = Duration::from_millis(5);
+/// No more than this counts as waiting between two looks: a machine that was stopped for a minute (a
+/// virtual one can be, by its host) has not waited for anything meanwhile.
+const MOST_BETWEEN_LOOKS: Duration = Duration::from_secs(1);
+
+/// How long one may still wait for something that is looked at again and again.
+#[derive(Debug)]
+pub struct Patience {
+    left: Duration,
+    looked: Instant,
+}
+
+impl Patience {
+    /// For `limit` from now on.
+    pub fn new(limit: Duration) -> Self {
+        Self { left: limit, looked: Instant::now() }
+    }
+
+    /// Whether it is over, asked once a look.
+    pub fn is_over(&mut self) -> bool {
+        let now = Instant::now();
+        let waited = (now - std::mem::replace(&mut self.looked, now)).min(MOST_BETWEEN_LOOKS);
+        self.left = self.left.saturating_sub(waited);
+        self.left.is_zero()
+    }
+}
 
 /// A child whose output goes to a file. It is killed when this is dropped.
 #[derive(Debug)]
@@ -69,12 +94,12 @@ impl Process {
     /// # Errors
     /// When it ends or hangs before.
     pub fn wait_for(&mut self, text: &str) -> Result<()> {
-        let since = Instant::now();
+        let mut patience = Patience::new(HUNG);
         while !self.log().contains(text) {
             if let Some(status) = self.child.try_wait()? {
                 bail!("{} ended ({status}) before it said {text:?}:\n{}", self.name, self.log());
             }
-            if since.elapsed() > HUNG {
+            if patience.is_over() {
                 bail!("{} does not say {text:?}:\n{}", self.name, self.log());
             }
             std::thread::sleep(LOOK);
@@ -87,12 +112,12 @@ impl Process {
     /// # Errors
     /// When it does not within `limit`.
     pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
-        let since = Instant::now();
+        let mut patience = Patience::new(limit);
         loop {
             if let Some(status) = self.child.try_wait()? {
                 return Ok(status);
             }
-            if since.elapsed() > limit {
+            if patience.is_over() {
                 bail!("{} does not end:\n{}", self.name, self.log());
             }
             std::thread::sleep(LOOK);
@@ -157,9 +182,9 @@ pub fn run(command: &mut Command) -> Result<String> {
 /// # Errors
 /// When it does not for [`HUNG`], or cannot be looked at.
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
-    let since = Instant::now();
+    let mut patience = Patience::new(HUNG);
     while !condition()? {
-        if since.elapsed() > HUNG {
+        if patience.is_over() {
             bail!("gave up waiting for: {what}");
         }
         std::thread::sleep(LOOK);

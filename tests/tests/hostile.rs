@@ -25,8 +25,9 @@ use scene::{DISK, Scene};
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use usage::Usage;
+use xen_blk_tests::process::{HUNG, Patience};
 use xen_platform::{Access, GrantedPages, Platform};
 
 /// Malformed requests in all: what the project promises to survive.
@@ -327,11 +328,9 @@ fn scribbling_and_event_storms_are_survived() -> Result<()> {
             // A storm of events, without a request.
             let served = scene.neighbour.done();
             let mut events = 0u64;
-            let begin = Instant::now();
+            let (begin, mut patience) = (Instant::now(), Patience::new(HUNG));
             let before = counter(&counters(&scene, &device)?, "spurious_events")?;
-            while scene.neighbour.done() < served + STORM
-                && begin.elapsed() < Duration::from_secs(30)
-            {
+            while scene.neighbour.done() < served + STORM && !patience.is_over() {
                 for _ in 0..100 {
                     ring.link().channel.notify()?;
                 }
@@ -392,10 +391,10 @@ fn mapped_pages(options: &[&str], persistent: bool) -> Result<()> {
     }
     ring.publish(slots)?;
     let mut most = 0;
-    let since = Instant::now();
+    let mut patience = Patience::new(HUNG);
     while ring.get(Index::RspProd) != slots {
         most = most.max(Usage::of(scene.daemon.pid())?.mappings);
-        ensure!(since.elapsed() < Duration::from_secs(50), "requests are not answered");
+        ensure!(!patience.is_over(), "requests are not answered");
     }
     let answers: Vec<_> = (0..slots).map(|n| ring.answer(n).status).collect();
     ensure!(answers.iter().all(|&status| status == 0), "{answers:?}");

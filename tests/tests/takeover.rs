@@ -17,9 +17,8 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 use xen_blk_tests::host::{Host, Programs};
-use xen_blk_tests::process::HUNG;
+use xen_blk_tests::process::{HUNG, Patience};
 use xen_platform::{Access, GrantedPages};
 
 const PLAIN: Transport =
@@ -69,9 +68,9 @@ impl Disk {
     /// The next `count` responses, in their order.
     fn responses(&mut self, count: usize) -> Result<Vec<Response>> {
         let mut found = Vec::new();
-        let since = Instant::now();
+        let mut patience = Patience::new(HUNG);
         while found.len() < count {
-            ensure!(since.elapsed() < HUNG, "{} of {count} are answered: {found:?}", found.len());
+            ensure!(!patience.is_over(), "{} of {count} are answered: {found:?}", found.len());
             match self.responses.pop() {
                 Some(response) => found.push(response),
                 None if self.responses.final_check()? => {}

@@ -6,10 +6,9 @@ use ring_proto::{DomId, GrantRef, RingLayout, RingPages, SharedMemory, front};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
 use tokio::runtime::Runtime;
 use xen_blk_tests::host::{DRIVER_DOMAIN, Host};
-use xen_blk_tests::process::{HUNG, wait_until};
+use xen_blk_tests::process::{HUNG, Patience, wait_until};
 use xen_platform::embedded::{EmbeddedPlatform, control};
 use xen_platform::{Access, EventChannel, GrantedPages, Platform};
 use xenstore_glue::client::{Client, Endpoint};
@@ -302,9 +301,9 @@ impl WellBehaved {
         if self.requests.publish() {
             self.link.channel.notify()?;
         }
-        let since = Instant::now();
+        let mut patience = Patience::new(HUNG);
         while !self.responses.final_check()? {
-            if since.elapsed() > HUNG {
+            if patience.is_over() {
                 bail!("a request is not answered");
             }
             self.link.sleep()?;

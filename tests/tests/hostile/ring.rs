@@ -5,8 +5,7 @@ use crate::guest::{Link, wait_for_event, window};
 use anyhow::{Result, bail};
 use ring_proto::{Abi, RingLayout, RingPages, Window};
 use std::sync::atomic::{Ordering, fence};
-use std::time::Instant;
-use xen_blk_tests::process::HUNG;
+use xen_blk_tests::process::{HUNG, Patience};
 
 /// An index on the shared page.
 #[derive(Clone, Copy, Debug)]
@@ -200,14 +199,14 @@ impl RawRing {
 
     /// Waits until the response before `index` is there.
     pub(crate) fn wait(&mut self, index: u32) -> Result<()> {
-        let since = Instant::now();
+        let mut patience = Patience::new(HUNG);
         loop {
             self.set(Index::RspEvent, index);
             let done = self.get(Index::RspProd);
             if done == index {
                 return Ok(());
             }
-            if since.elapsed() > HUNG {
+            if patience.is_over() {
                 bail!("responses stop at {done}, {index} is expected");
             }
             wait_for_event(&mut *self.link.channel)?;
