@@ -4,9 +4,9 @@ pub(crate) mod bench;
 mod compare;
 pub(crate) mod deb;
 pub(crate) mod demo;
+mod packages;
 mod plot;
 pub(crate) mod test;
-mod uring;
 pub(crate) mod xen;
 
 use anyhow::{Result, bail};

@@ -1,12 +1,11 @@
 //! `cargo xtask test`.
 
+use super::packages::{self, Need};
 use super::{cargo, step, target, xen};
-use anyhow::{Context, Result};
-use std::path::Path;
-use std::process::Command;
+use anyhow::Result;
 
-/// A program or file that tests use, and the Debian package that has it.
-const NEEDS: &[(&str, &str)] = &[
+/// What tests use.
+const NEEDS: &[Need] = &[
     ("/usr/bin/cc", "gcc"),
     ("/usr/include/stdio.h", "libc6-dev"),
     ("/usr/include/xen/io/blkif.h", "libxen-dev"),
@@ -37,7 +36,7 @@ pub(crate) struct Options {
 /// # Errors
 /// The first step that fails.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    install()?;
+    packages::install(NEEDS)?;
     if !options.no_lint {
         step("format", &mut cargo(&["fmt", "--all", "--check"]))?;
         step(
@@ -62,34 +61,4 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         xen::short()?;
     }
     Ok(())
-}
-
-/// Installs the Debian packages that are missing.
-fn install() -> Result<()> {
-    // Twice: qemu-system-x86 removes a qemu-utils that is not of the same release.
-    for _ in 0..2 {
-        let missing: Vec<&str> = NEEDS
-            .iter()
-            .filter(|(file, _)| !Path::new(file).exists())
-            .map(|&(_, package)| package)
-            .collect();
-        if !missing.is_empty() {
-            install_packages(&missing)?;
-        }
-    }
-    Ok(())
-}
-
-fn install_packages(missing: &[&str]) -> Result<()> {
-    let apt = |args: &[&str]| {
-        let mut command = Command::new("apt-get");
-        command.env("DEBIAN_FRONTEND", "noninteractive").args(args);
-        command
-    };
-    step("package lists", &mut apt(&["update", "-q"]))?;
-    step(
-        &format!("install {}", missing.join(" ")),
-        apt(&["install", "-y", "-q", "--no-install-recommends"]).args(missing),
-    )
-    .with_context(|| format!("install {} by hand", missing.join(" ")))
 }

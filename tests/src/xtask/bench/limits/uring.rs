@@ -1,9 +1,13 @@
 //! Plain io_uring on one CPU: what a file can do with no ring and no other process in front of it.
 
+use super::on_client_cpu;
+use crate::xtask::bench::case::{Case, Disk, Job, Wait};
+use crate::xtask::bench::contender::Contender;
+use crate::xtask::bench::meter::Meter;
+use crate::xtask::bench::place::Place;
+use crate::xtask::bench::sample::Sample;
 use anyhow::{Context, Result};
 use io_uring::{IoUring, opcode, types};
-use nix::sched::{CpuSet, sched_setaffinity};
-use nix::unistd::Pid;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -12,11 +16,29 @@ use std::time::{Duration, Instant};
 /// Bytes of each read.
 const BLOCK: usize = 4096;
 
-/// Reads of 4 KiB at random a second, `depth` at a time, submitted and reaped in batches.
-pub(crate) fn random_read(path: &Path, depth: u32, cpu: usize, time: Duration) -> Result<f64> {
-    let mut set = CpuSet::new();
-    set.set(cpu)?;
-    sched_setaffinity(Pid::from_raw(0), &set)?;
+/// The limit of cached files.
+pub(crate) struct PlainUring;
+
+impl Contender for PlainUring {
+    fn name(&self) -> &'static str {
+        "plain io_uring, one CPU"
+    }
+
+    fn takes(&self, case: &Case) -> Option<Case> {
+        let takes = case.is_plain()
+            && case.rings == 1
+            && (case.disk, case.job) == (Disk::CachedFile, Job::RandomRead);
+        takes.then_some(case.waiting(Wait::Event))
+    }
+
+    fn measure(&self, case: &Case, meter: &Meter, place: &Place) -> Result<Sample> {
+        let path = place.path(case.disk)?.context("a null disk")?;
+        on_client_cpu(|| random_read(path, case.depth, meter.time))
+    }
+}
+
+/// Reads 4 KiB at random, `depth` at a time, submitted and reaped in batches.
+fn random_read(path: &Path, depth: u32, time: Duration) -> Result<Sample> {
     let file = File::open(path)?;
     let blocks = file.metadata()?.len() / BLOCK as u64;
     let mut ring: IoUring = IoUring::builder()
@@ -27,7 +49,7 @@ pub(crate) fn random_read(path: &Path, depth: u32, cpu: usize, time: Duration) -
     ring.submitter().register_files(&[file.as_raw_fd()])?;
     let mut buffers = vec![[0u8; BLOCK]; depth as usize];
     let mut idle: Vec<usize> = (0..buffers.len()).collect();
-    let (mut done, mut random) = (0u64, 0x9e37_79b9_7f4a_7c15u64);
+    let (mut done, mut calls, mut random) = (0u64, 0u64, 0x9e37_79b9_7f4a_7c15u64);
     let from = Instant::now();
     while from.elapsed() < time || idle.len() < buffers.len() {
         if from.elapsed() < time {
@@ -45,11 +67,15 @@ pub(crate) fn random_read(path: &Path, depth: u32, cpu: usize, time: Duration) -
             }
         }
         ring.submit_and_wait(1)?;
+        calls += 1;
         for entry in ring.completion() {
             anyhow::ensure!(entry.result() == BLOCK as i32, "read: {}", entry.result());
             idle.push(entry.user_data() as usize);
             done += 1;
         }
     }
-    Ok(done as f64 / from.elapsed().as_secs_f64())
+    let mut sample = Sample::rate(done as f64 / from.elapsed().as_secs_f64());
+    sample.client.cpu_us = Some(1e6 / sample.iops);
+    sample.client.calls = Some(calls as f64 / done as f64);
+    Ok(sample)
 }

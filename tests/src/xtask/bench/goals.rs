@@ -1,0 +1,235 @@
+//! What the pair has to reach, and whether it does.
+
+use super::case::{BASE, Case, Disk, Wait};
+use super::contender::Contender;
+use super::limits::{eventfd::RoundTrips, fio::Fio, hop::Hop, memcpy::Memcpy, uring::PlainUring};
+use super::ours::Ours;
+use super::peers::{qemu::StorageDaemon, rust_vmm};
+use super::profiles::{COPIED, SLEEPING_CLIENT, at_depth, devices, iometer, on, rings};
+use super::report::{Results, Row, rate};
+use super::sample::Sample;
+use serde::Serialize;
+use std::fmt::Write;
+
+/// One thing to reach.
+#[derive(Serialize)]
+pub(super) struct Goal {
+    row: String,
+    /// What it is measured by, in words.
+    bar: String,
+    ours: f64,
+    needed: Needed,
+    /// Of `ours` and the bar.
+    unit: Unit,
+}
+
+/// Which side of the bar is the right one.
+#[derive(Clone, Copy, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Needed {
+    AtLeast(f64),
+    AtMost(f64),
+}
+
+#[derive(Clone, Copy, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Unit {
+    Iops,
+    Micros,
+    Count,
+    Percent,
+}
+
+impl Goal {
+    fn is_met(&self) -> bool {
+        match self.needed {
+            Needed::AtLeast(bar) => self.ours >= bar,
+            Needed::AtMost(bar) => self.ours <= bar,
+        }
+    }
+}
+
+impl Unit {
+    fn show(self, value: f64) -> String {
+        match self {
+            Self::Iops => rate(value),
+            Self::Micros => format!("{value:.3} µs"),
+            Self::Count => format!("{value:.3}"),
+            Self::Percent => format!("{value:.1} %"),
+        }
+    }
+}
+
+/// The goals, where what they need was measured.
+struct Goals<'a> {
+    results: &'a Results,
+    goals: Vec<Goal>,
+}
+
+/// Every goal that `results` have the figures for.
+pub(super) fn goals(results: &Results) -> Vec<Goal> {
+    let mut all = Goals { results, goals: Vec::new() };
+    all.null_polled();
+    all.null_event();
+    all.files();
+    all.copies();
+    all.calls();
+    all.several();
+    all.goals
+}
+
+impl Goals<'_> {
+    fn row(&self, contender: &dyn Contender, case: &Case) -> Option<&Row> {
+        let case = contender.takes(case)?;
+        self.results.find(contender.name(), &case)
+    }
+
+    fn iops(&self, contender: &dyn Contender, case: &Case) -> Option<f64> {
+        self.row(contender, case)?.iops()
+    }
+
+    /// Our IOPS, the best of several cases.
+    fn best(&self, cases: &[Case]) -> Option<f64> {
+        cases.iter().filter_map(|case| self.iops(&Ours, case)).reduce(f64::max)
+    }
+
+    /// `ours` against a share of what another did.
+    fn against(
+        &mut self,
+        row: &str,
+        ours: Option<f64>,
+        factor: f64,
+        other: &dyn Contender,
+        case: Case,
+    ) {
+        let (Some(ours), Some(theirs)) = (ours, self.iops(other, &case)) else { return };
+        let bar = format!("{factor} × {} ({})", other.name(), rate(theirs));
+        self.add(row, bar, ours, Needed::AtLeast(factor * theirs), Unit::Iops);
+    }
+
+    fn add(&mut self, row: &str, bar: impl Into<String>, ours: f64, needed: Needed, unit: Unit) {
+        self.goals.push(Goal { row: row.to_owned(), bar: bar.into(), ours, needed, unit });
+    }
+
+    fn null_polled(&mut self) {
+        let (row, ours) = ("null, depth 32, polled", self.best(&[BASE]));
+        self.against(row, ours, 0.5, &Hop, BASE);
+        self.against(row, ours, 4.0, &StorageDaemon, BASE);
+        self.against(row, ours, 4.0, &rust_vmm::Null, BASE);
+        let one = at_depth(BASE, 1);
+        let (row, ours) =
+            ("null, depth 1, polled or adaptive", self.best(&[one, one.waiting(Wait::Adaptive)]));
+        self.against(row, ours, 0.6, &Hop, one);
+        self.against(row, ours, 12.0, &StorageDaemon, one);
+    }
+
+    fn null_event(&mut self) {
+        let event = BASE.waiting(Wait::Event);
+        let (row, ours) = ("null, depth 32, event-driven", self.best(&[event]));
+        self.against(row, ours, 3.0, &StorageDaemon, event);
+        self.against(row, ours, 3.0, &rust_vmm::Null, event);
+        let one = at_depth(event, 1);
+        self.against("null, depth 1, event-driven", self.best(&[one]), 1.0, &RoundTrips, one);
+        if let Some(ours) = self.best(&[SLEEPING_CLIENT]) {
+            let row = "null, depth 1, client asleep, backend adaptive";
+            self.add(row, "160 k", ours, Needed::AtLeast(160e3), Unit::Iops);
+        }
+    }
+
+    fn files(&mut self) {
+        for (disk, factor, limit) in [
+            (Disk::CachedFile, 0.9, &PlainUring as &dyn Contender),
+            (Disk::CachedFile, 2.0, &StorageDaemon),
+            (Disk::DirectFile, 0.98, &Fio),
+            (Disk::BlockDevice, 0.98, &Fio),
+        ] {
+            let ours = self.best(&[on(disk), on(disk).waiting(Wait::Adaptive)]);
+            self.against(&format!("{disk}, depth 32"), ours, factor, limit, on(disk));
+        }
+        let ours = self.best(&[iometer(Wait::Poll), iometer(Wait::Adaptive)]);
+        self.against("IOmeter mix, cached file, depth 64", ours, 0.9, &Fio, iometer(Wait::Poll));
+    }
+
+    fn copies(&mut self) {
+        // Of a polling backend this is the time an I/O takes it, too.
+        let micros = |row: Option<&Row>| row?.median(|sample| sample.backend.cpu_us);
+        let persistent = micros(self.row(&Ours, &on(Disk::CachedFile)));
+        let copied = micros(self.row(&Ours, &COPIED));
+        let memcpy = micros(self.row(&Memcpy, &COPIED));
+        if let (Some(persistent), Some(copied), Some(memcpy)) = (persistent, copied, memcpy) {
+            let row = "copy instead of persistent grants, backend's CPU time an I/O";
+            let bar = format!("persistent ({persistent:.3} µs) + memcpy ({memcpy:.3} µs)");
+            self.add(row, bar, copied, Needed::AtMost(persistent + memcpy), Unit::Micros);
+        }
+    }
+
+    fn calls(&mut self) {
+        let both = |sample: &Sample| Some(sample.client.calls? + sample.backend.calls?);
+        let cached = on(Disk::CachedFile);
+        for (case, bar) in [
+            (BASE, 0.0),
+            (BASE.waiting(Wait::Adaptive), 0.1),
+            (BASE.waiting(Wait::Event), 0.1),
+            (cached, 0.1),
+            (cached.waiting(Wait::Adaptive), 0.1),
+        ] {
+            let calls = self.row(&Ours, &case).and_then(|row| row.counted(both));
+            if let Some(calls) = calls {
+                let row = format!("system calls an I/O, both ends: {}, {case}", case.disk);
+                // Of a hundred thousand I/Os, one call of a thread that looks after others.
+                let slack = 1e-3;
+                self.add(&row, format!("{bar}"), calls, Needed::AtMost(bar + slack), Unit::Count);
+            }
+        }
+    }
+
+    fn several(&mut self) {
+        for (what, case) in [("rings", rings as fn(u32) -> Case), ("devices", devices)] {
+            let Some(one) = self.best(&[case(1)]) else { continue };
+            for count in [2, 4, 8] {
+                let Some(row) = self.row(&Ours, &case(count)) else { continue };
+                let iops = row.iops();
+                let contended = row.samples.iter().filter_map(|sample| sample.contended).max();
+                let unfair = row.median(Sample::unfairness);
+                let name = format!("{count} {what} on two CPUs");
+                if let Some(iops) = iops {
+                    let bar = format!("one of the {what} ({})", rate(one));
+                    self.add(&name, bar, iops, Needed::AtLeast(one), Unit::Iops);
+                }
+                if let Some(contended) = contended {
+                    let name = format!("{name}: contended acquisitions");
+                    self.add(&name, "none", contended as f64, Needed::AtMost(0.0), Unit::Count);
+                }
+                if let Some(unfair) = unfair {
+                    let name = format!("{name}: (highest - lowest) / mean");
+                    self.add(&name, "10 %", unfair * 100.0, Needed::AtMost(10.0), Unit::Percent);
+                }
+            }
+        }
+    }
+}
+
+/// The goals as a table.
+pub(super) fn table(goals: &[Goal]) -> String {
+    let mut out = String::from(
+        "| row | measured by | ours | needed | ours / needed | |\n|---|---|---|---|---|---|\n",
+    );
+    for goal in goals {
+        let (sign, bar) = match goal.needed {
+            Needed::AtLeast(bar) => ("≥", bar),
+            Needed::AtMost(bar) => ("≤", bar),
+        };
+        let ratio = if bar > 0.0 { format!("{:.2}", goal.ours / bar) } else { "–".to_owned() };
+        // Writing to a string does not fail.
+        let _ = writeln!(
+            out,
+            "| {} | {} | {} | {sign} {} | {ratio} | {} |",
+            goal.row,
+            goal.bar,
+            goal.unit.show(goal.ours),
+            goal.unit.show(bar),
+            if goal.is_met() { "met" } else { "**missed**" },
+        );
+    }
+    out
+}

@@ -1,0 +1,76 @@
+//! fio's io_uring engine on the same file or device, on one CPU.
+
+use crate::xtask::bench::case::{Case, Disk, Wait};
+use crate::xtask::bench::contender::{CLIENT_CPU, Contender};
+use crate::xtask::bench::meter::{Meter, RAMP};
+use crate::xtask::bench::place::{BYTES, Place};
+use crate::xtask::bench::sample::Sample;
+use crate::xtask::packages::Need;
+use anyhow::{Context, Result};
+use serde_json::Value;
+use std::process::Command;
+
+/// What needs fio.
+pub(crate) const NEEDS: &[Need] = &[("/usr/bin/fio", "fio")];
+
+/// The limit of files and devices.
+pub(crate) struct Fio;
+
+/// fio on the clients' CPU, for one job and as long as the meter says.
+pub(crate) fn fio(case: &Case, meter: &Meter) -> Command {
+    let mut command = Command::new("fio");
+    command.args(["--name=bench", "--thread", "--output-format=json", "--norandommap"]);
+    command.args(["--randrepeat=0", "--time_based"]).args(case.job.options());
+    // Or it would begin by dropping the file from the page cache.
+    command.arg("--invalidate=0");
+    command.arg(format!("--iodepth={}", case.depth)).arg(format!("--size={BYTES}"));
+    command.arg(format!("--runtime={}ms", meter.time.as_millis()));
+    command.arg(format!("--ramp_time={}ms", RAMP.as_millis()));
+    command.arg(format!("--cpus_allowed={CLIENT_CPU}"));
+    command
+}
+
+/// IOPS and latencies of fio's report, reads and writes together.
+pub(crate) fn read_fio(report: &Value) -> Result<Sample> {
+    let job = report.pointer("/jobs/0").context("fio's report has no job")?;
+    let number = |pointer: &str| job.pointer(pointer).and_then(Value::as_f64).unwrap_or(0.0);
+    let micros = |which: &str| {
+        let of = |side: &str| number(&format!("/{side}/clat_ns/percentile/{which}"));
+        // Of a mix, the slower half's.
+        Some(of("read").max(of("write")) / 1e3)
+    };
+    Ok(Sample {
+        iops: number("/read/iops") + number("/write/iops"),
+        p50_us: micros("50.000000"),
+        p99_us: micros("99.000000"),
+        p99_9_us: micros("99.900000"),
+        ..Sample::default()
+    })
+}
+
+impl Contender for Fio {
+    fn name(&self) -> &'static str {
+        "fio, io_uring, one CPU"
+    }
+
+    fn needs(&self) -> &'static [Need] {
+        NEEDS
+    }
+
+    fn takes(&self, case: &Case) -> Option<Case> {
+        let takes = case.is_plain() && case.rings == 1 && case.disk != Disk::Null;
+        takes.then_some(case.waiting(Wait::Event))
+    }
+
+    fn measure(&self, case: &Case, meter: &Meter, place: &Place) -> Result<Sample> {
+        let path = place.path(case.disk)?.context("a null disk")?;
+        let mut command = fio(case, meter);
+        command.arg("--ioengine=io_uring").arg(format!("--filename={}", path.display()));
+        command.arg(format!("--direct={}", u8::from(case.disk != Disk::CachedFile)));
+        let observed = meter.observe(vec![command], &[], || Ok(()))?;
+        let mut sample = read_fio(observed.reports.first().context("no report")?)?;
+        observed.share(&mut sample);
+        sample.backend = Default::default();
+        Ok(sample)
+    }
+}
