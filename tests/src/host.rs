@@ -123,7 +123,7 @@ impl Host {
     /// # Errors
     /// When it does not start.
     pub fn backend(&self, options: &[&str]) -> Result<Process> {
-        self.start_backend(self.programs.command("blkback"), options)
+        self.start_backend(self.programs.command("blkback"), DRIVER_DOMAIN, options)
     }
 
     /// As [`Host::backend`], on one CPU.
@@ -133,11 +133,24 @@ impl Host {
     pub fn backend_on(&self, cpu: &str, options: &[&str]) -> Result<Process> {
         let mut command = Command::new("taskset");
         command.args(["-c", cpu]).arg(self.programs.command("blkback").get_program());
-        self.start_backend(command, options)
+        self.start_backend(command, DRIVER_DOMAIN, options)
     }
 
-    fn start_backend(&self, mut command: Command, options: &[&str]) -> Result<Process> {
-        command.args(["serve", "--domain", DRIVER_DOMAIN, "--platform", &self.platform()]);
+    /// As [`Host::backend`], but in dom0, to which xenstore's quotas do not apply.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn backend_in_dom0(&self, options: &[&str]) -> Result<Process> {
+        self.start_backend(self.programs.command("blkback"), "0", options)
+    }
+
+    fn start_backend(
+        &self,
+        mut command: Command,
+        domain: &str,
+        options: &[&str],
+    ) -> Result<Process> {
+        command.args(["serve", "--domain", domain, "--platform", &self.platform()]);
         command.arg("--listen").arg(self.stats_address()).args(options);
         let mut process = Process::start("blkback", self.dir.path(), &mut command)?;
         process.wait_for("serving")?;

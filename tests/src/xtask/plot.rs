@@ -6,6 +6,10 @@ use std::path::Path;
 
 /// Size of one panel, in pixels.
 const PANEL: (u32, u32) = (420, 340);
+/// Size of a plot of lines, in pixels.
+const LINES: (u32, u32) = (900, 420);
+/// The x axis of a plot of lines is longer than what is on it by this, to have room for the legend.
+const LEGEND: f64 = 1.5;
 /// Space that a bar leaves on each side, as a share of its slot.
 const GAP: f64 = 0.15;
 
@@ -57,4 +61,70 @@ pub(crate) fn bars(path: &Path, title: &str, panels: &[Bars]) -> Result<()> {
         }
     }
     area.present().map_err(|e| failed(&e))
+}
+
+/// A line of points.
+pub(crate) struct Series {
+    /// In the legend.
+    pub(crate) name: String,
+    /// By x.
+    pub(crate) points: Vec<(u32, f64)>,
+}
+
+/// Draws lines over numbers that double, such as depths, with a logarithmic y axis.
+pub(crate) fn lines(path: &Path, title: &str, x: &str, series: &[Series]) -> Result<()> {
+    let failed = |e: &dyn std::fmt::Display| anyhow!("draw {}: {e}", path.display());
+    let values = || series.iter().flat_map(|line| line.points.iter().map(|(_, y)| *y));
+    let (low, high) = (values().fold(f64::MAX, f64::min), values().fold(1.0, f64::max));
+    let mut ticks: Vec<u32> =
+        series.iter().flat_map(|line| line.points.iter().map(|(x, _)| *x)).collect();
+    ticks.sort_unstable();
+    ticks.dedup();
+    let place = |x: u32| ticks.iter().position(|tick| *tick == x).unwrap_or(0) as f64;
+    let area = SVGBackend::new(path, LINES).into_drawing_area();
+    area.fill(&WHITE).map_err(|e| failed(&e))?;
+    let mut chart = ChartBuilder::on(&area)
+        .caption(title, ("sans-serif", 18))
+        .margin(12)
+        .x_label_area_size(40)
+        .y_label_area_size(70)
+        .build_cartesian_2d(-0.2..ticks.len() as f64 * LEGEND, (low / 2.0..high * 2.0).log_scale())
+        .map_err(|e| failed(&e))?;
+    chart
+        .configure_mesh()
+        .disable_x_mesh()
+        .x_desc(x)
+        .x_labels(0)
+        .y_desc("IOPS")
+        .y_label_formatter(&|value| short(*value))
+        .draw()
+        .map_err(|e| failed(&e))?;
+    for (n, tick) in ticks.iter().enumerate() {
+        let label = Text::new(tick.to_string(), (n as f64, low / 1.6), ("sans-serif", 12));
+        chart.draw_series([label]).map_err(|e| failed(&e))?;
+    }
+    for (n, line) in series.iter().enumerate() {
+        let color = Palette99::pick(n).to_rgba();
+        let points: Vec<(f64, f64)> = line.points.iter().map(|(x, y)| (place(*x), *y)).collect();
+        let dots = points.iter().map(|point| Circle::new(*point, 3, color.filled()));
+        chart.draw_series(dots).map_err(|e| failed(&e))?;
+        chart
+            .draw_series(LineSeries::new(points.clone(), color.stroke_width(2)))
+            .map_err(|e| failed(&e))?
+            .label(line.name.clone())
+            .legend(move |(x, y)| Rectangle::new([(x, y - 3), (x + 12, y + 3)], color.filled()));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::MiddleRight)
+        .background_style(WHITE.mix(0.8))
+        .border_style(BLACK.mix(0.3))
+        .draw()
+        .map_err(|e| failed(&e))?;
+    area.present().map_err(|e| failed(&e))
+}
+
+/// In thousands or millions.
+fn short(value: f64) -> String {
+    if value >= 1e6 { format!("{:.0} M", value / 1e6) } else { format!("{:.0} k", value / 1e3) }
 }

@@ -2,6 +2,7 @@
 
 use super::case::{BASE, Case, Disk, Wait};
 use super::contender::Contender;
+use super::idle::DEVICES;
 use super::limits::{eventfd::RoundTrips, fio::Fio, hop::Hop, memcpy::Memcpy, uring::PlainUring};
 use super::ours::Ours;
 use super::peers::{qemu::StorageDaemon, rust_vmm};
@@ -38,6 +39,7 @@ enum Unit {
     Micros,
     Count,
     Percent,
+    Mebibytes,
 }
 
 impl Goal {
@@ -55,6 +57,7 @@ impl Unit {
             Self::Iops => rate(value),
             Self::Micros => format!("{value:.3} µs"),
             Self::Count => format!("{value:.3}"),
+            Self::Mebibytes => format!("{value:.1} MiB"),
             Self::Percent => format!("{value:.1} %"),
         }
     }
@@ -75,6 +78,7 @@ pub(super) fn goals(results: &Results) -> Vec<Goal> {
     all.copies();
     all.calls();
     all.several();
+    all.idle();
     all.goals
 }
 
@@ -206,6 +210,38 @@ impl Goals<'_> {
                 }
             }
         }
+    }
+}
+
+impl Goals<'_> {
+    fn idle(&mut self) {
+        let Some(idle) = &self.results.idle else { return };
+        let (all, own, wakes) = (idle.used_mib, idle.own_mib, idle.wakes);
+        let devices = format!("{DEVICES} idle devices");
+        let needed = Needed::AtMost(200.0);
+        let connected = idle.connected_mib;
+        let row = format!("{devices}, never used: resident");
+        self.add(&row, "200 MiB", connected, needed, Unit::Mebibytes);
+        let bar = format!("200 MiB, guests' pages that stay mapped included (own: {own:.0} MiB)");
+        let row = format!("{devices}, used before: resident");
+        self.add(&row, bar, all, needed, Unit::Mebibytes);
+        let each = (all - idle.bare_mib) / f64::from(DEVICES);
+        let bound = idle.bound_mib();
+        self.add(
+            "a device of one ring, after use",
+            "its stated bound",
+            each,
+            Needed::AtMost(bound),
+            Unit::Mebibytes,
+        );
+        let row = format!("{devices}: wake-ups a second");
+        self.add(
+            &row,
+            "none but the look at the disks' sizes",
+            wakes,
+            Needed::AtMost(1.0),
+            Unit::Count,
+        );
     }
 }
 

@@ -6,9 +6,11 @@
 mod case;
 mod contender;
 mod goals;
+mod idle;
 mod limits;
 mod meter;
 mod ours;
+mod page;
 mod peers;
 mod place;
 mod profiles;
@@ -47,6 +49,9 @@ pub(crate) struct Options {
     /// Leave out the round in which perf counts system calls and instructions
     #[arg(long)]
     no_perf: bool,
+    /// Put tables and plots into docs/performance.md
+    #[arg(long)]
+    write: bool,
     /// Say what would be measured, and do nothing
     #[arg(long)]
     list: bool,
@@ -71,6 +76,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let cpus = std::thread::available_parallelism()?.get();
     ensure!(cpus >= 2, "two CPUs are needed, one for each end");
     let (plan, left_out) = prepare(&contenders, plan)?;
+    let idle = wants_idle(options);
+    if idle {
+        packages::install(idle::NEEDS)?;
+    }
     let place = Place::new()?;
     let mut results = Results::default();
     let perf = !options.no_perf && perf_counts();
@@ -89,16 +98,26 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             if perf { row.counted = Some(sample) } else { row.samples.push(sample) }
         }
     }
-    println!("\n{}", report::tables(&results));
+    if idle {
+        eprintln!("==> {} idle devices", idle::DEVICES);
+        results.idle = Some(idle::measure()?);
+    }
+    let mut text = String::new();
     let goals = goals::goals(&results);
     if !goals.is_empty() {
-        println!("{}", goals::table(&goals));
+        text += &format!("### Goals\n\n{}\n", goals::table(&goals));
     }
+    text += &report::tables(&results);
     for line in left_out {
-        println!("{line}");
+        text += &format!("{line}\n");
     }
+    println!("\n{text}");
     let path = target().join("bench/bench.json");
-    serde_json::to_writer_pretty(File::create(&path)?, &results)?;
+    let all = serde_json::json!({ "results": results, "goals": goals });
+    serde_json::to_writer_pretty(File::create(&path)?, &all)?;
+    if options.write {
+        page::write(options, &results, &text)?;
+    }
     println!("Left behind: {}", path.display());
     Ok(())
 }
@@ -149,6 +168,13 @@ fn prepare(contenders: &[Box<dyn Contender>], mut plan: Plan) -> Result<(Plan, V
         }
     }
     Ok((plan, left_out))
+}
+
+/// Idle devices are no case of a row, but go with the goals and by their own name.
+fn wants_idle(options: &Options) -> bool {
+    let profiles = [Profile::Goals, Profile::Idle, Profile::All];
+    let all = options.cases.is_empty() && options.only.is_empty();
+    all && options.profile.iter().any(|profile| profiles.contains(profile))
 }
 
 /// Whether perf is there and may count system calls.

@@ -25,6 +25,8 @@ pub(super) enum Profile {
     Sequential,
     /// The IOmeter file-server mix
     Iometer,
+    /// Memory and wake-ups of idle devices
+    Idle,
     /// All of these
     All,
 }
@@ -157,6 +159,7 @@ impl Profile {
                     add(Case { disk: Disk::DirectFile, ..iometer(wait) });
                 }
             }
+            Self::Idle => {}
             Self::All => {
                 for profile in [
                     Self::Goals,

@@ -1,6 +1,7 @@
 //! The figures as a table, in Markdown, and as JSON.
 
 use super::case::Case;
+use super::idle::Idle;
 use super::sample::{End, Sample, Spread};
 use serde::Serialize;
 use std::fmt::Write;
@@ -9,6 +10,8 @@ use std::fmt::Write;
 #[derive(Default, Serialize)]
 pub(super) struct Results {
     pub(super) rows: Vec<Row>,
+    /// Idle devices, where they were asked for.
+    pub(super) idle: Option<Idle>,
 }
 
 /// A contender on a case.
