@@ -60,7 +60,8 @@ const NEWER_MODULES: &[&str] = &["ublk_drv"];
 
 /// For scenarios that look where time goes; not small.
 const PROFILERS: &[&str] =
-    &["usr/bin/blkparse", "usr/bin/btt", "usr/bin/perf", "usr/sbin/blktrace"];
+    &["usr/bin/blkparse", "usr/bin/btt", "usr/bin/perf", "usr/bin/xenalyze", "usr/sbin/blktrace"];
+const XEN_PROFILERS: &[&str] = &["xenperf", "xentop", "xentrace"];
 /// It does not start without, even where it shows nothing.
 const QEMU_KEYMAPS: &str = "usr/share/qemu/keymaps";
 const QEMU: &str = "usr/libexec/xen-qemu-system-i386";
@@ -134,7 +135,8 @@ fn system(path: &Path, parts: &Parts<'_>) -> Result<()> {
     let mut image = Initramfs::create(root, path)?;
     image.programs(PROGRAMS)?;
     let bin = format!("usr/lib/xen-{}/bin", root.suite.xen());
-    for name in XEN_PROGRAMS {
+    let xen_profilers = if parts.profilers { XEN_PROFILERS } else { &[] };
+    for name in XEN_PROGRAMS.iter().chain(xen_profilers) {
         image.program(&format!("{bin}/{name}"))?;
     }
     image.link(Path::new("xen-bin"), &bin)?;

@@ -40,7 +40,7 @@ impl Outcome {
     /// Why the scenario failed, if it did.
     pub fn failure(&self) -> Option<String> {
         if let Some(failure) = self.named("failure").next() {
-            return Some(failure.as_str().unwrap_or_default().replace('|', "\n"));
+            return Some(failure.as_str().unwrap_or_default().to_owned());
         }
         match self.named("end").next() {
             None => Some("dom0 did not come to the end of the scenario".into()),

@@ -172,6 +172,9 @@ fn run_one(suite: Suite, images: &Images, scenario: &str, limit: Duration) -> Re
     let report = dir.join("result.json");
     serde_json::to_writer_pretty(File::create(&report)?, &all)?;
     show(&outcome);
+    for file in outcome.named("file") {
+        fs::write(dir.join(text(&file["name"])), text(&file["text"]))?;
+    }
     if let Some(tables) = compare::tables(&outcome) {
         fs::write(dir.join("tables.md"), &tables)?;
         println!("{tables}");
@@ -203,7 +206,7 @@ fn show(outcome: &machine::Outcome) {
     }
     for name in ["blkfront", "queues", "queue", "discard", "filesystem", "report", "dmesg-errors"] {
         for value in outcome.named(name) {
-            println!("{name}: {}", text(value).replace('|', "\n    "));
+            println!("{name}: {}", text(value).replace('\n', "\n    "));
         }
     }
 }

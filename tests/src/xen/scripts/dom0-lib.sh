@@ -5,8 +5,13 @@ result() {
     printf '{"name":"%s","value":%s}\n' "$1" "$(printf %s "$2" | tr -d '\n')" >/dev/ttyS1
 }
 
+# NAME TEXT
+text() {
+    result "$1" "$(quoted "$2")"
+}
+
 fail() {
-    result failure "\"$1\""
+    text failure "$1"
     echo "dom0: FAILED: $1"
     tail -n 30 /var/log/xen/xl-*.log /var/log/xen/xen-hotplug.log /var/log/xen/qemu-dm-*.log 2>/dev/null || true
     exit 1

@@ -5,7 +5,7 @@ result() {
     printf '@result {"name":"%s","value":%s}\n' "$1" "$(tr -d '\n\r' <"$2")"
 }
 text() {
-    printf '@result {"name":"%s","value":"%s"}\n' "$1" "$(printf %s "$2" | tr -d '\r"\\' | tr '\n' '|')"
+    printf '@result {"name":"%s","value":%s}\n' "$1" "$(quoted "$2")"
 }
 fail() {
     text failure "$1"

@@ -1,5 +1,11 @@
 # What dom0 and guests have in common.
 
+# TEXT: as a JSON string, without what would have to be escaped in one.
+quoted() {
+    printf '"%s"' "$(printf %s "$1" | tr '\t' ' ' | tr -d '\000-\011\013-\037"\\' |
+        awk 'NR > 1 { printf "\\n" } { printf "%s", $0 }')"
+}
+
 # A disk in RAM: /dev/nullb0, MIB. (Its emulated write cache can lock Linux 6.12 up.)
 ram_disk() {
     modprobe configfs 2>/dev/null || true

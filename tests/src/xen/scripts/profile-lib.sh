@@ -1,0 +1,68 @@
+# What profiles are made of, in dom0 as in a guest.
+mount -t debugfs debugfs /sys/kernel/debug 2>/dev/null || true
+mount -t tracefs tracefs /sys/kernel/tracing 2>/dev/null || true
+# The kernel would sample less and less often, because interrupts take long on an emulated CPU.
+echo 0 >/proc/sys/kernel/perf_cpu_time_max_percent
+
+# LINES TITLE COMMAND...: what the command prints, if it prints anything, is a report.
+show() {
+    lines=$1 title=$2
+    shift 2
+    "$@" >/run/report 2>/run/report.err && [ -s /run/report ] || fail "$title: $(tail -3 /run/report.err)"
+    text report "$title
+$(head -n "$lines" /run/report | sed 's/[- ]*$//')"
+}
+
+# SECONDS FILE OPTION...: where the CPUs are, and by whose calls. Without a vPMU there are no hardware events;
+# 199 timer interrupts a second are what an emulated CPU bears.
+sample() {
+    time=$1 file=$2
+    shift 2
+    perf record -q -a -g -F 199 -e cpu-clock -o "$file" "$@" -- sleep "$time" || fail "perf record"
+}
+
+# FILE OPTION...: a report on them, without what perf says of itself. (Inlined functions take minutes to find.)
+sampled() {
+    file=$1
+    shift
+    perf report -i "$file" --stdio --no-inline -g none "$@" | grep -v -e '^#' -e '^ *$'
+}
+
+# FILE: samples as lines of `COMMAND;CALLER;...;CALLEE COUNT`, which programs for flame graphs read.
+folded() {
+    perf report -i "$1" --stdio --no-inline --no-children -n -s comm -g folded,0,caller,count | awk '
+        /^ / { sub(/^[ 0-9.%]*/, ""); sub(/ *$/, ""); command = $0 }
+        /^[0-9]/ { count = $1; sub(/^[0-9]* /, ""); print command ";" $0 " " count }'
+}
+
+# COMMAND...: locks that were waited for while it runs, and by whom. (Linux 6.1's perf prints that as an error.)
+locks() {
+    perf lock record -q -a -o /run/lock.data -- "$@" >/dev/null || fail "perf lock record"
+    perf lock contention -i /run/lock.data 2>&1 | grep .
+}
+
+# SECONDS DEVICE: the life of its requests: queued (Q), given to the driver (D), completed (C).
+trace_blocks() {
+    cd /run
+    rm -f trace.*
+    blktrace -d "$2" -w "$1" -o trace >/run/blktrace.out || fail "blktrace"
+    blkparse -q -i trace -d trace.bin >/run/blkparse.out
+    grep -q ' C ' /run/blkparse.out || fail "blktrace has seen nothing"
+    cd /
+}
+times_of_blocks() {
+    btt -i /run/trace.bin | sed -n '/All Devices/,/Device Overhead/p' | grep -E 'MIN|^[A-Z]2'
+}
+
+# ROW: in a guest, fio does that until unload.
+load() {
+    seconds=600
+    before=$(cat /sys/block/xvda/stat)
+    run_fio "$1" /dev/xvda $(grep "^$1 " /scripts/rows | cut -d' ' -f2-) &
+    load=$!
+    until [ "$(cat /sys/block/xvda/stat)" != "$before" ]; do sleep 0.2; done
+}
+unload() {
+    killall fio
+    wait $load || true
+}
