@@ -62,6 +62,8 @@ const NEWER_MODULES: &[&str] = &["ublk_drv"];
 const PROFILERS: &[&str] =
     &["usr/bin/blkparse", "usr/bin/btt", "usr/bin/perf", "usr/bin/xenalyze", "usr/sbin/blktrace"];
 const XEN_PROFILERS: &[&str] = &["xenperf", "xentop", "xentrace"];
+/// The name that disk lines have for our hotplug script.
+const HOTPLUG: &str = "block-blkback";
 /// It does not start without, even where it shows nothing.
 const QEMU_KEYMAPS: &str = "usr/share/qemu/keymaps";
 const QEMU: &str = "usr/libexec/xen-qemu-system-i386";
@@ -92,6 +94,8 @@ pub struct Parts<'a> {
     pub profilers: bool,
     /// Our programs.
     pub ours: &'a [PathBuf],
+    /// Our hotplug script.
+    pub hotplug: &'a Path,
     /// What dom0 and guests do.
     pub scripts: &'a Path,
 }
@@ -144,6 +148,7 @@ fn system(path: &Path, parts: &Parts<'_>) -> Result<()> {
         image.programs(PROFILERS)?;
     }
     image.tree(Path::new("etc/xen"), &root.dir.join("etc/xen"))?;
+    image.add(&Path::new("etc/xen/scripts").join(HOTPLUG), parts.hotplug)?;
     let modules = Modules::find(root)?;
     let newer = NEWER_MODULES.iter().filter(|name| modules.contains(name));
     image.modules(&modules, &MODULES.iter().chain(newer).copied().collect::<Vec<_>>())?;

@@ -60,7 +60,7 @@ impl<'a> Initramfs<'a> {
     }
 
     /// Adds a file, executable; links are followed.
-    fn add(&mut self, name: &Path, from: &Path) -> Result<()> {
+    pub(super) fn add(&mut self, name: &Path, from: &Path) -> Result<()> {
         if self.archive.contains(name) {
             return Ok(());
         }

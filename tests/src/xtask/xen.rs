@@ -150,6 +150,7 @@ fn prepare(
         root_32: i386.as_ref(),
         profilers: needed("profilers"),
         ours: &ours,
+        hotplug: &super::root().join("blkback/dist/block-blkback"),
         scripts: &scenario::scripts(),
     };
     let images = image::build(&cache().join(suite.name()).join("images"), &parts)?;

@@ -5,12 +5,6 @@ seconds=2
 ram_disk 256
 modprobe xen-blkback
 start_blkback --kinds vbd3
-cat >/etc/xen/scripts/block-none <<'END'
-#!/bin/sh
-[ "$1" = add ] && xenstore-write "$XENBUS_PATH/hotplug-status" connected
-exit 0
-END
-chmod +x /etc/xen/scripts/block-none
 
 tracing=/sys/kernel/tracing
 mount -t tracefs tracefs $tracing
@@ -47,7 +41,7 @@ counters() {
 }
 
 qemu=none
-ours='format=raw,access=rw,backendtype=tap,script=/etc/xen/scripts/block-none,target=/dev/nullb0'
+ours='format=raw,access=rw,backendtype=tap,script=block-blkback,target=/dev/nullb0'
 create_guest guest "compare disks=kernel:xvda,qdisk:xvdb,ours:xvdc rounds=$rounds seconds=$seconds" \
     'vdev=xvda,format=raw,access=rw,backendtype=phy,target=/dev/nullb0' \
     'vdev=xvdb,format=raw,access=rw,backendtype=qdisk,target=/dev/nullb0' "vdev=xvdc,$ours"

@@ -2,13 +2,7 @@
 ram_disk 256
 file_disk 64
 # Where no script is named libxl runs tapdisk's.
-cat >/etc/xen/scripts/block-none <<'END'
-#!/bin/sh
-[ "$1" = add ] && xenstore-write "$XENBUS_PATH/hotplug-status" connected
-exit 0
-END
-chmod +x /etc/xen/scripts/block-none
-disk='format=raw,access=rw,backendtype=tap,script=/etc/xen/scripts/block-none'
+disk='format=raw,access=rw,backendtype=tap,script=block-blkback'
 start_blkback
 create_guest guest disk "vdev=xvda,$disk,target=/dev/nullb0" "vdev=xvdb,$disk,target=/tmp/disk.raw"
 blkback_results guest
