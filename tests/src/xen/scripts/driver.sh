@@ -1,5 +1,6 @@
 # A driver domain of type TYPE serves the disks of guests; dom0 only runs the toolstack. First with `xl devd` in
-# it, which runs Debian's `block` script and removes what is detached; then blkback does without.
+# it, which runs Debian's `block` script and removes what is detached; then blkback does without, for a PV guest and
+# for a PVH guest.
 driver_domain() {
     before=$(nodes)
     GUEST_TYPE=$1 GUEST_CPUS='"4","5"' GUEST_MORE=driver_domain=1
@@ -12,8 +13,9 @@ driver_domain() {
     GUEST_TYPE=pv
     serve devd /dev/loop0 --script-timeout-s 60
     ask stor 'cat /var/log/xen/xldevd.log >&3; kill $(cat /run/devd.pid) && losetup -d /dev/loop0'
+    serve alone-pv /tmp/disk.raw
     GUEST_TYPE=pvh
-    serve alone /tmp/disk.raw
+    serve alone-pvh /tmp/disk.raw
     end_guest stor
     settles "$before" nodes
 }

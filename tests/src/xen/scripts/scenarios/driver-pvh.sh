@@ -1,3 +1,3 @@
-# blkback in a PVH driver domain, for a PV guest beside xl devd, and for a PVH guest alone.
+# blkback in a PVH driver domain, for a PV guest beside xl devd, and alone for a PV and a PVH guest.
 . /scripts/driver.sh
 driver_domain pvh
