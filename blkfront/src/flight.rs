@@ -110,6 +110,8 @@ pub(crate) struct Flight {
     requests: Slab<Assembled>,
     /// Held back by a plug, or waiting for a slot.
     waiting: VecDeque<u32>,
+    /// Of the direct request that [`Flight::body`] made last.
+    segments: Segments,
 }
 
 impl Flight {
@@ -122,6 +124,7 @@ impl Flight {
             pieces: Slab::new(depth + pages),
             requests: Slab::new(depth + pages),
             waiting: VecDeque::with_capacity(depth + pages),
+            segments: Segments::EMPTY,
         }
     }
 
@@ -281,7 +284,12 @@ impl Flight {
     }
 
     /// What goes on the ring for a request; `None` while there is no page for its segments.
-    pub(crate) fn body(&mut self, key: u32, pool: &Pool, lists: &mut Pool) -> Option<Body> {
+    pub(crate) fn body(
+        &mut self,
+        key: u32,
+        pool: &Pool,
+        lists: &mut Pool,
+    ) -> Option<Body<&[Segment]>> {
         let request = self.requests.get_mut(key)?;
         let transfer = match request.kind {
             Kind::Read => Transfer::Read,
@@ -296,11 +304,11 @@ impl Flight {
         };
         let sector = request.sector;
         if request.segments <= u32::from(self.limits.direct) {
-            let mut segments = Segments::EMPTY;
+            self.segments.clear();
             each_segment(&self.pieces, request.first, pool, |segment| {
-                segments.push(segment);
+                self.segments.push(segment);
             });
-            return Some(Body::Direct { transfer, sector, segments });
+            return Some(Body::Direct { transfer, sector, segments: &self.segments });
         }
         let mut list = lists.alloc(SEGMENT_LIST_BYTES)?;
         let mut bytes = [0; SEGMENT_LIST_BYTES];

@@ -2,7 +2,7 @@
 
 use crate::Violation;
 use crate::stats::Counters;
-use ring_proto::{Body, Request, RequestProducer, ResponseConsumer, Status};
+use ring_proto::{Body, Request, RequestProducer, ResponseConsumer, Segment, Status};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use xen_platform::{EventChannel, GrantedPages};
@@ -12,6 +12,10 @@ use xen_platform::{EventChannel, GrantedPages};
 /// split layout carries no more.
 const TAG_BITS: u32 = 16;
 const TAG_MASK: u32 = (1 << TAG_BITS) - 1;
+
+/// Requests that are shown to a backend at a time while it is awake: enough of them to be worth the fence
+/// and a journey of the index, few enough for the two ends to work at the same time.
+const PUBLISH_EVERY: u64 = 8;
 
 /// One connection's ring, with all that must stay as long as it does.
 #[derive(Debug)]
@@ -106,8 +110,8 @@ impl HwQueue {
     }
 
     /// Puts a request on the ring; `false` when it is full. The backend sees it after
-    /// [`HwQueue::publish`].
-    pub(crate) fn push(&mut self, owner: Owner, body: Body) -> bool {
+    /// [`HwQueue::publish`] at the latest.
+    pub(crate) fn push(&mut self, owner: Owner, body: Body<&[Segment]>) -> bool {
         let Some(&n) = self.free.last() else { return false };
         let Some(tag) = self.tags.get_mut(n as usize) else { return false };
         let id = n | (tag.id & !TAG_MASK).wrapping_add(1 << TAG_BITS);
@@ -121,6 +125,15 @@ impl HwQueue {
         self.issues += 1;
         self.pushed += 1;
         true
+    }
+
+    /// Shows a backend that is awake some of what was pushed, so that it works while we push on. One
+    /// that sleeps is woken once, by [`HwQueue::publish`].
+    pub(crate) fn publish_some(&mut self) -> Result<(), Failure> {
+        if self.pushed < PUBLISH_EVERY || self.ring.producer.peer_sleeps() {
+            return Ok(());
+        }
+        self.publish()
     }
 
     /// Shows the backend what was pushed, and wakes it if it sleeps.

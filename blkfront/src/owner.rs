@@ -140,7 +140,7 @@ impl RingOwner {
                 let stale = match &mut self.state.hw {
                     _ if staged.connection > self.state.connection => break,
                     Some(hw) if staged.connection == self.state.connection => {
-                        if !hw.push(owner, staged.body.clone()) {
+                        if !hw.push(owner, staged.body.borrowed()) {
                             if !std::mem::replace(&mut self.state.blocked, true) {
                                 self.counters.requeues.add(1);
                             }

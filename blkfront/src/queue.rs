@@ -9,7 +9,6 @@ use crate::stats::Counters;
 use crate::wait::{Spinner, sleep};
 use crate::{Completed, Io, IoBuffer, Op, Refusal, Refused, Stats, Waiting};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-use ring_proto::Body;
 use ring_proto::abi::SECTOR_SIZE;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -216,27 +215,31 @@ impl Queue {
                 }
                 break;
             };
-            if !self.push(request, body) {
-                break;
-            }
+            let outcome = match &mut self.path {
+                Path::Own(None) => break,
+                Path::Own(Some(hw)) => {
+                    if !hw.push(Owner { user: self.vcpu, request }, body) {
+                        break;
+                    }
+                    hw.publish_some()
+                }
+                Path::Shared(staging) => {
+                    let (connection, body) = (self.connection, body.to_owned());
+                    if staging.requests.push(Staged { connection, request, body }).is_err() {
+                        break;
+                    }
+                    self.on_the_way += 1;
+                    Ok(())
+                }
+            };
             self.flight.issued();
             pushed = true;
+            if let Err(failure) = outcome {
+                return self.fail(failure);
+            }
         }
         if pushed {
             self.publish();
-        }
-    }
-
-    fn push(&mut self, request: u32, body: Body) -> bool {
-        match &mut self.path {
-            Path::Own(Some(hw)) => hw.push(Owner { user: self.vcpu, request }, body),
-            Path::Own(None) => false,
-            Path::Shared(staging) => {
-                let connection = self.connection;
-                let pushed = staging.requests.push(Staged { connection, request, body }).is_ok();
-                self.on_the_way += usize::from(pushed);
-                pushed
-            }
         }
     }
 
@@ -387,9 +390,8 @@ impl Queue {
                 return count;
             }
             if self.spinner.spin(&self.counters) {
-                // A polling thread that was given a time looks at the clock each turn: it has nothing
-                // better to do, and turns are longer than a look only when there is work.
-                if self.spinner.is_endless() && expired(&mut deadline, timeout).is_none() {
+                let look = self.spinner.is_endless() && self.spinner.is_time_to_look();
+                if look && expired(&mut deadline, timeout).is_none() {
                     return 0;
                 }
                 continue;

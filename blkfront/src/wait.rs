@@ -36,6 +36,11 @@ impl Spinner {
         self.waiting == Waiting::Poll
     }
 
+    /// Whether enough turns have passed since the clock was looked at.
+    pub(crate) fn is_time_to_look(&self) -> bool {
+        self.turns.is_multiple_of(TURNS_PER_LOOK)
+    }
+
     /// There was nothing: spins a turn, and says whether to look again (or else sleep).
     pub(crate) fn spin(&mut self, counters: &Counters) -> bool {
         if self.waiting == Waiting::Event {
@@ -44,7 +49,7 @@ impl Spinner {
         counters.spins.add(1);
         std::hint::spin_loop();
         self.turns = self.turns.wrapping_add(1);
-        if self.waiting == Waiting::Poll || !self.turns.is_multiple_of(TURNS_PER_LOOK) {
+        if self.waiting == Waiting::Poll || !self.is_time_to_look() {
             return true;
         }
         let since = *self.since.get_or_insert_with(Instant::now);

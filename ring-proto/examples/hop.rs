@@ -4,8 +4,8 @@
 //! `cargo run --release -p ring-proto --example hop [RUNS]` (needs gcc and libxen-dev)
 
 use ring_proto::{
-    Abi, Body, GrantRef, Limits, Request, Response, RingLayout, Segment, Segments, Status,
-    Transfer, back, front,
+    Abi, Body, GrantRef, Limits, RawRequest, Request, Response, RingLayout, Segment, Segments,
+    Status, Transfer, back, front,
 };
 use std::hint::spin_loop;
 use std::path::{Path, PathBuf};
@@ -41,13 +41,13 @@ fn hop(layout: RingLayout, order: u8, depth: u64, count: u64) -> Result<u64, Box
     let (mut taker, mut answerer) = back::attach(pages, layout, order)?;
     let backend = std::thread::spawn(move || -> Result<(), BoxError> {
         pin(1);
-        let mut done = 0;
+        let (mut done, mut raw) = (0, RawRequest::default());
         while done < count {
             if taker.poll()? == 0 {
                 spin_loop();
                 continue;
             }
-            while let Some(raw) = taker.pop() {
+            while taker.pop_into(&mut raw) {
                 let request = raw.validate(&LIMITS)?;
                 let operation = request.response_operation();
                 answerer.push(&Response { id: request.id, operation, status: Status::Okay })?;

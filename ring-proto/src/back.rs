@@ -4,10 +4,10 @@
 use crate::codec::decode_request_to;
 use crate::codec::{decode_request, encode_response};
 use crate::request::{RawRequest, Response};
-use crate::shared::SharedRing;
+use crate::shared::{SharedRing, full_fence};
 #[cfg(not(loom))]
 use crate::sync::AtomicU32;
-use crate::sync::{Arc, Halves, Ordering, fence};
+use crate::sync::{Arc, Halves, Ordering};
 use crate::{RingError, RingFull, RingLayout};
 #[cfg(not(loom))]
 use crate::{RingPages, SetupError};
@@ -52,6 +52,9 @@ pub(crate) fn halves(ring: Arc<SharedRing>, index: u32) -> (RequestConsumer, Res
     )
 }
 
+/// Slots to be fetched while one is worked on: a slot's way between CPUs takes as long as some requests.
+pub(crate) const FETCH_AHEAD: u32 = 4;
+
 /// Takes requests. Owned by one thread.
 #[derive(Debug)]
 #[repr(align(128))]
@@ -88,6 +91,10 @@ impl RequestConsumer {
         if req_prod != self.seen {
             self.check(req_prod)?;
             self.seen = req_prod;
+            let few = self.seen.wrapping_sub(self.taken).min(FETCH_AHEAD);
+            for ahead in 0..few {
+                self.ring.prefetch_request(self.taken.wrapping_add(ahead));
+            }
         }
         Ok(self.seen.wrapping_sub(self.taken))
     }
@@ -111,27 +118,45 @@ impl RequestConsumer {
     }
 
     /// Copies the next request out of the ring, of those that [`Self::poll`] has seen.
-    #[inline]
     pub fn pop(&mut self) -> Option<RawRequest> {
-        if self.taken == self.seen {
-            return None;
-        }
-        let raw = decode_request(self.ring.request(self.taken), self.ring.layout());
-        self.advance(1);
-        Some(raw)
+        let mut raw = RawRequest::default();
+        self.pop_into(&mut raw).then_some(raw)
     }
 
-    /// As [`Self::pop`], and leaves a copy of what it read in `copy`, which is
+    /// As [`Self::pop`], into `raw`, which saves moving it; `false` when there is none.
+    #[inline]
+    pub fn pop_into(&mut self, raw: &mut RawRequest) -> bool {
+        if self.taken == self.seen {
+            return false;
+        }
+        self.fetch_ahead();
+        decode_request(self.ring.request(self.taken), self.ring.layout(), raw);
+        self.advance(1);
+        true
+    }
+
+    /// As [`Self::pop_into`], and leaves a copy of what it read in `copy`, which is
     /// [`RingLayout::request_words`] long, for [`RawRequest::from_copy`].
     #[cfg(not(loom))]
     #[inline]
-    pub fn pop_to(&mut self, copy: &[AtomicU32]) -> Option<RawRequest> {
+    pub fn pop_to(&mut self, raw: &mut RawRequest, copy: &[AtomicU32]) -> bool {
         if self.taken == self.seen {
-            return None;
+            return false;
         }
-        let raw = decode_request_to(self.ring.request(self.taken), self.ring.layout(), copy);
+        self.fetch_ahead();
+        decode_request_to(self.ring.request(self.taken), self.ring.layout(), copy, raw);
         self.advance(1);
-        Some(raw)
+        true
+    }
+
+    /// Another CPU has written the slots: a few are on their way here while one is worked on. Not more
+    /// than were seen, or the frontend would lose those that it is about to write.
+    #[inline]
+    fn fetch_ahead(&self) {
+        let ahead = self.taken.wrapping_add(FETCH_AHEAD);
+        if self.seen.wrapping_sub(self.taken) > FETCH_AHEAD {
+            self.ring.prefetch_request(ahead);
+        }
     }
 
     #[inline]
@@ -170,7 +195,7 @@ impl RequestConsumer {
         self.ring.req_event().store(self.taken.wrapping_add(1), Ordering::Relaxed);
         // Either the frontend sees our wish, or we see its request: a full fence on both sides, or
         // both may miss and sleep for ever.
-        fence(Ordering::SeqCst);
+        full_fence();
         Ok(self.poll()? > 0)
     }
 }
@@ -212,6 +237,19 @@ impl ResponseProducer {
         self.pushed
     }
 
+    /// Whether the frontend asked for an event for what was pushed since it was last shown: it sleeps, or
+    /// is about to. Only a hint: what counts is what [`Self::publish`] says.
+    #[inline]
+    pub fn peer_sleeps(&self) -> bool {
+        crosses(self.published, self.pushed, self.ring.rsp_event().load(Ordering::Relaxed))
+    }
+
+    /// Responses pushed and not shown yet.
+    #[inline]
+    pub fn unpublished(&self) -> u32 {
+        self.pushed.wrapping_sub(self.published)
+    }
+
     /// Shows the frontend what was pushed, and says whether it wants an event for it
     /// (`RING_PUSH_RESPONSES_AND_CHECK_NOTIFY`).
     #[must_use = "a frontend that asked for an event sleeps until it comes"]
@@ -224,7 +262,7 @@ impl ResponseProducer {
         // First, or the other half may see requests that rest on responses it has not heard of.
         self.halves.responses.0.store(self.pushed, Ordering::Relaxed);
         self.ring.rsp_prod().store(self.pushed, Ordering::Release);
-        fence(Ordering::SeqCst);
+        full_fence();
         crosses(before, self.pushed, self.ring.rsp_event().load(Ordering::Relaxed))
     }
 }

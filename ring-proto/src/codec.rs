@@ -1,10 +1,11 @@
 //! Requests and responses to and from the words of a slot.
 
 use crate::abi::{Segment, op};
-use crate::layout::Fields;
+use crate::layout::{Abi, Fields, SPLIT, X86_32, X86_64};
 use crate::request::{Body, RawRequest, Request, Response, Status};
 use crate::shared::Word;
 use crate::{GrantRef, RingLayout, indirect_pages};
+use core::ops::Deref;
 #[cfg(not(loom))]
 use core::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
@@ -49,8 +50,8 @@ fn store_id(slot: &[Word], fields: &Fields, id: u64) {
 
 /// Copies a request out of its slot. Each word is read once, and how many are is decided by the copy (XSA-155).
 #[inline]
-pub(crate) fn decode_request(slot: &[Word], layout: RingLayout) -> RawRequest {
-    decode(|word| load(slot, word), layout)
+pub(crate) fn decode_request(slot: &[Word], layout: RingLayout, raw: &mut RawRequest) {
+    decode(|word| load(slot, word), layout, raw);
 }
 
 /// As [`decode_request`], and writes each word that it reads to the same place in `copy`.
@@ -60,7 +61,8 @@ pub(crate) fn decode_request_to(
     slot: &[Word],
     layout: RingLayout,
     copy: &[AtomicU32],
-) -> RawRequest {
+    raw: &mut RawRequest,
+) {
     let tee = |word| {
         let value = load(slot, word);
         if let Some(to) = copy.get(word) {
@@ -68,29 +70,39 @@ pub(crate) fn decode_request_to(
         }
         value
     };
-    decode(tee, layout)
+    decode(tee, layout, raw);
 }
 
 /// Decodes what [`decode_request_to`] wrote: what is read depends on nothing but what was read before.
 #[cfg(not(loom))]
-pub(crate) fn decode_copy(copy: &[AtomicU32], layout: RingLayout) -> RawRequest {
-    decode(|word| copy.get(word).map_or(0, |from| from.load(Relaxed)), layout)
+pub(crate) fn decode_copy(copy: &[AtomicU32], layout: RingLayout, raw: &mut RawRequest) {
+    decode(|word| copy.get(word).map_or(0, |from| from.load(Relaxed)), layout, raw);
 }
 
-/// Decodes a request, reading each word once.
+/// Decodes a request, reading each word once. Each layout has code of its own, with its fields' places
+/// in it.
 #[inline]
-fn decode(load: impl Fn(usize) -> u32, layout: RingLayout) -> RawRequest {
+fn decode(load: impl Fn(usize) -> u32, layout: RingLayout, raw: &mut RawRequest) {
+    match layout {
+        RingLayout::Union(Abi::X86_64) => decode_fields(load, &X86_64, raw),
+        RingLayout::Union(Abi::X86_32) => decode_fields(load, &X86_32, raw),
+        RingLayout::Split => decode_fields(load, &SPLIT, raw),
+    }
+}
+
+#[inline(always)]
+fn decode_fields(load: impl Fn(usize) -> u32, fields: &Fields, raw: &mut RawRequest) {
     let load_wide = |word| u64::from(load(word)) | u64::from(load(word + 1)) << 32;
-    let fields = layout.fields();
     let [operation, detail, low, high] = load(0).to_le_bytes();
-    let half = u16::from_le_bytes([low, high]);
-    let mut raw = RawRequest { operation, detail, half, ..RawRequest::BLANK };
+    raw.operation = operation;
+    raw.detail = detail;
+    raw.half = u16::from_le_bytes([low, high]);
     raw.id = if fields.wide_id { load_wide(fields.id) } else { u64::from(load(fields.id)) };
     raw.sector = load_wide(fields.sector);
     raw.room = fields.segments as u8;
     match operation {
         op::INDIRECT => {
-            for (k, gref) in raw.pages.iter_mut().take(indirect_pages(half)).enumerate() {
+            for (k, gref) in raw.pages.iter_mut().take(indirect_pages(raw.half)).enumerate() {
                 *gref = GrantRef(load(fields.indirect_grefs + k));
             }
         }
@@ -104,13 +116,28 @@ fn decode(load: impl Fn(usize) -> u32, layout: RingLayout) -> RawRequest {
             });
         }
     }
-    raw
 }
 
 /// Writes a request into its slot.
 #[inline]
-pub(crate) fn encode_request(slot: &[Word], layout: RingLayout, request: &Request) {
-    let fields = layout.fields();
+pub(crate) fn encode_request<S: Deref<Target = [Segment]>>(
+    slot: &[Word],
+    layout: RingLayout,
+    request: &Request<S>,
+) {
+    match layout {
+        RingLayout::Union(Abi::X86_64) => encode_fields(slot, &X86_64, request),
+        RingLayout::Union(Abi::X86_32) => encode_fields(slot, &X86_32, request),
+        RingLayout::Split => encode_fields(slot, &SPLIT, request),
+    }
+}
+
+#[inline(always)]
+fn encode_fields<S: Deref<Target = [Segment]>>(
+    slot: &[Word],
+    fields: &Fields,
+    request: &Request<S>,
+) {
     let body = fields.body;
     let sector = match &request.body {
         Body::Direct { transfer, sector, segments } => {

@@ -1,13 +1,15 @@
 //! The frontend's halves: requests go into one, responses come out of the other.
 
-use crate::back::crosses;
+use crate::abi::Segment;
+use crate::back::{FETCH_AHEAD, crosses};
 use crate::codec::{decode_response, encode_request};
 use crate::request::{Request, Response};
-use crate::shared::SharedRing;
-use crate::sync::{Arc, Halves, Ordering, fence};
+use crate::shared::{SharedRing, full_fence};
+use crate::sync::{Arc, Halves, Ordering};
 use crate::{RingError, RingFull, RingLayout};
 #[cfg(not(loom))]
 use crate::{RingPages, SetupError};
+use core::ops::Deref;
 
 /// Makes an empty ring in pages of our own that hold nothing yet.
 ///
@@ -90,7 +92,10 @@ impl RequestProducer {
     /// # Errors
     /// [`RingFull`] when no slot is free.
     #[inline]
-    pub fn push(&mut self, request: &Request) -> Result<(), RingFull> {
+    pub fn push<S: Deref<Target = [Segment]>>(
+        &mut self,
+        request: &Request<S>,
+    ) -> Result<(), RingFull> {
         let full = |freed| self.pushed.wrapping_sub(freed) >= self.ring.slots();
         if full(self.freed) {
             let freed = self.halves.responses.0.load(Ordering::Acquire);
@@ -102,6 +107,13 @@ impl RequestProducer {
         encode_request(self.ring.request(self.pushed), self.ring.layout(), request);
         self.pushed = self.pushed.wrapping_add(1);
         Ok(())
+    }
+
+    /// Whether the backend asked for an event for what was pushed since it was last shown: it sleeps, or
+    /// is about to. Only a hint: what counts is what [`Self::publish`] says.
+    #[inline]
+    pub fn peer_sleeps(&self) -> bool {
+        crosses(self.published, self.pushed, self.ring.req_event().load(Ordering::Relaxed))
     }
 
     /// Shows the backend what was pushed, and says whether it wants an event for it
@@ -116,7 +128,7 @@ impl RequestProducer {
         // First, or the other half may see responses to requests it has not heard of.
         self.halves.requests.0.store(self.pushed, Ordering::Relaxed);
         self.ring.req_prod().store(self.pushed, Ordering::Release);
-        fence(Ordering::SeqCst);
+        full_fence();
         crosses(before, self.pushed, self.ring.req_event().load(Ordering::Relaxed))
     }
 }
@@ -168,6 +180,9 @@ impl ResponseConsumer {
         if self.taken == self.seen {
             return None;
         }
+        if self.seen.wrapping_sub(self.taken) > FETCH_AHEAD {
+            self.ring.prefetch_response(self.taken.wrapping_add(FETCH_AHEAD));
+        }
         let response = decode_response(self.ring.response(self.taken), self.ring.layout());
         self.taken = self.taken.wrapping_add(1);
         // Release: the slot was read before the other half may write a request over it.
@@ -186,7 +201,7 @@ impl ResponseConsumer {
         }
         self.ring.rsp_event().store(self.taken.wrapping_add(1), Ordering::Relaxed);
         // As in the backend's: one of the two must see what the other wrote.
-        fence(Ordering::SeqCst);
+        full_fence();
         Ok(self.poll()? > 0)
     }
 }

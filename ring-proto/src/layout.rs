@@ -71,9 +71,9 @@ macro_rules! fields {
     };
 }
 
-const X86_64: Fields = fields!(x86_64);
-const X86_32: Fields = fields!(x86_32);
-const SPLIT: Fields = Fields {
+pub(crate) const X86_64: Fields = fields!(x86_64);
+pub(crate) const X86_32: Fields = fields!(x86_32);
+pub(crate) const SPLIT: Fields = Fields {
     id: 1,
     sector: 2,
     body: 4,

@@ -81,7 +81,7 @@ fn take_all(taker: &mut RequestConsumer, ids: core::ops::Range<u64>, event: &Eve
     while next < ids.end {
         taker.poll().unwrap();
         while let Some(raw) = taker.pop() {
-            assert_eq!(raw.validate(&LIMITS), Ok(request(next)));
+            assert_eq!(raw.validate(&LIMITS).map(|r| r.to_owned()), Ok(request(next)));
             next += 1;
         }
         if next < ids.end && !taker.final_check().unwrap() {
@@ -174,7 +174,7 @@ fn take_requests(mut taker: RequestConsumer) {
     for _ in 0..TRIES {
         taker.poll().unwrap();
         if let Some(raw) = taker.pop() {
-            assert_eq!(raw.validate(&LIMITS), Ok(request(next)));
+            assert_eq!(raw.validate(&LIMITS).map(|r| r.to_owned()), Ok(request(next)));
             next += 1;
         }
     }

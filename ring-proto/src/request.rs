@@ -10,7 +10,7 @@ use crate::{RingLayout, sync::AtomicU32};
 use core::ops::Deref;
 
 /// The segments of a direct request.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 pub struct Segments {
     list: [Segment; MAX_DIRECT_SEGMENTS],
     len: u8,
@@ -20,6 +20,21 @@ impl Segments {
     /// None yet.
     pub const EMPTY: Self =
         Self { list: [Segment::new(GrantRef(0), 0, 0); MAX_DIRECT_SEGMENTS], len: 0 };
+
+    /// As many of `segments` as there is room for.
+    pub fn of(segments: &[Segment]) -> Self {
+        let mut list = Self::EMPTY;
+        for &segment in segments {
+            list.push(segment);
+        }
+        list
+    }
+
+    /// Takes them all out.
+    #[inline]
+    pub fn clear(&mut self) {
+        self.len = 0;
+    }
 
     /// Appends a segment; `false` when there is no room.
     #[inline]
@@ -39,6 +54,14 @@ impl Deref for Segments {
         self.list.get(..usize::from(self.len)).unwrap_or(&self.list)
     }
 }
+
+impl PartialEq for Segments {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
+}
+
+impl Eq for Segments {}
 
 impl core::fmt::Debug for Segments {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
@@ -72,18 +95,19 @@ impl Transfer {
     }
 }
 
-/// A request whose every field was checked against [`Limits`].
+/// A request whose every field was checked against [`Limits`]. Its segments are its own, or `&[Segment]`
+/// of the [`RawRequest`] that it came of, which saves moving them about.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Request {
+pub struct Request<S = Segments> {
     /// The frontend's tag. Only its frontend gives it a meaning; the split layout carries 32 bits of it.
     pub id: u64,
     /// What is asked for.
-    pub body: Body,
+    pub body: Body<S>,
 }
 
 /// What a request asks for. Sectors are 512 bytes each.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Body {
+pub enum Body<S = Segments> {
     /// Data in the pages that the request names.
     Direct {
         /// Which way.
@@ -91,7 +115,7 @@ pub enum Body {
         /// First sector.
         sector: u64,
         /// The pages.
-        segments: Segments,
+        segments: S,
     },
     /// Data in pages named by segments that stand in pages of their own. Those are still to be
     /// fetched, and then checked by [`Limits::check_segments`].
@@ -121,7 +145,47 @@ pub enum Body {
     },
 }
 
-impl Request {
+impl Request<&[Segment]> {
+    /// With segments of its own.
+    pub fn to_owned(&self) -> Request {
+        Request { id: self.id, body: self.body.to_owned() }
+    }
+}
+
+impl Body {
+    /// With the segments where they are.
+    #[inline]
+    pub fn borrowed(&self) -> Body<&[Segment]> {
+        match *self {
+            Self::Direct { transfer, sector, ref segments } => {
+                Body::Direct { transfer, sector, segments }
+            }
+            Self::Indirect { transfer, sector, nr_segments, pages } => {
+                Body::Indirect { transfer, sector, nr_segments, pages }
+            }
+            Self::Flush { barrier } => Body::Flush { barrier },
+            Self::Discard { sector, sectors, secure } => Body::Discard { sector, sectors, secure },
+        }
+    }
+}
+
+impl Body<&[Segment]> {
+    /// With segments of its own.
+    pub fn to_owned(&self) -> Body {
+        match *self {
+            Self::Direct { transfer, sector, segments } => {
+                Body::Direct { transfer, sector, segments: Segments::of(segments) }
+            }
+            Self::Indirect { transfer, sector, nr_segments, pages } => {
+                Body::Indirect { transfer, sector, nr_segments, pages }
+            }
+            Self::Flush { barrier } => Body::Flush { barrier },
+            Self::Discard { sector, sectors, secure } => Body::Discard { sector, sectors, secure },
+        }
+    }
+}
+
+impl<S> Request<S> {
     /// The operation code that the response carries: for an indirect request the inner one, or
     /// Linux's frontend disables the device.
     #[inline]
@@ -265,6 +329,8 @@ pub struct Refused {
 }
 
 /// A request as it was copied from the ring. Nothing in it is to be believed: see [`RawRequest::validate`].
+///
+/// It is made once and filled again and again: what a request does not use is left of an earlier one.
 #[derive(Clone, Debug)]
 pub struct RawRequest {
     pub(crate) operation: u8,
@@ -284,8 +350,14 @@ pub struct RawRequest {
     pub(crate) room: u8,
 }
 
+impl Default for RawRequest {
+    fn default() -> Self {
+        Self::BLANK
+    }
+}
+
 impl RawRequest {
-    pub(crate) const BLANK: Self = Self {
+    const BLANK: Self = Self {
         operation: 0,
         detail: 0,
         half: 0,
@@ -308,7 +380,9 @@ impl RawRequest {
     /// Decodes a copy that [`crate::RequestConsumer::pop_to`] made.
     #[cfg(not(loom))]
     pub fn from_copy(copy: &[AtomicU32], layout: RingLayout) -> Self {
-        crate::codec::decode_copy(copy, layout)
+        let mut raw = Self::BLANK;
+        crate::codec::decode_copy(copy, layout, &mut raw);
+        raw
     }
 
     /// Checks every field against the rules of blkif.h and what this device takes.
@@ -316,7 +390,7 @@ impl RawRequest {
     /// # Errors
     /// The first rule that is broken; the request is to be answered with that and nothing else done.
     #[inline]
-    pub fn validate(&self, limits: &Limits) -> Result<Request, Refused> {
+    pub fn validate(&self, limits: &Limits) -> Result<Request<&[Segment]>, Refused> {
         let refuse = |operation, reason| Refused { id: self.id, operation, reason };
         let body = match self.operation {
             op::READ | op::WRITE | op::WRITE_BARRIER | op::FLUSH_DISKCACHE => {
@@ -330,7 +404,7 @@ impl RawRequest {
     }
 
     #[inline]
-    fn direct(&self, limits: &Limits) -> Result<Body, Reason> {
+    fn direct(&self, limits: &Limits) -> Result<Body<&[Segment]>, Reason> {
         let transfer = match self.operation {
             op::READ => Transfer::Read,
             op::WRITE => Transfer::Write,
@@ -350,11 +424,11 @@ impl RawRequest {
         }
         limits.check_writable(transfer)?;
         limits.check_segments(self.sector, &self.segments)?;
-        Ok(Body::Direct { transfer, sector: self.sector, segments: self.segments })
+        Ok(Body::Direct { transfer, sector: self.sector, segments: &self.segments })
     }
 
     #[inline]
-    fn indirect(&self, limits: &Limits) -> Result<Body, Reason> {
+    fn indirect(&self, limits: &Limits) -> Result<Body<&[Segment]>, Reason> {
         let transfer = match self.detail {
             op::READ => Transfer::Read,
             op::WRITE => Transfer::Write,
@@ -379,7 +453,7 @@ impl RawRequest {
     }
 
     #[inline]
-    fn discard(&self, limits: &Limits) -> Result<Body, Reason> {
+    fn discard(&self, limits: &Limits) -> Result<Body<&[Segment]>, Reason> {
         if !limits.discard {
             return Err(Reason::NotOffered(op::DISCARD));
         }

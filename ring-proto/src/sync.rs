@@ -3,13 +3,13 @@
 #[cfg(loom)]
 pub(crate) use loom::sync::{
     Arc,
-    atomic::{AtomicU32, Ordering, fence},
+    atomic::{AtomicU32, Ordering},
 };
 
 #[cfg(not(loom))]
 pub(crate) use {
     alloc::sync::Arc,
-    core::sync::atomic::{AtomicU32, Ordering, fence},
+    core::sync::atomic::{AtomicU32, Ordering},
 };
 
 /// A value on a cache line (pair, since CPUs fetch two) of its own.

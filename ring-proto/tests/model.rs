@@ -212,7 +212,7 @@ fn run(
                     let Some(raw) = raw else { break };
                     ring.req.taken += 1;
                     prop_assert!(ring.req.taken - ring.rsp.published <= ring.slots);
-                    let request = raw.validate(&LIMITS);
+                    let request = raw.validate(&LIMITS).map(|request| request.to_owned());
                     if !hostile {
                         prop_assert_eq!(request, Ok(requests.pop_front().unwrap()));
                     }

@@ -252,19 +252,26 @@ impl Inflight {
         Self { words, layout: requests.layout(), free, waiting, answered }
     }
 
-    /// Takes the next request of those that `requests` has seen. It is recorded when this returns.
-    pub(super) fn take(&mut self, requests: &mut RequestConsumer) -> Option<(u16, RawRequest)> {
+    /// Takes the next request of those that `requests` has seen into `raw`, and gives its tag. It is
+    /// recorded when this returns.
+    pub(super) fn take(
+        &mut self,
+        requests: &mut RequestConsumer,
+        raw: &mut RawRequest,
+    ) -> Option<u16> {
         // As many are taken and their responses not published as there are slots at the most, so
         // there is a tag where there is a request.
         let &tag = self.free.last()?;
         let entry = entry(&self.words, tag);
         let index = requests.index();
-        let raw = requests.pop_to(&entry[entry::REQUEST..])?;
+        if !requests.pop_to(raw, &entry[entry::REQUEST..]) {
+            return None;
+        }
         self.free.pop();
         entry[entry::INDEX].store(index, Relaxed);
         commit(&entry[entry::STATE], State::Taken.encode());
         commit(&self.words[header::REQ_CONS], index.wrapping_add(1));
-        Some((tag, raw))
+        Some(tag)
     }
 
     /// Requests that were taken and not begun.
@@ -272,11 +279,12 @@ impl Inflight {
         self.waiting.len()
     }
 
-    /// The oldest of them.
-    pub(super) fn resume(&mut self) -> Option<(u16, RawRequest)> {
+    /// The oldest of them, as [`Self::take`] gave it.
+    pub(super) fn resume(&mut self, raw: &mut RawRequest) -> Option<u16> {
         let tag = self.waiting.pop()?;
         let copy = &entry(&self.words, tag)[entry::REQUEST..];
-        Some((tag, RawRequest::from_copy(copy, self.layout)))
+        *raw = RawRequest::from_copy(copy, self.layout);
+        Some(tag)
     }
 
     /// Puts a request off: it is the oldest of those not begun.

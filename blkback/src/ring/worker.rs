@@ -29,6 +29,9 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const STORM_EVENTS: u32 = 16;
 /// ...and from then on events are taken no faster than this, until one brings a request.
 const STORM_PAUSE: Duration = Duration::from_millis(1);
+/// Responses that are shown to a frontend at a time while it is awake, so that it works while we answer
+/// on. One that sleeps is woken once, for all of a round.
+const PUBLISH_EVERY: u32 = 8;
 /// While it ends, a ring looks this often for what the device has completed.
 const DRAIN_PAUSE: Duration = Duration::from_millis(1);
 
@@ -212,14 +215,14 @@ impl Worker {
         let now = self.now();
         self.limits.sectors = self.control.sectors();
         self.data.tick();
-        let mut taken = 0;
+        let (mut taken, mut raw) = (0, RawRequest::default());
         while !self.barrier {
             // None is taken while another waits.
-            let next = match self.inflight.resume() {
-                None => self.inflight.take(&mut self.requests).inspect(|_| taken += 1),
+            let next = match self.inflight.resume(&mut raw) {
+                None => self.inflight.take(&mut self.requests, &mut raw).inspect(|_| taken += 1),
                 resumed => resumed,
             };
-            let Some((tag, raw)) = next else { break };
+            let Some(tag) = next else { break };
             if !self.accept(tag, &raw, now) {
                 self.inflight.put_off(tag);
                 break;
@@ -270,7 +273,12 @@ impl Worker {
     }
 
     /// Fills the table's entry for a request and finds memory for its data.
-    fn prepare(&mut self, tag: u16, request: &Request, now: u64) -> Result<(), Refusal> {
+    fn prepare(
+        &mut self,
+        tag: u16,
+        request: &Request<&[Segment]>,
+        now: u64,
+    ) -> Result<(), Refusal> {
         let mut entry = Entry {
             id: request.id,
             operation: request.response_operation(),
@@ -413,6 +421,9 @@ impl Worker {
             self.in_flight -= 1;
             self.stats.device.record(device_done.saturating_sub(entry.taken), 1);
             self.answer(tag, entry.id, entry.operation, status);
+            if self.responses.unpublished() >= PUBLISH_EVERY && !self.responses.peer_sleeps() {
+                self.publish();
+            }
         }
         self.ended = ended;
         self.freed = true;

@@ -176,7 +176,7 @@ impl Served {
         }
     }
 
-    fn serve(&mut self, request: &Request) -> Status {
+    fn serve(&mut self, request: &Request<&[Segment]>) -> Status {
         let mut storage = self.storage.lock().unwrap();
         let operation = request.response_operation();
         let (transfer, sector, segments) = match &request.body {

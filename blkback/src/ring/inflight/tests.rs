@@ -154,10 +154,11 @@ impl World {
                     Inflight::recover(self.record.clone(), &mut taker, IDENTITY).unwrap();
                 let mut process = Process { taker, answerer, inflight, begun: Vec::new() };
                 let mut last = None;
-                while let Some((tag, raw)) = process.inflight.resume() {
+                let mut raw = RawRequest::default();
+                while let Some(tag) = process.inflight.resume(&mut raw) {
                     let request = raw.validate(&LIMITS).unwrap();
                     let id = request.id;
-                    assert_eq!(request, self::request(id));
+                    assert_eq!(request.to_owned(), self::request(id));
                     assert!(self.open.contains(&id), "{id} was answered and is done once more");
                     assert!(last < Some(id), "{id} is not begun in its turn");
                     last = Some(id);
@@ -175,8 +176,9 @@ impl World {
 impl Process {
     fn take(&mut self, count: u8) {
         self.taker.poll().unwrap();
+        let mut raw = RawRequest::default();
         for _ in 0..count {
-            let Some((tag, raw)) = self.inflight.take(&mut self.taker) else { break };
+            let Some(tag) = self.inflight.take(&mut self.taker, &mut raw) else { break };
             self.begun.push((tag, raw.validate(&LIMITS).unwrap().id));
         }
     }
@@ -275,10 +277,11 @@ proptest! {
             Ok(mut inflight) => {
                 let open = inflight.waiting();
                 prop_assert_eq!(taker.index().wrapping_sub(before) as usize, open);
-                while let Some((_, raw)) = inflight.resume() {
+                let mut raw = RawRequest::default();
+                while inflight.resume(&mut raw).is_some() {
                     let _ = raw.validate(&LIMITS);
                 }
-                while inflight.take(&mut taker).is_some() {}
+                while inflight.take(&mut taker, &mut raw).is_some() {}
             }
         }
     }
