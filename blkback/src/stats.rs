@@ -114,6 +114,7 @@ pub struct RingStats {
     pub persistent_held: Counter,
     /// Requests taken from the ring at a time.
     pub batch: Histogram,
+    // Of one round in [`TIMED_ROUNDS`](crate::ring::TIMED_ROUNDS):
     /// Nanoseconds from an event to when its requests were taken.
     pub ring_wait: Histogram,
     /// Nanoseconds from when a request was taken to when the device had done it.

@@ -13,8 +13,8 @@ use xen_platform::{EventChannel, GrantedPages};
 const TAG_BITS: u32 = 16;
 const TAG_MASK: u32 = (1 << TAG_BITS) - 1;
 
-/// Requests that are shown to a backend at a time while it is awake: enough of them to be worth the fence
-/// and a journey of the index, few enough for the two ends to work at the same time.
+/// Requests that are shown to the backend at a time: enough of them to be worth the fence and a journey
+/// of the index, few enough for the two ends to work at the same time.
 const PUBLISH_EVERY: u64 = 8;
 
 /// One connection's ring, with all that must stay as long as it does.
@@ -127,13 +127,9 @@ impl HwQueue {
         true
     }
 
-    /// Shows a backend that is awake some of what was pushed, so that it works while we push on. One
-    /// that sleeps is woken once, by [`HwQueue::publish`].
+    /// Shows the backend some of what was pushed, so that it works, or wakes up, while we push on.
     pub(crate) fn publish_some(&mut self) -> Result<(), Failure> {
-        if self.pushed < PUBLISH_EVERY || self.ring.producer.peer_sleeps() {
-            return Ok(());
-        }
-        self.publish()
+        if self.pushed < PUBLISH_EVERY { Ok(()) } else { self.publish() }
     }
 
     /// Shows the backend what was pushed, and wakes it if it sleeps.

@@ -237,13 +237,6 @@ impl ResponseProducer {
         self.pushed
     }
 
-    /// Whether the frontend asked for an event for what was pushed since it was last shown: it sleeps, or
-    /// is about to. Only a hint: what counts is what [`Self::publish`] says.
-    #[inline]
-    pub fn peer_sleeps(&self) -> bool {
-        crosses(self.published, self.pushed, self.ring.rsp_event().load(Ordering::Relaxed))
-    }
-
     /// Responses pushed and not shown yet.
     #[inline]
     pub fn unpublished(&self) -> u32 {

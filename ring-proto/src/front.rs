@@ -109,13 +109,6 @@ impl RequestProducer {
         Ok(())
     }
 
-    /// Whether the backend asked for an event for what was pushed since it was last shown: it sleeps, or
-    /// is about to. Only a hint: what counts is what [`Self::publish`] says.
-    #[inline]
-    pub fn peer_sleeps(&self) -> bool {
-        crosses(self.published, self.pushed, self.ring.req_event().load(Ordering::Relaxed))
-    }
-
     /// Shows the backend what was pushed, and says whether it wants an event for it
     /// (`RING_PUSH_REQUESTS_AND_CHECK_NOTIFY`).
     #[must_use = "a backend that asked for an event sleeps until it comes"]

@@ -2,7 +2,7 @@
 //! when the frontend connects.
 
 use super::bounce::BouncePool;
-use super::persistent::{Page, PersistentGrants};
+use super::persistent::{Page, PersistentGrants, Pin};
 use crate::stats::RingStats;
 use crate::storage::{IoVec, IoVecs};
 use ring_proto::abi::{MAX_INDIRECT_PAGES, PAGE_SIZE, Segment};
@@ -48,7 +48,7 @@ pub(super) enum Unreachable {
 struct Held {
     segments: Vec<Segment>,
     bounce: Option<Range<usize>>,
-    pins: Vec<GrantRef>,
+    pins: Vec<Pin>,
     maps: Vec<Arc<dyn MappedGrants>>,
     /// Pages in `maps`.
     mapped: usize,
@@ -169,16 +169,16 @@ impl Data {
             Via::Persistent(pool) => Some(pool.page(&*self.platform, self.peer, gref)),
             Via::Copy(_) | Via::Map | Via::Nothing => None,
         };
-        let (pinned, memory): (_, Arc<dyn SharedMemory>) = match page {
-            Some(Ok(Page::Hit(page))) => (true, page.clone()),
-            Some(Ok(Page::New(page))) => {
-                self.stats.grant_maps.add(1);
-                (true, page.clone())
+        if let Some(Ok(Page::Pinned { new: true, .. } | Page::Transient(_))) = page {
+            self.stats.grant_maps.add(1);
+        }
+        let (pin, memory): (_, Arc<dyn SharedMemory>) = match page {
+            Some(Ok(Page::Pinned { pin, .. })) => {
+                let Via::Persistent(pool) = &self.via else { return Err(Unreachable::Refused) };
+                let Some(page) = pool.memory(pin) else { return Err(Unreachable::Refused) };
+                (Some(pin), page.clone())
             }
-            Some(Ok(Page::Transient(page))) => {
-                self.stats.grant_maps.add(1);
-                (false, page)
-            }
+            Some(Ok(Page::Transient(page))) => (None, page),
             Some(Err(_)) => return Err(Unreachable::Refused),
             None => {
                 self.stats.grant_copies.add(1);
@@ -194,13 +194,13 @@ impl Data {
                 if whole.is_err() || copy[0].status.is_err() {
                     return Err(Unreachable::Refused);
                 }
-                (false, self.scratch.clone())
+                (None, self.scratch.clone())
             }
         };
         let window = Window::new(memory, 0, bytes).ok_or(Unreachable::Refused)?;
         window.read(&mut self.page[..bytes]);
-        if let (Via::Persistent(pool), true) = (&mut self.via, pinned) {
-            pool.unpin(gref);
+        if let (Via::Persistent(pool), Some(pin)) = (&mut self.via, pin) {
+            pool.unpin(pin);
         }
         Ok(())
     }
@@ -248,15 +248,11 @@ impl Data {
                 for segment in segments {
                     let page = pool.page(&*self.platform, self.peer, segment.gref);
                     let address = match page {
-                        Ok(Page::Hit(page)) => {
-                            hits += 1;
-                            held.pins.push(segment.gref);
-                            page.base().as_ptr()
-                        }
-                        Ok(Page::New(page)) => {
-                            maps += 1;
-                            held.pins.push(segment.gref);
-                            page.base().as_ptr()
+                        Ok(Page::Pinned { pin, base, new }) => {
+                            hits += u64::from(!new);
+                            maps += u64::from(new);
+                            held.pins.push(pin);
+                            base.as_ptr()
                         }
                         Ok(Page::Transient(page)) => {
                             maps += 1;
@@ -360,8 +356,8 @@ impl Data {
                 }
             }
             Via::Persistent(pool) => {
-                for gref in held.pins.drain(..) {
-                    pool.unpin(gref);
+                for pin in held.pins.drain(..) {
+                    pool.unpin(pin);
                 }
             }
             Via::Map | Via::Nothing => {}

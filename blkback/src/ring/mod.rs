@@ -1,6 +1,7 @@
 //! The data plane: one thread a ring, from the event to the response.
 
 mod bounce;
+mod clock;
 mod data;
 mod inflight;
 mod persistent;
@@ -8,6 +9,7 @@ mod setup;
 mod spin;
 mod worker;
 
+pub use clock::TIMED_ROUNDS;
 pub use data::Strategy;
 pub use inflight::{Inflight, Misfit};
 pub use setup::{Exit, RingControl, RingSetup};

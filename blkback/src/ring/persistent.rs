@@ -2,8 +2,8 @@
 
 use ring_proto::{DomId, GrantRef};
 use std::collections::HashMap;
-use std::collections::hash_map::Entry::{Occupied, Vacant};
 use std::hash::{BuildHasherDefault, Hasher};
+use std::ptr::NonNull;
 use std::sync::Arc;
 use xen_platform::{Access, MappedGrants, Platform};
 
@@ -17,10 +17,17 @@ const EVICT_SHARE: usize = 20;
 /// A mapped page, and how many segments in flight use it.
 struct Entry {
     page: Arc<dyn MappedGrants>,
+    /// The address of the page.
+    base: NonNull<u8>,
+    gref: GrantRef,
     pins: u32,
     /// When last used, in ticks.
     used: u32,
 }
+
+/// A pinned page, until [`PersistentGrants::unpin`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Pin(u32);
 
 /// Spreads grant references, which count up from small numbers, with one multiplication. A frontend
 /// that makes them collide slows down its own ring, by at most [`MAX_PERSISTENT_GRANTS`] steps.
@@ -44,32 +51,33 @@ impl Hasher for GrefHasher {
 
 /// The pool of one ring.
 pub(super) struct PersistentGrants {
-    pages: HashMap<GrantRef, Entry, BuildHasherDefault<GrefHasher>>,
+    /// Where the page of a grant is among the entries.
+    places: HashMap<GrantRef, u32, BuildHasherDefault<GrefHasher>>,
+    entries: Vec<Option<Entry>>,
+    free: Vec<u32>,
     tick: u32,
     /// Pages given up so far.
     pub(super) evictions: u64,
 }
 
 /// What became of a look-up.
-pub(super) enum Page<'a> {
-    /// It was mapped already, and is now pinned.
-    Hit(&'a Arc<dyn MappedGrants>),
-    /// It was mapped just now, and is pinned.
-    New(&'a Arc<dyn MappedGrants>),
+pub(super) enum Page {
+    /// It is pinned, and was mapped just now or before.
+    Pinned { pin: Pin, base: NonNull<u8>, new: bool },
     /// It is mapped for this request alone: the pool is full of pages in use.
     Transient(Arc<dyn MappedGrants>),
 }
 
 impl PersistentGrants {
     pub(super) fn new() -> Self {
-        let mut pages = HashMap::default();
-        pages.reserve(MAX_PERSISTENT_GRANTS);
-        Self { pages, tick: 0, evictions: 0 }
+        let mut places = HashMap::default();
+        places.reserve(MAX_PERSISTENT_GRANTS);
+        Self { places, entries: Vec::new(), free: Vec::new(), tick: 0, evictions: 0 }
     }
 
     /// Pages mapped now.
     pub(super) fn held(&self) -> usize {
-        self.pages.len()
+        self.places.len()
     }
 
     /// Starts a new moment for "least recently used".
@@ -83,33 +91,42 @@ impl PersistentGrants {
         platform: &dyn Platform,
         peer: DomId,
         gref: GrantRef,
-    ) -> xen_platform::Result<Page<'_>> {
-        if self.pages.len() >= MAX_PERSISTENT_GRANTS && !self.pages.contains_key(&gref) {
+    ) -> xen_platform::Result<Page> {
+        if let Some(&place) = self.places.get(&gref)
+            && let Some(Some(entry)) = self.entries.get_mut(place as usize)
+        {
+            entry.pins += 1;
+            entry.used = self.tick;
+            return Ok(Page::Pinned { pin: Pin(place), base: entry.base, new: false });
+        }
+        if self.held() >= MAX_PERSISTENT_GRANTS {
             self.evict();
-            if self.pages.len() >= MAX_PERSISTENT_GRANTS {
-                return platform.map(peer, &[gref], Access::ReadWrite).map(Page::Transient);
-            }
         }
-        match self.pages.entry(gref) {
-            Occupied(occupied) => {
-                let entry = occupied.into_mut();
-                entry.pins += 1;
-                entry.used = self.tick;
-                Ok(Page::Hit(&entry.page))
-            }
-            Vacant(vacant) => {
-                // Read-write whatever the request: the same page serves a read next time. A frontend
-                // that offers persistent grants grants them all that way (blkif.h, feature-persistent).
-                let page = platform.map(peer, &[gref], Access::ReadWrite)?;
-                let entry = vacant.insert(Entry { page, pins: 1, used: self.tick });
-                Ok(Page::New(&entry.page))
-            }
+        // Read-write whatever the request: the same page serves a read next time. A frontend that
+        // offers persistent grants grants them all that way (blkif.h, feature-persistent).
+        let page = platform.map(peer, &[gref], Access::ReadWrite)?;
+        if self.held() >= MAX_PERSISTENT_GRANTS {
+            return Ok(Page::Transient(page));
         }
+        let place = self.free.pop().unwrap_or_else(|| {
+            self.entries.push(None);
+            self.entries.len() as u32 - 1
+        });
+        self.places.insert(gref, place);
+        let base = page.base();
+        let entry = Entry { page, base, gref, pins: 1, used: self.tick };
+        self.entries[place as usize] = Some(entry);
+        Ok(Page::Pinned { pin: Pin(place), base, new: true })
+    }
+
+    /// A page that is pinned.
+    pub(super) fn memory(&self, Pin(place): Pin) -> Option<&Arc<dyn MappedGrants>> {
+        self.entries.get(place as usize)?.as_ref().map(|entry| &entry.page)
     }
 
     /// Gives back one use of a page.
-    pub(super) fn unpin(&mut self, gref: GrantRef) {
-        if let Some(entry) = self.pages.get_mut(&gref) {
+    pub(super) fn unpin(&mut self, Pin(place): Pin) {
+        if let Some(Some(entry)) = self.entries.get_mut(place as usize) {
             entry.pins -= 1;
         }
     }
@@ -117,23 +134,32 @@ impl PersistentGrants {
     /// Unmaps a share of the pages that were unused for longest.
     fn evict(&mut self) {
         let tick = self.tick;
-        let mut idle: Vec<(u32, GrantRef)> = self
-            .pages
-            .iter()
+        let mut idle: Vec<(u32, u32)> = (0u32..)
+            .zip(&self.entries)
+            .filter_map(|(place, entry)| Some((place, entry.as_ref()?)))
             .filter(|(_, entry)| entry.pins == 0)
-            .map(|(&gref, entry)| (tick.wrapping_sub(entry.used), gref))
+            .map(|(place, entry)| (tick.wrapping_sub(entry.used), place))
             .collect();
         idle.sort_unstable_by(|a, b| b.cmp(a));
-        for (_, gref) in idle.into_iter().take(MAX_PERSISTENT_GRANTS / EVICT_SHARE) {
-            self.pages.remove(&gref);
-            self.evictions += 1;
+        for (_, place) in idle.into_iter().take(MAX_PERSISTENT_GRANTS / EVICT_SHARE) {
+            self.give_up(place);
         }
     }
 
     /// Unmaps every page that no request uses, for a ring that has gone quiet.
     pub(super) fn purge(&mut self) {
-        let before = self.pages.len();
-        self.pages.retain(|_, entry| entry.pins > 0);
-        self.evictions += (before - self.pages.len()) as u64;
+        for place in 0..self.entries.len() as u32 {
+            if self.entries[place as usize].as_ref().is_some_and(|entry| entry.pins == 0) {
+                self.give_up(place);
+            }
+        }
+    }
+
+    fn give_up(&mut self, place: u32) {
+        if let Some(entry) = self.entries[place as usize].take() {
+            self.places.remove(&entry.gref);
+            self.free.push(place);
+            self.evictions += 1;
+        }
     }
 }

@@ -5,6 +5,7 @@
 //! together, and answers with one push and at most one event. It sleeps only when a round found
 //! nothing, spinning did not pay, and the final check found nothing either.
 
+use super::clock::{Clock, Nanos};
 use super::data::{Data, Unreachable};
 use super::inflight::Inflight;
 use super::setup::{Exit, RingControl, RingSetup};
@@ -19,7 +20,7 @@ use ring_proto::{
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use xen_platform::EventChannel;
 
 /// A ring that has been quiet for so long gives up its persistent grants (`xen_blkif_pgrant_timeout`
@@ -29,8 +30,11 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const STORM_EVENTS: u32 = 16;
 /// ...and from then on events are taken no faster than this, until one brings a request.
 const STORM_PAUSE: Duration = Duration::from_millis(1);
-/// Responses that are shown to a frontend at a time while it is awake, so that it works while we answer
-/// on. One that sleeps is woken once, for all of a round.
+/// Requests that are taken in a round at the most. The frontend works on their answers while the next
+/// are carried out; one submission to the device for so many is no cost any more.
+const MAX_ROUND: usize = 16;
+/// Responses that are shown at a time, for the same reason; and a frontend that sleeps takes longer
+/// to wake than the rest of a round takes.
 const PUBLISH_EVERY: u32 = 8;
 /// While it ends, a ring looks this often for what the device has completed.
 const DRAIN_PAUSE: Duration = Duration::from_millis(1);
@@ -77,7 +81,7 @@ pub fn run(setup: RingSetup) -> Result<(), Exit> {
         freed: false,
         barrier: false,
         spin: Spin::new(setup.wait),
-        epoch: Instant::now(),
+        clock: Clock::new(),
         spurious: 0,
         answered: false,
         quiet: false,
@@ -94,8 +98,8 @@ struct Entry {
     kind: Kind,
     /// In bytes.
     offset: u64,
-    /// When it was taken, and when the device was done with it, in nanoseconds since the ring began.
-    taken: u64,
+    /// When it was taken, where that is timed.
+    taken: Option<Nanos>,
     status: Option<Status>,
 }
 
@@ -148,14 +152,14 @@ struct Worker {
     /// A barrier is being carried out; nothing else starts.
     barrier: bool,
     spin: Spin,
-    epoch: Instant,
+    clock: Clock,
     spurious: u32,
     /// Responses were pushed and not published yet.
     answered: bool,
     /// The idle time-out has been seen to.
     quiet: bool,
     /// When the last event came, until the first requests after it are taken.
-    woken: Option<u64>,
+    woken: Option<Nanos>,
 }
 
 impl Worker {
@@ -194,11 +198,8 @@ impl Worker {
         Ok(taken + ended > 0)
     }
 
-    fn now(&self) -> u64 {
-        self.epoch.elapsed().as_nanos() as u64
-    }
-
-    /// Takes requests from the ring until it is empty or one must wait. Returns how many were taken.
+    /// Takes requests from the ring: a round's, until it is empty or until one must wait. Returns how
+    /// many were taken.
     fn take(&mut self) -> Result<usize, Exit> {
         if self.barrier {
             return Ok(0);
@@ -212,11 +213,12 @@ impl Worker {
         if waiting == 0 && !put_off {
             return Ok(0);
         }
-        let now = self.now();
+        self.clock.tick();
+        let now = self.clock.sample();
         self.limits.sectors = self.control.sectors();
         self.data.tick();
         let (mut taken, mut raw) = (0, RawRequest::default());
-        while !self.barrier {
+        while !self.barrier && self.ready.len() < MAX_ROUND {
             // None is taken while another waits.
             let next = match self.inflight.resume(&mut raw) {
                 None => self.inflight.take(&mut self.requests, &mut raw).inspect(|_| taken += 1),
@@ -231,15 +233,15 @@ impl Worker {
         if taken > 0 {
             self.spurious = 0;
             self.stats.batch.record(taken as u64, 1);
-            if let Some(woken) = self.woken.take() {
-                self.stats.ring_wait.record(now - woken, taken as u64);
+            if let (Some(woken), Some(now)) = (self.woken.take(), now) {
+                self.stats.ring_wait.record(now.get().saturating_sub(woken.get()), taken as u64);
             }
         }
         Ok(taken)
     }
 
     /// Prepares a request, or answers it at once; `false` if it must wait.
-    fn accept(&mut self, tag: u16, raw: &RawRequest, now: u64) -> bool {
+    fn accept(&mut self, tag: u16, raw: &RawRequest, now: Option<Nanos>) -> bool {
         let request = match raw.validate(&self.limits) {
             Ok(request) => request,
             Err(refused) => {
@@ -277,7 +279,7 @@ impl Worker {
         &mut self,
         tag: u16,
         request: &Request<&[Segment]>,
-        now: u64,
+        now: Option<Nanos>,
     ) -> Result<(), Refusal> {
         let mut entry = Entry {
             id: request.id,
@@ -404,9 +406,11 @@ impl Worker {
             self.publish();
             return Ok(0);
         }
-        let device_done = self.now();
-        self.data.deliver();
         let mut ended = std::mem::take(&mut self.ended);
+        let timed =
+            ended.iter().filter(|&&tag| self.table[usize::from(tag)].taken.is_some()).count();
+        let device_done = (timed > 0).then(|| self.clock.now());
+        self.data.deliver();
         let count = ended.len();
         for tag in ended.drain(..) {
             let entry = self.table[usize::from(tag)];
@@ -419,9 +423,11 @@ impl Worker {
             // disables the device.
             self.data.release(tag);
             self.in_flight -= 1;
-            self.stats.device.record(device_done.saturating_sub(entry.taken), 1);
+            if let (Some(taken), Some(done)) = (entry.taken, device_done) {
+                self.stats.device.record(done.get().saturating_sub(taken.get()), 1);
+            }
             self.answer(tag, entry.id, entry.operation, status);
-            if self.responses.unpublished() >= PUBLISH_EVERY && !self.responses.peer_sleeps() {
+            if self.responses.unpublished() >= PUBLISH_EVERY {
                 self.publish();
             }
         }
@@ -431,7 +437,9 @@ impl Worker {
             self.barrier = false;
         }
         self.publish();
-        self.stats.completion.record(self.now() - device_done, count as u64);
+        if let Some(done) = device_done {
+            self.stats.completion.record(self.clock.since(done), timed as u64);
+        }
         Ok(count)
     }
 
@@ -507,8 +515,7 @@ impl Worker {
         self.channel.unmask()?;
         let timeout = (!self.quiet && self.in_flight == 0).then_some(IDLE_TIMEOUT);
         self.stats.sleeps.add(1);
-        let slept = Instant::now();
-        self.queue.wait(timeout)?;
+        let time_is_up = self.queue.wait(timeout)?;
         if self.channel.take()? {
             self.stats.events.add(1);
             self.quiet = false;
@@ -516,10 +523,10 @@ impl Worker {
                 self.stats.spurious_events.add(1);
                 self.spurious = self.spurious.saturating_add(1);
             } else {
-                self.woken = Some(self.now());
+                self.woken = self.clock.sample_next();
             }
             self.spin.woken();
-        } else if timeout.is_some_and(|limit| slept.elapsed() >= limit) {
+        } else if timeout.is_some() && time_is_up {
             self.data.purge();
             self.quiet = true;
         }

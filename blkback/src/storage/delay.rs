@@ -68,7 +68,7 @@ impl Queue for DelayQueue {
         Ok(())
     }
 
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<bool> {
         self.inner.wait(sooner(timeout, self.held.front().map(|(due, _)| *due)))
     }
 

@@ -96,7 +96,7 @@ impl Queue for FaultyQueue {
         self.inner.poll(done)
     }
 
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<bool> {
         self.inner.wait(timeout)
     }
 

@@ -30,13 +30,14 @@ impl<F: FnMut(&Op) -> Result<(), i32>> Queue for Immediate<F> {
         Ok(())
     }
 
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<bool> {
         self.system_calls += 1;
         // A list a sleep: it borrows the descriptors, and costs nothing beside sleeping.
         let mut polled: Vec<_> =
             self.wake.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
         match ppoll(&mut polled, timeout.map(TimeSpec::from), None) {
-            Ok(_) | Err(nix::Error::EINTR) => Ok(()),
+            Ok(ready) => Ok(ready == 0),
+            Err(nix::Error::EINTR) => Ok(false),
             Err(e) => Err(e.into()),
         }
     }

@@ -115,7 +115,7 @@ impl Queue for LimitedQueue {
         self.inner.poll(done)
     }
 
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<bool> {
         self.inner.wait(sooner(timeout, self.held.front().map(|(due, _)| *due)))
     }
 

@@ -182,7 +182,8 @@ pub trait Queue {
     fn poll(&mut self, done: &mut Vec<Completion>) -> io::Result<()>;
 
     /// Sleeps until an operation has completed, a wake descriptor is readable or the time is up. Also sends what was held back.
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()>;
+    /// Whether the time is up.
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<bool>;
 
     /// Operations submitted and not completed yet.
     fn in_flight(&self) -> usize;

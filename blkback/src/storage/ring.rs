@@ -134,8 +134,9 @@ impl RingQueue {
         }
     }
 
-    /// The one system call there is: submits what was queued and waits for `want` completions.
-    fn enter(&mut self, want: usize, timeout: Option<Duration>) -> io::Result<()> {
+    /// The one system call there is: submits what was queued and waits for `want` completions. Whether
+    /// the time is up.
+    fn enter(&mut self, want: usize, timeout: Option<Duration>) -> io::Result<bool> {
         self.system_calls += 1;
         let submitter = self.ring.submitter();
         let outcome = match timeout {
@@ -146,11 +147,11 @@ impl RingQueue {
             }
         };
         match outcome {
-            Ok(_) => Ok(()),
-            // The time is up, a signal came, or the kernel is short of something and takes the rest
-            // next time.
+            Ok(_) => Ok(false),
             Err(e) => match e.raw_os_error() {
-                Some(libc::ETIME | libc::EINTR | libc::EAGAIN | libc::EBUSY) => Ok(()),
+                Some(libc::ETIME) => Ok(true),
+                // A signal came, or the kernel is short of something and takes the rest next time.
+                Some(libc::EINTR | libc::EAGAIN | libc::EBUSY) => Ok(false),
                 _ => Err(e),
             },
         }
@@ -175,7 +176,7 @@ impl Queue for RingQueue {
         Ok(())
     }
 
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<bool> {
         // What is known already, of operations and of descriptors.
         let mut ready = std::mem::take(&mut self.ready);
         self.reap(&mut ready);
