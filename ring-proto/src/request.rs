@@ -444,12 +444,10 @@ impl RawRequest {
         limits.check_writable(transfer)?;
         // The length is not known before the segments are: at least a sector each.
         limits.check_range(self.sector, u64::from(self.half))?;
-        Ok(Body::Indirect {
-            transfer,
-            sector: self.sector,
-            nr_segments: self.half,
-            pages: self.pages,
-        })
+        let mut pages = [GrantRef(0); MAX_INDIRECT_PAGES];
+        let used = indirect_pages(self.half).min(MAX_INDIRECT_PAGES);
+        pages[..used].copy_from_slice(&self.pages[..used]);
+        Ok(Body::Indirect { transfer, sector: self.sector, nr_segments: self.half, pages })
     }
 
     #[inline]

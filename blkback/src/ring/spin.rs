@@ -4,6 +4,9 @@ use std::time::{Duration, Instant};
 
 /// Looks at the clock only once in this many rounds: a round takes tens of nanoseconds, as does a look.
 const ROUNDS_PER_LOOK: u32 = 32;
+/// While spinning does not pay, one sleep in this many is timed, to see whether it would: in a domain
+/// whose clock user space cannot read, looking is a system call.
+const SLEEPS_PER_LOOK: u32 = 8;
 /// What spinning starts with once it seems to pay.
 const FIRST_BUDGET: Duration = Duration::from_micros(5);
 
@@ -26,6 +29,7 @@ pub(super) struct Spin {
     budget: Duration,
     since: Option<Instant>,
     rounds: u32,
+    sleeps: u32,
 }
 
 impl Spin {
@@ -34,7 +38,12 @@ impl Spin {
             Wait::Adaptive(most) => most,
             Wait::Event | Wait::Poll => Duration::ZERO,
         };
-        Self { wait, budget, since: None, rounds: 0 }
+        Self { wait, budget, since: None, rounds: 0, sleeps: 0 }
+    }
+
+    /// Whether it sleeps at once when there is nothing to do.
+    pub(super) fn is_off(&self) -> bool {
+        self.wait != Wait::Poll && self.budget.is_zero()
     }
 
     /// There was nothing to do: whether to look again rather than sleep.
@@ -42,6 +51,11 @@ impl Spin {
         match self.wait {
             Wait::Poll => true,
             Wait::Event => false,
+            Wait::Adaptive(_) if self.budget.is_zero() => {
+                self.sleeps = self.sleeps.wrapping_add(1);
+                self.since = self.sleeps.is_multiple_of(SLEEPS_PER_LOOK).then(Instant::now);
+                false
+            }
             Wait::Adaptive(_) => {
                 if self.rounds.is_multiple_of(ROUNDS_PER_LOOK) {
                     let now = Instant::now();

@@ -11,7 +11,7 @@ use super::inflight::Inflight;
 use super::setup::{Exit, RingControl, RingSetup};
 use super::spin::Spin;
 use crate::stats::RingStats;
-use crate::storage::{Completion, IoVecs, Op, OpKind, Queue, QueueSetup};
+use crate::storage::{Completion, IoVecs, Op, OpKind, Queue, QueueSetup, Woken};
 use ring_proto::abi::{SECTOR_SIZE, Segment};
 use ring_proto::{
     Body, Limits, RawRequest, Request, RequestConsumer, Response, ResponseProducer, RingError,
@@ -83,6 +83,7 @@ pub fn run(setup: RingSetup) -> Result<(), Exit> {
         spin: Spin::new(setup.wait),
         clock: Clock::new(),
         spurious: 0,
+        masked: true,
         answered: false,
         quiet: false,
         woken: None,
@@ -154,6 +155,8 @@ struct Worker {
     spin: Spin,
     clock: Clock,
     spurious: u32,
+    /// An event was taken: the next comes only when the channel is unmasked.
+    masked: bool,
     /// Responses were pushed and not published yet.
     answered: bool,
     /// The idle time-out has been seen to.
@@ -179,7 +182,8 @@ impl Worker {
     /// Answers what is in flight. What is still on the ring is left for whoever comes next.
     fn drain(&mut self) -> Result<(), Exit> {
         while self.in_flight > 0 {
-            self.complete()?;
+            self.queue.poll(&mut self.done)?;
+            self.complete();
             if self.in_flight > 0 {
                 // Not `queue.wait`: an event, or the wish to stop, would end it at once, each time.
                 std::thread::sleep(DRAIN_PAUSE);
@@ -194,8 +198,16 @@ impl Worker {
         if !self.ready.is_empty() {
             self.start();
         }
-        let ended = self.complete()?;
-        Ok(taken + ended > 0)
+        // A thread that sleeps next submits and waits in one system call.
+        let sleeps_next =
+            self.spin.is_off() && self.inflight.waiting() == 0 && self.requests.poll()? == 0;
+        if sleeps_next {
+            self.queue.reap(&mut self.done);
+        } else {
+            self.queue.poll(&mut self.done)?;
+        }
+        let ended = self.complete();
+        Ok(ended > 0 || taken > 0 && !sleeps_next)
     }
 
     /// Takes requests from the ring: a round's, until it is empty or until one must wait. Returns how
@@ -395,16 +407,15 @@ impl Worker {
         self.queue.submit(Op { tag, kind, offset, buffers }, &mut self.done);
     }
 
-    /// Takes what the device has completed, and answers. Returns how many requests were answered.
-    fn complete(&mut self) -> Result<usize, Exit> {
-        self.queue.poll(&mut self.done)?;
+    /// Answers what the device has completed. Returns how many requests that were.
+    fn complete(&mut self) -> usize {
         if !self.done.is_empty() {
             self.sort_completions();
         }
         if self.ended.is_empty() {
             // Refusals may have been answered all the same.
             self.publish();
-            return Ok(0);
+            return 0;
         }
         let mut ended = std::mem::take(&mut self.ended);
         let timed =
@@ -440,7 +451,7 @@ impl Worker {
         if let Some(done) = device_done {
             self.stats.completion.record(self.clock.since(done), timed as u64);
         }
-        Ok(count)
+        count
     }
 
     fn sort_completions(&mut self) {
@@ -512,11 +523,14 @@ impl Worker {
         if self.spurious >= STORM_EVENTS {
             std::thread::sleep(STORM_PAUSE);
         }
-        self.channel.unmask()?;
+        if std::mem::take(&mut self.masked) {
+            self.channel.unmask()?;
+        }
         let timeout = (!self.quiet && self.in_flight == 0).then_some(IDLE_TIMEOUT);
         self.stats.sleeps.add(1);
-        let time_is_up = self.queue.wait(timeout)?;
-        if self.channel.take()? {
+        let woken = self.queue.wait(timeout)?;
+        if woken == Woken::Descriptor && self.channel.take()? {
+            self.masked = true;
             self.stats.events.add(1);
             self.quiet = false;
             if self.requests.poll()? == 0 {
@@ -526,7 +540,7 @@ impl Worker {
                 self.woken = self.clock.sample_next();
             }
             self.spin.woken();
-        } else if timeout.is_some() && time_is_up {
+        } else if timeout.is_some() && woken == Woken::Time {
             self.data.purge();
             self.quiet = true;
         }

@@ -1,6 +1,6 @@
 //! A disk that takes longer.
 
-use super::{Completion, Geometry, Op, Queue, QueueCounters, QueueSetup, Storage};
+use super::{Completion, Geometry, Op, Queue, QueueCounters, QueueSetup, Storage, Woken};
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
@@ -48,6 +48,15 @@ impl DelayQueue {
             self.held.extend(self.fresh.drain(..).map(|completion| (due, completion)));
         }
     }
+
+    fn release(&mut self, done: &mut Vec<Completion>) {
+        if !self.held.is_empty() {
+            let now = Instant::now();
+            while self.held.front().is_some_and(|(due, _)| *due <= now) {
+                done.extend(self.held.pop_front().map(|(_, completion)| completion));
+            }
+        }
+    }
 }
 
 impl Queue for DelayQueue {
@@ -56,19 +65,20 @@ impl Queue for DelayQueue {
         self.hold();
     }
 
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        self.inner.reap(&mut self.fresh);
+        self.hold();
+        self.release(done);
+    }
+
     fn poll(&mut self, done: &mut Vec<Completion>) -> io::Result<()> {
         self.inner.poll(&mut self.fresh)?;
         self.hold();
-        if !self.held.is_empty() {
-            let now = Instant::now();
-            while self.held.front().is_some_and(|(due, _)| *due <= now) {
-                done.extend(self.held.pop_front().map(|(_, completion)| completion));
-            }
-        }
+        self.release(done);
         Ok(())
     }
 
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<bool> {
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Woken> {
         self.inner.wait(sooner(timeout, self.held.front().map(|(due, _)| *due)))
     }
 

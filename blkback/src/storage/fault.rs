@@ -1,6 +1,6 @@
 //! A disk that fails.
 
-use super::{Completion, Geometry, Op, OpKind, Queue, QueueCounters, QueueSetup, Storage};
+use super::{Completion, Geometry, Op, OpKind, Queue, QueueCounters, QueueSetup, Storage, Woken};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -92,11 +92,15 @@ impl Queue for FaultyQueue {
         }
     }
 
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        self.inner.reap(done);
+    }
+
     fn poll(&mut self, done: &mut Vec<Completion>) -> io::Result<()> {
         self.inner.poll(done)
     }
 
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<bool> {
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Woken> {
         self.inner.wait(timeout)
     }
 

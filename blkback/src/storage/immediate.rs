@@ -1,6 +1,6 @@
 //! Queues whose operations complete as they are submitted, for disks with no device behind them.
 
-use super::{Completion, Op, Queue, QueueCounters};
+use super::{Completion, Op, Queue, QueueCounters, Woken};
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
 use std::io;
@@ -26,18 +26,21 @@ impl<F: FnMut(&Op) -> Result<(), i32>> Queue for Immediate<F> {
         done.push(op.complete(result));
     }
 
+    fn reap(&mut self, _done: &mut Vec<Completion>) {}
+
     fn poll(&mut self, _done: &mut Vec<Completion>) -> io::Result<()> {
         Ok(())
     }
 
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<bool> {
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Woken> {
         self.system_calls += 1;
         // A list a sleep: it borrows the descriptors, and costs nothing beside sleeping.
         let mut polled: Vec<_> =
             self.wake.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
         match ppoll(&mut polled, timeout.map(TimeSpec::from), None) {
-            Ok(ready) => Ok(ready == 0),
-            Err(nix::Error::EINTR) => Ok(false),
+            Ok(0) => Ok(Woken::Time),
+            Ok(_) => Ok(Woken::Descriptor),
+            Err(nix::Error::EINTR) => Ok(Woken::Device),
             Err(e) => Err(e.into()),
         }
     }

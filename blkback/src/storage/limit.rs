@@ -1,7 +1,7 @@
 //! A disk that takes only so much a second.
 
 use super::delay::sooner;
-use super::{Completion, Geometry, Op, Queue, QueueCounters, QueueSetup, Storage};
+use super::{Completion, Geometry, Op, Queue, QueueCounters, QueueSetup, Storage, Woken};
 use std::collections::VecDeque;
 use std::io;
 use std::num::NonZeroU64;
@@ -108,6 +108,10 @@ impl Queue for LimitedQueue {
         self.release(now, done);
     }
 
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        self.inner.reap(done);
+    }
+
     fn poll(&mut self, done: &mut Vec<Completion>) -> io::Result<()> {
         if !self.held.is_empty() {
             self.release(Instant::now(), done);
@@ -115,7 +119,7 @@ impl Queue for LimitedQueue {
         self.inner.poll(done)
     }
 
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<bool> {
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Woken> {
         self.inner.wait(sooner(timeout, self.held.front().map(|(due, _)| *due)))
     }
 

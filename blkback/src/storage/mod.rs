@@ -160,6 +160,17 @@ pub struct Completion {
     pub buffers: IoVecs,
 }
 
+/// What ended a [`Queue::wait`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Woken {
+    /// A wake descriptor is readable, whatever else.
+    Descriptor,
+    /// An operation has completed, or a signal came.
+    Device,
+    /// The time is up.
+    Time,
+}
+
 /// What a queue did so far, for statistics.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct QueueCounters {
@@ -175,6 +186,9 @@ pub trait Queue {
     /// The caller checked `offset` and length against the geometry; a disk that has shrunk since completes with an error.
     fn submit(&mut self, op: Op, done: &mut Vec<Completion>);
 
+    /// Takes what the device has completed, as far as that needs no system call. What is held back stays so.
+    fn reap(&mut self, done: &mut Vec<Completion>);
+
     /// Sends what was held back to the device and takes what it has completed, without waiting.
     ///
     /// # Errors
@@ -182,8 +196,7 @@ pub trait Queue {
     fn poll(&mut self, done: &mut Vec<Completion>) -> io::Result<()>;
 
     /// Sleeps until an operation has completed, a wake descriptor is readable or the time is up. Also sends what was held back.
-    /// Whether the time is up.
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<bool>;
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Woken>;
 
     /// Operations submitted and not completed yet.
     fn in_flight(&self) -> usize;

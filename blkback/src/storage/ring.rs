@@ -1,7 +1,7 @@
 //! A queue on io_uring.
 
 use super::file::{Backing, punch_hole};
-use super::{Completion, IoVec, Op, OpKind, Queue, QueueCounters, QueueSetup};
+use super::{Completion, IoVec, Op, OpKind, Queue, QueueCounters, QueueSetup, Woken};
 use io_uring::register::Restriction;
 use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{Builder, IoUring, SubmissionQueue, cqueue, opcode, squeue};
@@ -124,7 +124,7 @@ impl RingQueue {
     }
 
     /// Takes completions that are there, without a system call.
-    fn reap(&mut self, done: &mut Vec<Completion>) {
+    fn take_completions(&mut self, done: &mut Vec<Completion>) {
         let (_, mut submission, completion) = self.ring.split();
         for entry in completion {
             match entry.user_data().checked_sub(WAKE) {
@@ -163,6 +163,11 @@ impl Queue for RingQueue {
         self.flight.begin(op, &mut self.ring.submission(), done);
     }
 
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        done.append(&mut self.ready);
+        self.take_completions(done);
+    }
+
     fn poll(&mut self, done: &mut Vec<Completion>) -> io::Result<()> {
         done.append(&mut self.ready);
         let submission = self.ring.submission();
@@ -172,14 +177,14 @@ impl Queue for RingQueue {
         if calls {
             self.enter(0, None)?;
         }
-        self.reap(done);
+        self.take_completions(done);
         Ok(())
     }
 
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<bool> {
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Woken> {
         // What is known already, of operations and of descriptors.
         let mut ready = std::mem::take(&mut self.ready);
-        self.reap(&mut ready);
+        self.take_completions(&mut ready);
         self.ready = ready;
         let mut submission = self.ring.submission();
         for (wake, user_data) in self.wake.iter_mut().zip(WAKE..).filter(|(wake, _)| !wake.armed) {
@@ -189,7 +194,15 @@ impl Queue for RingQueue {
         }
         drop(submission);
         let want = usize::from(self.ready.is_empty());
-        self.enter(want, timeout)
+        let time_is_up = self.enter(want, timeout)?;
+        let mut ready = std::mem::take(&mut self.ready);
+        self.take_completions(&mut ready);
+        self.ready = ready;
+        Ok(match time_is_up {
+            _ if self.wake.iter().any(|wake| !wake.armed) => Woken::Descriptor,
+            true => Woken::Time,
+            false => Woken::Device,
+        })
     }
 
     fn in_flight(&self) -> usize {
@@ -207,13 +220,13 @@ impl Drop for RingQueue {
         // this returns.
         self.flight.closing = true;
         let mut done = std::mem::take(&mut self.ready);
-        self.reap(&mut done);
+        self.take_completions(&mut done);
         while self.flight.busy > 0 {
             if let Err(e) = self.enter(1, None) {
                 tracing::error!("cannot wait for {} operations: {e}", self.flight.busy);
                 std::process::abort();
             }
-            self.reap(&mut done);
+            self.take_completions(&mut done);
         }
         // The kernel takes a ring apart some time after it was closed. A device must be free for
         // the next to open, and memory be unpinned, at once. What was never registered cannot be
