@@ -75,7 +75,7 @@ impl Process {
         let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid()));
         for thread in threads.into_iter().flatten().flatten() {
             // Some of it is there for root only.
-            for file in ["comm", "stat", "syscall", "stack"] {
+            for file in ["comm", "stat", "schedstat", "syscall", "stack"] {
                 let path = thread.path().join(file);
                 text += std::fs::read_to_string(path).unwrap_or_default().trim_end();
                 text.push('\n');

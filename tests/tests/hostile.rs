@@ -261,8 +261,8 @@ fn an_index_that_cannot_be_stops_the_ring_and_nothing_else() -> Result<()> {
                 };
                 ring.set(Index::ReqProd, broken);
                 ring.link().channel.notify()?;
-                given_up(&scene, &device, ring.into_link())
-                    .with_context(|| format!("{layout:?} {start} to {broken}"))?;
+                let outcome = given_up(&scene, &device, ring.into_link());
+                scene.watch(outcome).with_context(|| format!("{layout:?} {start} to {broken}"))?;
             }
         }
         // Broken before it is attached.
