@@ -155,6 +155,8 @@ blkback_results() {
     done
     [ -s /run/stats ] && result blkback "$(cat /run/stats)"
     guest_results "$1"
+    # A daemon that is stopped earlier keeps the records of its disks for its successor.
+    settles '' records
     stop_blkback
     nothing_left
 }

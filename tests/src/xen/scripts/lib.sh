@@ -59,6 +59,11 @@ mapped() {
     grep -c gntdev /proc/$backend/maps || true
 }
 
+# What blkback keeps of requests that are in flight, for the daemon that comes after it.
+records() {
+    ls /run/blkback | grep -v stats.sock || true
+}
+
 # ROW DEVICE ARGUMENTS...: a timed fio job, whose result is left in /run/fio.result, in a line.
 run_fio() {
     row=$1

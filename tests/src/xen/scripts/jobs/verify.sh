@@ -1,4 +1,4 @@
-# Writes xvda and xvdb, and reads back what was written, for seconds=. Not as fast as it can: dom0 is
+# Writes xvda and xvdb, and reads back what was written, until dom0 writes data/enough. Not as fast as it can: dom0 is
 # to have the emulated CPUs for what it does meanwhile.
 modprobe xen-blkfront
 for disk in xvda xvdb; do
@@ -10,18 +10,21 @@ for disk in xvda xvdb; do
     done
 done
 echo "guest: verifying"
-for disk in xvda xvdb; do
-    fio --name=$disk --filename=/dev/$disk --ioengine=libaio --direct=1 --rw=randwrite \
-        --bsrange=4k-64k --iodepth=8 --rate_iops=100 --size=8M --verify=crc32c --verify_fatal=1 \
-        --time_based --runtime="$seconds" --output-format=json --output=/run/$disk.json \
-        >/run/$disk.out 2>&1 &
-    eval "$disk=$!"
-done
-for disk in xvda xvdb; do
-    eval "pid=\$$disk"
-    wait $pid || text failure "fio on $disk: $(cat /run/$disk.out /run/$disk.json | head -c 2000)"
-    sed -n '/^{/,$p' /run/$disk.json >/run/fio.result
-    result fio /run/fio.result
+until xenstore-exists data/enough; do
+    for disk in xvda xvdb; do
+        fio --name=$disk --filename=/dev/$disk --ioengine=libaio --direct=1 --rw=randwrite \
+            --bsrange=4k-64k --iodepth=8 --rate=2m --size=4M --verify=crc32c --verify_fatal=1 \
+            --output-format=json --output=/run/$disk.json >/run/$disk.out 2>&1 &
+        eval "$disk=$!"
+    done
+    for disk in xvda xvdb; do
+        eval "pid=\$$disk"
+        wait $pid || text failure "fio on $disk: $(cat /run/$disk.out /run/$disk.json | head -c 2000)"
+        sed -n '/^{/,$p' /run/$disk.json >/run/fio.result
+        result fio /run/fio.result
+        sed '/"write"/,$d' /run/fio.result | grep -q '"total_ios" : [1-9]' ||
+            text failure "fio on $disk has read nothing back"
+    done
 done
 text dmesg-errors "$(dmesg | grep -E 'I/O error|blkfront:.*([Bb]ad|error|invalid)|BUG:|WARNING:' | head -5)"
 text done ""

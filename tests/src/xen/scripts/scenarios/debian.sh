@@ -9,7 +9,7 @@ result exposure "$exposure"
 ram_disk 256
 truncate -s 64M /srv/disk.raw
 line=format=raw,access=rw,backendtype=phy,script=block-blkback
-create_guest guest "verify seconds=60" "vdev=xvda,$line,target=/dev/nullb0" \
+create_guest guest verify "vdev=xvda,$line,target=/dev/nullb0" \
     "vdev=xvdb,$line,target=/srv/disk.raw"
 domain=$(xl domid guest)
 backend=/local/domain/0/backend/vbd/$domain
@@ -45,26 +45,35 @@ refused() {
     xl block-detach guest xvdd || fail "detach what was refused"
 }
 refused /nowhere "does not exist"
-truncate -s 1M /var/tmp/out.raw /root/out.raw
-refused /root/out.raw "Read-only"
+mkdir /root/images
+truncate -s 1M /root/images/out.raw
+refused /root/images/out.raw "Read-only"
 # As its own unit says.
 mkdir -p /etc/systemd/system/blkback.service.d
-printf '[Service]\nReadWritePaths=/root\n' >/etc/systemd/system/blkback.service.d/images.conf
+printf '[Service]\nReadWritePaths=/root/images\n' >/etc/systemd/system/blkback.service.d/images.conf
 systemctl daemon-reload
 systemctl restart blkback
-xl block-attach guest "vdev=xvdd,$line,target=/root/out.raw" || fail "attach what a drop-in opens"
+xl block-attach guest "vdev=xvdd,$line,target=/root/images/out.raw" || fail "attach what a drop-in opens"
 xl block-detach guest xvdd || fail "detach"
 rm -r /etc/systemd/system/blkback.service.d
 systemctl daemon-reload
 
+echo "dom0: kill -9"
+pid=$(systemctl show -P MainPID blkback)
+kill -KILL "$pid"
+tries=0
+until [ "$(journalctl -q -u blkback --since -60s -o cat | sed -n '/code=killed/,$p' | grep -c 'going on where')" = 4 ]; do
+    sleep 0.5
+    tries=$((tries + 1))
+    [ $tries -lt 60 ] || fail "the rings were not taken up after kill -9"
+done
+guest_lives guest || fail "the guest has ended"
+sleep 10
+
 result blkback "$(blkback stats --json)"
+xenstore-write "/local/domain/$domain/data/enough" ''
 guest_results guest
 nothing_left
-pid=$(systemctl show -P MainPID blkback)
-echo "dom0: kill -9"
-kill -KILL "$pid"
-sleep 3
-systemctl is-active --quiet blkback || fail "systemd does not start blkback again"
 
 echo "dom0: purge"
 dpkg -L xen-blk | while read -r path; do [ -d "$path" ] || echo "$path"; done >/run/files
