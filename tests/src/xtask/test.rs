@@ -14,6 +14,7 @@ const NEEDS: &[Need] = &[
     ("/usr/bin/nbdcopy", "libnbd-bin"),
     ("/usr/bin/qemu-io", "qemu-utils"),
     ("/usr/bin/curl", "curl"),
+    ("/usr/bin/valgrind", "valgrind"),
     ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
     ("/usr/bin/strip", "binutils"),
     ("/usr/bin/xz", "xz-utils"),
