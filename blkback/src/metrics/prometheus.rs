@@ -120,17 +120,19 @@ impl Text {
         }
         type Histogram = (&'static str, &'static str, fn(&Ring) -> &Distribution);
         let times: [Histogram; 3] = [
-            ("ring_wait", "Time from an event to when its requests were taken.", |of| {
-                &of.ring_wait_ns
-            }),
+            (
+                "ring_wait",
+                "Time from an event to when its requests were taken, of one round in eight.",
+                |of| &of.ring_wait_ns,
+            ),
             (
                 "device",
-                "Time from when a request was taken to when the device had done it.",
+                "Time from when a request was taken to when the device had done it, of one round in eight.",
                 |of| &of.device_ns,
             ),
             (
                 "completion",
-                "Time from when the device was done to when the response could be seen.",
+                "Time from when the device was done to when the response could be seen, of one round in eight.",
                 |of| &of.completion_ns,
             ),
         ];

@@ -121,7 +121,8 @@ pub struct Ring {
     pub refused: BTreeMap<String, u64>,
     /// Requests taken from the ring at a time.
     pub batch: Distribution,
-    /// Nanoseconds from an event to when its requests were taken.
+    /// Nanoseconds from an event to when its requests were taken, of one round in
+    /// [`TIMED_ROUNDS`](crate::ring::TIMED_ROUNDS), as the next two.
     pub ring_wait_ns: Distribution,
     /// Nanoseconds from when a request was taken to when the device had done it.
     pub device_ns: Distribution,

@@ -292,8 +292,17 @@ impl Data {
                 let base = map.base().as_ptr();
                 for (k, segment) in segments.iter().enumerate() {
                     let address = base.wrapping_add(k * PAGE_SIZE + segment.offset());
-                    // SAFETY: page `k` of the mapping, which `held` keeps until `release`.
-                    buffers.push(unsafe { IoVec::new(address, segment.bytes()) });
+                    // Whole pages follow one another: the fewer pieces, the less for the kernel to look up.
+                    let (address, bytes) = match buffers.last() {
+                        Some(last) if last.base().wrapping_add(last.len()) == address => {
+                            let joined = (last.base(), last.len() + segment.bytes());
+                            buffers.pop();
+                            joined
+                        }
+                        _ => (address, segment.bytes()),
+                    };
+                    // SAFETY: within the mapping, which `held` keeps until `release`.
+                    buffers.push(unsafe { IoVec::new(address, bytes) });
                 }
                 held.maps.push(map);
                 held.mapped = segments.len();

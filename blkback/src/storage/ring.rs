@@ -21,7 +21,9 @@ const REGION: u16 = 0;
 
 /// What the ring is allowed to do once it is set up. Should somebody get to write its entries, they
 /// reach this disk and nothing else.
-const ALLOWED: [u8; 7] = [
+const ALLOWED: [u8; 9] = [
+    opcode::Read::CODE,
+    opcode::Write::CODE,
     opcode::Readv::CODE,
     opcode::Writev::CODE,
     opcode::ReadFixed::CODE,
@@ -313,29 +315,36 @@ impl Slot {
         let pieces = &op.buffers[self.head.min(op.buffers.len())..];
         let vector = pieces.as_ptr().cast::<libc::iovec>();
         let count = pieces.len().min(MAX_PIECES) as u32;
-        let fixed = match pieces {
-            [piece] => {
-                let start = piece.base().addr();
-                let inside = start >= registered.start
-                    && start.checked_add(piece.len()).is_some_and(|end| end <= registered.end);
-                // The kernel registers no more than 1 GiB at a time: the length fits.
-                inside.then_some((piece.base(), piece.len() as u32))
-            }
+        // No piece is longer than an indirect request: the length fits.
+        let single = match pieces {
+            [piece] => Some((piece.base(), piece.len() as u32)),
             _ => None,
         };
-        Some(match (op.kind, fixed) {
-            (OpKind::Read, Some((base, length))) => {
+        let is_registered = single.is_some_and(|(base, length)| {
+            let start = base.addr();
+            start >= registered.start
+                && start.checked_add(length as usize).is_some_and(|end| end <= registered.end)
+        });
+        Some(match (op.kind, single) {
+            (OpKind::Read, Some((base, length))) if is_registered => {
                 opcode::ReadFixed::new(DISK, base, length, REGION).offset(self.offset).build()
+            }
+            (OpKind::Read, Some((base, length))) => {
+                opcode::Read::new(DISK, base, length).offset(self.offset).build()
             }
             (OpKind::Read, None) => {
                 opcode::Readv::new(DISK, vector, count).offset(self.offset).build()
             }
-            (OpKind::Write { fua }, Some((base, length))) => {
+            (OpKind::Write { fua }, Some((base, length))) if is_registered => {
                 opcode::WriteFixed::new(DISK, base, length, REGION)
                     .offset(self.offset)
                     .rw_flags(durable(fua))
                     .build()
             }
+            (OpKind::Write { fua }, Some((base, length))) => opcode::Write::new(DISK, base, length)
+                .offset(self.offset)
+                .rw_flags(durable(fua))
+                .build(),
             (OpKind::Write { fua }, None) => opcode::Writev::new(DISK, vector, count)
                 .offset(self.offset)
                 .rw_flags(durable(fua))
