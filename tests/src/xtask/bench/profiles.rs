@@ -44,7 +44,7 @@ const CACHED: Case = Case { disk: Disk::CachedFile, ..BASE };
 pub(super) const SHARED: Case = BASE.waiting(Wait::Adaptive);
 /// The client sleeps, the backend need not.
 pub(super) const SLEEPING_CLIENT: Case =
-    Case { depth: 1, client: Wait::Event, backend: Wait::Adaptive, ..BASE };
+    Case { client: Wait::Event, backend: Wait::Adaptive, ..BASE };
 pub(super) const COPIED: Case = Case { data: Data::Copy, ..CACHED };
 
 pub(super) const fn at_depth(case: Case, depth: u32) -> Case {
@@ -86,6 +86,7 @@ impl Profile {
                     WAITS.iter().for_each(|&wait| add(at_depth(BASE, depth).waiting(wait)));
                 }
                 add(SLEEPING_CLIENT);
+                add(at_depth(SLEEPING_CLIENT, 1));
                 for disk in [Disk::CachedFile, Disk::DirectFile, Disk::BlockDevice] {
                     add(on(disk));
                     add(on(disk).waiting(Wait::Adaptive));
