@@ -1,9 +1,9 @@
 //! The thread of a ring.
 //!
-//! A round takes what requests there are, fetches the data of the writes among them together, starts
-//! them all, takes what the device has completed, delivers the data of the reads among that
-//! together, and answers with one push and at most one event. It sleeps only when a round found
-//! nothing, spinning did not pay, and the final check found nothing either.
+//! A round takes some of the requests there are, fetches the data of the writes among them together,
+//! starts them all, takes what the device has completed, delivers the data of the reads among that
+//! together, and answers, a few to a push, with an event where the frontend asked for one. It sleeps
+//! only when a round found nothing, spinning did not pay, and the final check found nothing either.
 
 use super::clock::{Clock, Nanos};
 use super::data::{Data, Unreachable};
@@ -84,7 +84,6 @@ pub fn run(setup: RingSetup) -> Result<(), Exit> {
         clock: Clock::new(),
         spurious: 0,
         masked: true,
-        answered: false,
         quiet: false,
         woken: None,
     }
@@ -157,8 +156,6 @@ struct Worker {
     spurious: u32,
     /// An event was taken: the next comes only when the channel is unmasked.
     masked: bool,
-    /// Responses were pushed and not published yet.
-    answered: bool,
     /// The idle time-out has been seen to.
     quiet: bool,
     /// When the last event came, until the first requests after it are taken.
@@ -490,11 +487,10 @@ impl Worker {
         self.inflight.answer(tag, self.responses.index());
         let pushed = self.responses.push(&Response { id, operation, status });
         debug_assert!(pushed.is_ok(), "one response a request taken");
-        self.answered = true;
     }
 
     fn publish(&mut self) {
-        if !std::mem::take(&mut self.answered) {
+        if self.responses.unpublished() == 0 {
             return;
         }
         self.stats.system_calls.set(self.queue.counters().system_calls);
