@@ -1,14 +1,15 @@
 //! The daemon: finds devices and gives each a task.
 
-use crate::device::{self, Context, Pokes};
+use crate::device::{self, Context};
 use crate::records::Records;
 use crate::registry::Registry;
+use crate::sizes::Sizes;
 use crate::tuning::Tuning;
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::{Id, JoinSet, LocalSet};
 use tracing::{info, warn};
 use xen_platform::Platform;
@@ -35,7 +36,8 @@ pub struct Daemon {
 
 struct Task {
     paths: DevicePaths,
-    pokes: Arc<Pokes>,
+    /// Something in the backend directory changed.
+    changed: Arc<Notify>,
 }
 
 impl Daemon {
@@ -67,11 +69,11 @@ impl Daemon {
             tuning: Arc::new(self.tuning),
             registry: self.registry,
             records: self.records.map(Arc::new),
+            sizes: Sizes::start(self.resize_interval),
             shutdown: stop.clone(),
         };
         let mut devices = Devices { context, tasks: HashMap::new(), running: JoinSet::new() };
-        let timer = self.resize_interval.map(tokio::time::interval);
-        let found = device::unless_stopped(&stop, devices.find(&roots, rescan, timer)).await;
+        let found = device::unless_stopped(&stop, devices.find(&roots, rescan)).await;
         match found {
             Some(Err(error)) => return Err(error),
             Some(Ok(never)) => match never {},
@@ -80,13 +82,6 @@ impl Daemon {
         info!(devices = devices.running.len(), "draining");
         while devices.running.join_next().await.is_some() {}
         Ok(())
-    }
-}
-
-async fn tick(timer: &mut Option<tokio::time::Interval>) {
-    match timer {
-        Some(timer) => drop(timer.tick().await),
-        None => std::future::pending().await,
     }
 }
 
@@ -117,7 +112,6 @@ impl Devices {
         &mut self,
         roots: &[String],
         mut rescan: watch::Receiver<()>,
-        mut timer: Option<tokio::time::Interval>,
     ) -> Result<Infallible, client::Error> {
         self.forget_the_gone(roots).await?;
         let (events, mut changed) = tokio::sync::mpsc::channel(1);
@@ -140,8 +134,7 @@ impl Devices {
                     };
                     self.ended(id).await
                 }
-                Ok(()) = rescan.changed() => { self.resize(); Ok(()) }
-                () = tick(&mut timer) => { self.resize(); Ok(()) }
+                Ok(()) = rescan.changed() => { self.context.sizes.look(); Ok(()) }
             };
             // The other devices do not suffer from one that cannot be looked at.
             if let Err(error) = looked {
@@ -172,7 +165,7 @@ impl Devices {
         }
         // What is gone from the tree is found by its own task.
         for task in self.tasks.values() {
-            task.pokes.changed.notify_one();
+            task.changed.notify_one();
         }
         Ok(())
     }
@@ -202,17 +195,17 @@ impl Devices {
 
     async fn look(&mut self, paths: DevicePaths) -> Result<(), client::Error> {
         if let Some(task) = self.tasks.values().find(|task| task.paths == paths) {
-            task.pokes.changed.notify_one();
+            task.changed.notify_one();
             return Ok(());
         }
         // `frontend` is there once the toolstack's transaction is, and gone with the directory.
         if !self.context.client.exists(&format!("{}/frontend", paths.backend())).await? {
             return Ok(());
         }
-        let pokes = Arc::new(Pokes::default());
-        let task = device::serve(self.context.clone(), paths, pokes.clone());
+        let changed = Arc::new(Notify::new());
+        let task = device::serve(self.context.clone(), paths, changed.clone());
         let id = self.running.spawn_local(task).id();
-        self.tasks.insert(id, Task { paths, pokes });
+        self.tasks.insert(id, Task { paths, changed });
         Ok(())
     }
 
@@ -222,11 +215,5 @@ impl Devices {
         let online = format!("{}/online", task.paths.backend());
         let online = self.context.client.read_optional(&online).await?;
         if online.as_deref() == Some(b"1") { self.look(task.paths).await } else { Ok(()) }
-    }
-
-    fn resize(&self) {
-        for task in self.tasks.values() {
-            task.pokes.resize.notify_one();
-        }
     }
 }

@@ -14,6 +14,7 @@ pub mod metrics;
 pub mod records;
 pub mod registry;
 pub mod ring;
+mod sizes;
 pub mod stats;
 pub mod storage;
 pub mod tuning;

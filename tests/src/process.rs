@@ -89,6 +89,25 @@ impl Process {
         self.child.id()
     }
 
+    /// How often its threads have gone to sleep, and so been woken. Those of threads that have ended do
+    /// not count any more.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn sleeps(&self) -> Result<u64> {
+        let mut sum = 0;
+        for thread in std::fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            // One may have ended meanwhile.
+            let Ok(status) = std::fs::read_to_string(thread?.path().join("status")) else {
+                continue;
+            };
+            let line =
+                status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            sum += line.context("status")?.trim().parse::<u64>()?;
+        }
+        Ok(sum)
+    }
+
     /// Waits until it has printed `text`.
     ///
     /// # Errors

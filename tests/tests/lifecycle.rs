@@ -14,6 +14,7 @@ use ring_proto::{Abi, Body, RingLayout};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use usage::Usage;
 use xen_blk_tests::host::{Host, Programs};
 use xen_blk_tests::process::{run, wait_until};
@@ -219,6 +220,30 @@ fn a_file_that_changes_its_size_is_a_disk_that_does() -> Result<()> {
             ensure!(connected.as_deref() == Some(state::CONNECTED), "{connected:?}");
         }
     }
+    Ok(())
+}
+
+/// One look at the sizes of all disks is all that an idle daemon wakes up for.
+#[test]
+fn idle_disks_do_not_keep_the_daemon_awake() -> Result<()> {
+    const DISKS: u64 = 8;
+    const LOOKS: u64 = 4;
+    let host = host()?;
+    let daemon = host.backend(&["--resize-interval-s", "1"])?;
+    let guest = Guest::create(&host, "guest")?;
+    let mut connected = Vec::new();
+    for letter in ('a'..).take(DISKS as usize) {
+        let vdev = format!("xvd{letter}");
+        let device = guest.attach(&host, &line(&vdev, image(&host, &vdev, DISK)?))?;
+        connected.push(WellBehaved::connect(&guest, &device, PLAIN)?);
+    }
+    std::thread::sleep(Duration::from_secs(1));
+    let before = daemon.sleeps()?;
+    std::thread::sleep(Duration::from_secs(LOOKS));
+    let woken = daemon.sleeps()?.saturating_sub(before);
+    // Threads that opened the disks may end meanwhile, too: once each.
+    ensure!(woken <= LOOKS + 1 + DISKS, "{woken} wake-ups, and {LOOKS} looks at {DISKS} disks");
+    drop(connected);
     Ok(())
 }
 

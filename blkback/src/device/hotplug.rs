@@ -72,6 +72,9 @@ impl Device {
                     read_only = geometry.read_only,
                     "disk opened"
                 );
+                if self.description.can_resize() {
+                    self.context.sizes.watch(&storage, &self.resized);
+                }
                 self.storage = Some(storage);
                 // One that is there already is of a daemon before us, or of its script.
                 if self.description.script && self.hotplug_status().await?.is_none() {

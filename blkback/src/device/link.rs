@@ -49,6 +49,8 @@ struct Ring {
 /// Ring threads. They are told to stop when this is dropped; [`Link::stop`] also waits for them.
 pub(super) struct Link {
     rings: Vec<Ring>,
+    /// What they know of the device's size, in 512-byte sectors.
+    sectors: u64,
     strategy: Strategy,
     /// Each thread holds a sender, until it has let go of everything of the frontend's.
     alive: mpsc::Receiver<Infallible>,
@@ -87,7 +89,8 @@ impl Link {
         }
         let strategy = strategy(setup);
         let (ours, alive) = mpsc::channel(1);
-        let link = place.insert(Self { rings: Vec::new(), strategy, alive });
+        let link =
+            place.insert(Self { rings: Vec::new(), sectors: geometry.sectors, strategy, alive });
         for (ring, keys) in setup.agreement.queues.iter().enumerate() {
             link.rings.push(start_ring(setup, strategy, ring, keys, ours.clone())?);
         }
@@ -107,11 +110,12 @@ impl Link {
         }
     }
 
-    /// Tells every ring of the device's new size, in 512-byte sectors.
-    pub(super) fn resize(&self, sectors: u64) {
+    /// Tells every ring of the device's new size, in 512-byte sectors. Returns what it was for them.
+    pub(super) fn resize(&mut self, sectors: u64) -> u64 {
         for ring in &self.rings {
             ring.control.resize(sectors);
         }
+        std::mem::replace(&mut self.sectors, sectors)
     }
 
     /// Answers what is in flight, then unmaps and unbinds. May be dropped and called again.

@@ -10,6 +10,7 @@ mod throttle;
 
 use crate::records::Records;
 use crate::registry::{DeviceView, Registry};
+use crate::sizes::Sizes;
 use crate::storage::{Geometry, Storage};
 use crate::tuning::Tuning;
 use hotplug::Script;
@@ -46,21 +47,14 @@ pub(crate) struct Context {
     pub(crate) registry: Arc<Registry>,
     /// Where rings are recorded for a successor, if that is possible.
     pub(crate) records: Option<Arc<Records>>,
+    pub(crate) sizes: Sizes,
     /// The daemon is about to exit.
     pub(crate) shutdown: watch::Receiver<bool>,
 }
 
-/// How the daemon reaches a device's task.
-#[derive(Debug, Default)]
-pub(crate) struct Pokes {
-    /// Something in the backend directory changed.
-    pub(crate) changed: Notify,
-    /// Look at the size of the disk.
-    pub(crate) resize: Notify,
-}
-
-/// Serves a device until it is gone or the daemon exits.
-pub(crate) async fn serve(context: Context, paths: DevicePaths, pokes: Arc<Pokes>) {
+/// Serves a device until it is gone or the daemon exits. `changed` says that something in its
+/// directory has.
+pub(crate) async fn serve(context: Context, paths: DevicePaths, changed: Arc<Notify>) {
     let name = VirtualDevice::from_number(paths.device)
         .map_or_else(|| paths.device.to_string(), |device| device.to_string());
     let span = info_span!("vbd", dom = %paths.frontend_domain, dev = name);
@@ -70,7 +64,7 @@ pub(crate) async fn serve(context: Context, paths: DevicePaths, pokes: Arc<Pokes
         let client = context.client.clone();
         let records = context.records.clone();
         let shutdown = context.shutdown.clone();
-        let outcome = run(context, paths, &pokes).await;
+        let outcome = run(context, paths, &changed).await;
         registry.remove(&path);
         match outcome {
             Ok(End::Stopped) => {}
@@ -151,7 +145,7 @@ enum ConnectError {
     NoDisk,
 }
 
-async fn run(context: Context, paths: DevicePaths, pokes: &Pokes) -> Result<End, Abandoned> {
+async fn run(context: Context, paths: DevicePaths, changed: &Notify) -> Result<End, Abandoned> {
     let shutdown = context.shutdown.clone();
     if paths.kind == BackendKind::Vbd
         && unless_stopped(&shutdown, kernel::wait_until_gone()).await.is_none()
@@ -164,7 +158,7 @@ async fn run(context: Context, paths: DevicePaths, pokes: &Pokes) -> Result<End,
             Some(found) => found?,
             None => return Ok(End::Stopped),
         };
-    let outcome = unless_stopped(&shutdown, device.attend(frontend, ring_ended, pokes)).await;
+    let outcome = unless_stopped(&shutdown, device.attend(frontend, ring_ended, changed)).await;
     // Answer what is in flight, and leave `state` for a successor to find.
     device.disconnect().await;
     match outcome {
@@ -209,6 +203,8 @@ struct Device {
     description: Description,
     offer: BackendOffer,
     storage: Option<Arc<dyn Storage>>,
+    /// The storage has another size.
+    resized: Arc<Notify>,
     link: Option<Link>,
     /// The frontend's keys that `link` was made from.
     connected: Option<Vec<QueueKeys>>,
@@ -263,6 +259,7 @@ impl Device {
             description,
             offer,
             storage: None,
+            resized: Arc::new(Notify::new()),
             link: None,
             connected: None,
             ended,
@@ -279,17 +276,18 @@ impl Device {
         &mut self,
         mut frontend: Watch,
         mut ring_ended: mpsc::UnboundedReceiver<RingEnded>,
-        pokes: &Pokes,
+        changed: &Notify,
     ) -> Result<(), Abandoned> {
+        let resized = self.resized.clone();
         self.open_storage().await?;
         self.observe().await?;
         while !self.machine.has_ended() {
             let give_up = self.closing_since.map(|since| since + CLOSE_TIMEOUT);
             let script = self.script.deadline();
             tokio::select! {
-                changed = next(&mut frontend) => { changed?; self.observe().await? }
-                () = pokes.changed.notified() => self.observe().await?,
-                () = pokes.resize.notified() => self.resize().await?,
+                moved = next(&mut frontend) => { moved?; self.observe().await? }
+                () = changed.notified() => self.observe().await?,
+                () = resized.notified() => self.resize().await?,
                 Some(RingEnded { ring, why }) = ring_ended.recv() => {
                     self.fail(&format!("ring {ring}: {why}")).await?;
                     self.feed(BackendEvent::GiveUp).await?;
@@ -359,29 +357,17 @@ impl Device {
         Ok(())
     }
 
-    /// Looks at the size of the disk.
+    /// Tells the rings and the frontend of the disk's size, where that is not what they were told.
     async fn resize(&mut self) -> Result<(), Abandoned> {
-        let Some(storage) = self.storage.clone() else { return Ok(()) };
-        let before = storage.geometry().sectors;
-        let refreshed = tokio::task::spawn_blocking(move || storage.refresh()).await;
-        match refreshed {
-            Ok(Ok(geometry)) if geometry.sectors != before => {
-                info!(before, now = geometry.sectors, "resized");
-                if let Some(link) = &self.link {
-                    link.resize(geometry.sectors);
-                }
-                self.feed(BackendEvent::Resized).await
-            }
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => {
-                warn!(%error, "cannot look at the disk");
-                Ok(())
-            }
-            Err(error) => {
-                warn!(%error, "cannot look at the disk");
-                Ok(())
-            }
+        // Whoever connects looks at the size itself.
+        let (Some(storage), Some(link)) = (&self.storage, &mut self.link) else { return Ok(()) };
+        let now = storage.geometry().sectors;
+        let before = link.resize(now);
+        if now == before {
+            return Ok(());
         }
+        info!(before, now, "resized");
+        self.feed(BackendEvent::Resized).await
     }
 
     /// Feeds the machine and does what it says, to the end.

@@ -4,7 +4,7 @@ use crate::storage::{self, Direct, OpenError, Storage};
 use ring_proto::DomId;
 use std::sync::Arc;
 use xenstore_glue::client::{self, Client, Nodes};
-use xenstore_glue::disk::{Target, TargetError};
+use xenstore_glue::disk::{Store, Target, TargetError};
 use xenstore_glue::vbd::DevicePaths;
 
 /// The hotplug script that says what we have said of a disk.
@@ -105,6 +105,11 @@ impl Description {
             shared: self.shared,
         };
         Ok(storage::open(&target, options)?)
+    }
+
+    /// Whether the size is another's to say: that of a file or a block device.
+    pub(super) fn can_resize(&self) -> bool {
+        self.params.parse().is_ok_and(|target: Target| matches!(target.store, Store::Path(_)))
     }
 }
 

@@ -1,0 +1,100 @@
+//! The sizes of disks, which may change under us (online resize). Nothing announces that: a thread
+//! looks at all of them together, so that a daemon with many idle disks wakes up once for all.
+
+use crate::storage::Storage;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
+use tracing::{Span, warn};
+
+/// The hand on the thread, which ends with the last one. Not of the control plane's, as a look lasts
+/// as long as the slowest file system takes.
+#[derive(Clone)]
+pub(crate) struct Sizes(Sender<Message>);
+
+enum Message {
+    Watch(Disk),
+    Look,
+}
+
+struct Disk {
+    /// Gone when its device is.
+    storage: Weak<dyn Storage>,
+    resized: Arc<Notify>,
+    /// The device's, for the log.
+    span: Span,
+    /// The last look failed, and the log says so.
+    failed: bool,
+}
+
+impl Sizes {
+    /// Looks every `interval`, or only when asked to.
+    pub(crate) fn start(interval: Option<Duration>) -> Self {
+        let (sender, messages) = channel();
+        let thread = std::thread::Builder::new().name("sizes".into());
+        if let Err(error) = thread.spawn(move || run(&messages, interval)) {
+            warn!(%error, "the sizes of disks are not looked at");
+        }
+        Self(sender)
+    }
+
+    /// From now on looks at `storage` as long as that lives, and says so when its size has changed.
+    pub(crate) fn watch(&self, storage: &Arc<dyn Storage>, resized: &Arc<Notify>) {
+        let (storage, resized) = (Arc::downgrade(storage), resized.clone());
+        self.send(Message::Watch(Disk { storage, resized, span: Span::current(), failed: false }));
+    }
+
+    /// Looks now.
+    pub(crate) fn look(&self) {
+        self.send(Message::Look);
+    }
+
+    fn send(&self, message: Message) {
+        // A thread that could not be started has been told of.
+        let _ = self.0.send(message);
+    }
+}
+
+fn run(messages: &Receiver<Message>, interval: Option<Duration>) {
+    let mut disks: Vec<Disk> = Vec::new();
+    let mut looked = Instant::now();
+    loop {
+        let message = match interval {
+            Some(interval) if !disks.is_empty() => {
+                messages.recv_timeout(interval.saturating_sub(looked.elapsed()))
+            }
+            _ => messages.recv().map_err(RecvTimeoutError::from),
+        };
+        match message {
+            Ok(Message::Watch(disk)) => {
+                disks.retain(|disk| disk.storage.strong_count() > 0);
+                disks.push(disk);
+            }
+            Ok(Message::Look) | Err(RecvTimeoutError::Timeout) => {
+                disks.retain_mut(Disk::look);
+                looked = Instant::now();
+            }
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+impl Disk {
+    /// `false` once there is nothing to look at.
+    fn look(&mut self) -> bool {
+        let Some(storage) = self.storage.upgrade() else { return false };
+        let before = storage.geometry().sectors;
+        let outcome = storage.refresh();
+        let failed = outcome.is_err();
+        match outcome {
+            Ok(now) if now.sectors != before => self.resized.notify_one(),
+            Err(error) if !self.failed => {
+                self.span.in_scope(|| warn!(%error, "cannot look at the size of the disk"));
+            }
+            _ => {}
+        }
+        self.failed = failed;
+        true
+    }
+}
