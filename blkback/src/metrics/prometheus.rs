@@ -2,6 +2,7 @@
 
 use super::distribution::Distribution;
 use super::snapshot::{Counts, Device, Ring, Snapshot};
+use crate::ring::TIMED_ROUNDS;
 use std::fmt::{self, Display, Write};
 
 /// What the answer's `Content-Type` is.
@@ -120,25 +121,22 @@ impl Text {
         }
         type Histogram = (&'static str, &'static str, fn(&Ring) -> &Distribution);
         let times: [Histogram; 3] = [
-            (
-                "ring_wait",
-                "Time from an event to when its requests were taken, of one round in eight.",
-                |of| &of.ring_wait_ns,
-            ),
-            (
-                "device",
-                "Time from when a request was taken to when the device had done it, of one round in eight.",
-                |of| &of.device_ns,
-            ),
+            ("ring_wait", "Time from an event to when its requests were taken", |of| {
+                &of.ring_wait_ns
+            }),
+            ("device", "Time from when a request was taken to when the device had done it", |of| {
+                &of.device_ns
+            }),
             (
                 "completion",
-                "Time from when the device was done to when the response could be seen, of one round in eight.",
+                "Time from when the device was done to when the response could be seen",
                 |of| &of.completion_ns,
             ),
         ];
         for (name, help, part) in times {
             let name = format!("blkback_{name}_seconds");
-            self.histogram(&name, help, rings, part, &TIME_BITS, NANOSECONDS)?;
+            let help = format!("{help}, of one round in {TIMED_ROUNDS}.");
+            self.histogram(&name, &help, rings, part, &TIME_BITS, NANOSECONDS)?;
         }
         let (name, help) = ("blkback_batch_requests", "Requests taken from the ring at a time.");
         self.histogram(name, help, rings, |of| &of.batch, &BATCH_BITS, 1.0)
