@@ -2,7 +2,7 @@
 
 use super::case::{BASE, Case, Disk, Wait};
 use super::contender::Contender;
-use super::idle::DEVICES;
+use super::idle::{DEVICES, Idle};
 use super::limits::{eventfd::RoundTrips, fio::Fio, hop::Hop, memcpy::Memcpy, uring::PlainUring};
 use super::ours::Ours;
 use super::peers::{qemu::StorageDaemon, rust_vmm};
@@ -220,19 +220,18 @@ impl Goals<'_> {
 impl Goals<'_> {
     fn idle(&mut self) {
         let Some(idle) = &self.results.idle else { return };
-        let (all, own, wakes) = (idle.used_mib, idle.own_mib, idle.wakes);
+        let Idle { bare_mib, connected_mib, used_mib, idle_mib, wakes } = *idle;
         let devices = format!("{DEVICES} idle devices");
         let needed = Needed::AtMost(200.0);
-        let connected = idle.connected_mib;
         let row = format!("{devices}, never used: resident");
-        self.add(&row, "200 MiB", connected, needed, Unit::Mebibytes);
-        let bar = format!("200 MiB, guests' pages that stay mapped included (own: {own:.0} MiB)");
-        let row = format!("{devices}, used before: resident");
-        self.add(&row, bar, all, needed, Unit::Mebibytes);
-        let each = (all - idle.bare_mib) / f64::from(DEVICES);
+        self.add(&row, "200 MiB", connected_mib, needed, Unit::Mebibytes);
+        let bar = format!("200 MiB (right after use, guests' pages included: {used_mib:.0} MiB)");
+        let row = format!("{devices}, a minute after use: resident");
+        self.add(&row, bar, idle_mib, needed, Unit::Mebibytes);
+        let each = (used_mib - bare_mib) / f64::from(DEVICES);
         let bound = idle.bound_mib();
         self.add(
-            "a device of one ring, after use",
+            "a device of one ring, right after use",
             "its stated bound",
             each,
             Needed::AtMost(bound),

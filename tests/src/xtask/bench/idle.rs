@@ -2,13 +2,13 @@
 
 use crate::xtask::packages::Need;
 use crate::xtask::target;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use std::fs::File;
 use std::process::Command;
 use std::time::{Duration, Instant};
 use xen_blk_tests::host::{Host, Programs};
-use xen_blk_tests::process::{Process, run as output};
+use xen_blk_tests::process::{Patience, Process, run as output};
 
 /// What reads the disks.
 pub(super) const NEEDS: &[Need] = &[("/usr/bin/nbdcopy", "libnbd-bin")];
@@ -23,6 +23,8 @@ const FILE_BYTES: u64 = 16 << 20;
 const REST: Duration = Duration::from_secs(10);
 /// Until threads that have just worked are asleep.
 const SETTLE: Duration = Duration::from_secs(1);
+/// Rings let go of the guests' pages after a minute without a request: if not by now, something is wrong.
+const PURGED: Duration = Duration::from_secs(150);
 
 /// The daemon with all devices connected and idle.
 #[derive(Serialize)]
@@ -31,11 +33,11 @@ pub(super) struct Idle {
     pub(super) bare_mib: f64,
     /// Resident MiB with all connected.
     pub(super) connected_mib: f64,
-    /// Resident MiB after all were used: the guests' pages that the daemon keeps mapped included.
+    /// Resident MiB right after all were used: the guests' pages that the daemon keeps mapped included.
     pub(super) used_mib: f64,
-    /// Of these, the daemon's own.
-    pub(super) own_mib: f64,
-    /// Times a second that any thread of the daemon woke.
+    /// Resident MiB once all have been idle for a minute, and it has let go of these pages.
+    pub(super) idle_mib: f64,
+    /// Times a second that any thread of the daemon woke then.
     pub(super) wakes: f64,
 }
 
@@ -52,7 +54,7 @@ pub(super) fn measure() -> Result<Idle> {
     // With the options it has from itself. In dom0: in a driver domain, xenstore's default quota of
     // 1000 nodes ends at some thirty disks.
     let backend = host.backend_in_dom0(&[])?;
-    let bare_mib = memory(&backend)?.0;
+    let bare_mib = resident(&backend)?;
     let mut frontends = Vec::new();
     for n in 0..DEVICES {
         let guest = format!("guest{n}");
@@ -68,7 +70,7 @@ pub(super) fn measure() -> Result<Idle> {
     for frontend in &mut frontends {
         frontend.wait_for("nbd+unix:")?;
     }
-    let connected_mib = memory(&backend)?.0;
+    let connected_mib = resident(&backend)?;
     for n in 0..DEVICES {
         let socket = host.dir().join(format!("guest{n}"));
         let from = format!("nbd+unix:///?socket={}", socket.display());
@@ -79,29 +81,29 @@ pub(super) fn measure() -> Result<Idle> {
         )?;
     }
     std::thread::sleep(SETTLE);
-    let (used_mib, own_mib) = memory(&backend)?;
-    let (from, before) = (Instant::now(), switches(&backend)?);
-    std::thread::sleep(REST);
-    let wakes = (switches(&backend)? - before) as f64 / from.elapsed().as_secs_f64();
-    Ok(Idle { bare_mib, connected_mib, used_mib, own_mib, wakes })
-}
-
-/// Resident MiB, and those among them that are not shared.
-fn memory(process: &Process) -> Result<(f64, f64)> {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid()))?;
-    let mib = |key: &str| -> Result<f64> {
-        let line = status.lines().find_map(|line| line.strip_prefix(key)).context("status")?;
-        Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
-    };
-    Ok((mib("VmRSS:")?, mib("RssAnon:")?))
-}
-
-fn switches(process: &Process) -> Result<u64> {
-    let mut sum = 0;
-    for task in std::fs::read_dir(format!("/proc/{}/task", process.pid()))? {
-        let status = std::fs::read_to_string(task?.path().join("status"))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-        sum += line.context("status")?.trim().parse::<u64>()?;
+    let used_mib = resident(&backend)?;
+    let mut patience = Patience::new(PURGED);
+    while holds_pages(&host)? {
+        ensure!(!patience.is_over(), "idle rings keep the guests' pages");
+        std::thread::sleep(SETTLE);
     }
-    Ok(sum)
+    let idle_mib = resident(&backend)?;
+    let (from, before) = (Instant::now(), backend.sleeps()?);
+    std::thread::sleep(REST);
+    let wakes = backend.sleeps()?.saturating_sub(before) as f64 / from.elapsed().as_secs_f64();
+    Ok(Idle { bare_mib, connected_mib, used_mib, idle_mib, wakes })
+}
+
+fn resident(process: &Process) -> Result<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid()))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("status")?;
+    Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
+}
+
+/// Whether any ring still has pages of its guest's mapped.
+fn holds_pages(host: &Host) -> Result<bool> {
+    let stats = host.snapshot()?;
+    let devices = stats["devices"].as_array().context("devices")?;
+    let mut rings = devices.iter().filter_map(|device| device["rings"].as_array()).flatten();
+    Ok(rings.any(|ring| ring["persistent_held"] != 0))
 }
