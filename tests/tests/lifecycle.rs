@@ -18,6 +18,8 @@ use std::time::Duration;
 use usage::Usage;
 use xen_blk_tests::host::{Host, Programs};
 use xen_blk_tests::process::{run, wait_until};
+use xenstore_glue::store::quota;
+use xenstore_glue::wire::{Access, Perm};
 
 const PLAIN: Transport =
     Transport { layout: RingLayout::Union(Abi::X86_64), order: 0, persistent: false };
@@ -155,6 +157,54 @@ fn twenty_attachments_leave_nothing() -> Result<()> {
     let said = daemon.log().matches("state=Closed").count();
     ensure!(said == 21, "the log says {said} times that a disk is closed: {}", daemon.log());
     Ok(())
+}
+
+/// xenstored lets a driver domain have so many nodes. A disk beyond them is connected when there is room, and can be
+/// detached before.
+#[test]
+fn a_disk_beyond_the_quota_waits_for_room() -> Result<()> {
+    let host = host()?;
+    let daemon = host.backend(&[])?;
+    let guest = Guest::create(&host, "guest")?;
+    let admin = Store::connect(&host.platform_dir().join("xenstored.sock"))?;
+    let first = guest.attach(&host, "vdev=xvda,target=memory:16M")?;
+    let mut disk = WellBehaved::connect(&guest, &first, PLAIN)?;
+
+    let filler = format!("/local/domain/{}/data/filler", guest.backend.0);
+    admin.write(&filler, "")?;
+    admin.set_perms(&filler, &[Perm::new(guest.backend.0, Access::None)])?;
+    let nodes: Vec<_> = (0..quota::NODES).map(|n| (n.to_string(), Vec::new())).collect();
+    admin.write_all(&filler, &nodes)?;
+    let refusals = || daemon.log().matches("a quota that xenstored sets").count();
+    std::thread::scope(|scope| -> Result<()> {
+        let attach = || {
+            host.attach(
+                "guest",
+                "backend=stor,backendtype=tap,format=raw,vdev=xvdb,target=memory:16M",
+            )
+        };
+        let attached = scope.spawn(attach);
+        wait_until("the log to say why", || Ok(refusals() > 0))?;
+        host.detach("guest", "xvdb")?;
+        let attached = attached.join().map_err(|_| anyhow::anyhow!("the toolstack panicked"))?;
+        ensure!(attached.is_err(), "{attached:?}");
+        let back = first.back.replace("51712", "51728");
+        ensure!(admin.read(&format!("{back}/state"))?.is_none(), "{back} is left");
+
+        let before = refusals();
+        let attached = scope.spawn(attach);
+        wait_until("the log to say why again", || Ok(refusals() > before))?;
+        admin.rm(&filler)?;
+        attached.join().map_err(|_| anyhow::anyhow!("the toolstack panicked"))??;
+        Ok(())
+    })
+    .with_context(|| daemon.log())?;
+    let second = Device {
+        front: first.front.replace("51712", "51728"),
+        back: first.back.replace("51712", "51728"),
+    };
+    WellBehaved::connect(&guest, &second, PLAIN)?.round_trip(0)?;
+    disk.round_trip(8)
 }
 
 #[test]

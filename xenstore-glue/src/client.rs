@@ -144,6 +144,22 @@ impl Error {
         }
     }
 
+    /// Whether this domain has used up a quota of xenstored's: nodes, watches, transactions.
+    pub fn is_quota(&self) -> bool {
+        match self {
+            // One watch too many: of a watch there is nothing long to answer. Linux's device makes a system
+            // call's error of it, and `EINVAL` of those it does not know, such as oxenstored's `EQUOTA`.
+            Self::Refused { request: MessageType::Watch, errno: Errno::E2big, .. } => true,
+            Self::Device { request: MessageType::Watch, source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::ArgumentListTooLong
+                    | io::ErrorKind::StorageFull
+                    | io::ErrorKind::InvalidInput
+            ),
+            _ => matches!(self.errno(), Some(Errno::Enospc | Errno::Equota)),
+        }
+    }
+
     /// Whether the node does not exist.
     pub fn is_not_found(&self) -> bool {
         self.errno() == Some(Errno::Enoent)

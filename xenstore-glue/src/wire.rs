@@ -92,7 +92,7 @@ impl MessageType {
 
 macro_rules! errnos {
     ($($variant:ident = $name:literal, $meaning:literal;)*) => {
-        /// An error as xenstore names it (`xsd_errors` in `xs_wire.h`).
+        /// An error as xenstore names it (`xsd_errors` in `xs_wire.h`; and `EQUOTA`, which is oxenstored's).
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum Errno {
             $(#[doc = concat!("`", $name, "`: ", $meaning, ".")] $variant,)*
@@ -121,6 +121,7 @@ errnos! {
     Enoent = "ENOENT", "no such node, transaction or domain";
     Enomem = "ENOMEM", "out of memory, or the transaction has failed before";
     Enospc = "ENOSPC", "quota exceeded";
+    Equota = "EQUOTA", "quota exceeded";
     Eio = "EIO", "input/output error";
     Enotempty = "ENOTEMPTY", "not empty";
     Enosys = "ENOSYS", "not supported by this xenstore";

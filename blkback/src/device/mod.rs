@@ -35,6 +35,8 @@ use xenstore_glue::xenbus::{BackendAction, BackendEvent, BackendMachine, StalePe
 /// Between giving a device up and looking at it again: whatever is wrong with it, looking must not
 /// keep the daemon busy.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
+/// The same where a quota is used up: it takes an administrator. libxl waits 10 s for a disk that it detaches.
+const QUOTA_PAUSE: Duration = Duration::from_secs(5);
 /// A frontend that is asked to close and does not is left to itself after this long.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -60,32 +62,23 @@ pub(crate) async fn serve(context: Context, paths: DevicePaths, changed: Arc<Not
     let span = info_span!("vbd", dom = %paths.frontend_domain, dev = name);
     async {
         let path = paths.backend();
-        let registry = context.registry.clone();
-        let client = context.client.clone();
-        let records = context.records.clone();
-        let shutdown = context.shutdown.clone();
-        let outcome = run(context, paths, &changed).await;
-        registry.remove(&path);
-        match outcome {
-            Ok(End::Stopped) => {}
-            Ok(End::Gone) => {
-                if let Some(records) = records {
-                    records.forget(&path);
-                }
-                let errors = error_dir(&path);
-                let removed = nodes::remove_with_parent(&client, &errors);
-                if let Some(Err(error)) = unless_stopped(&shutdown, removed).await {
-                    warn!(%error, "cannot remove what was said of the device");
-                }
-            }
-            Err(error) => {
+        loop {
+            let outcome = run(context.clone(), paths, &changed).await;
+            context.registry.remove(&path);
+            match outcome {
+                Ok(End::Stopped) => return,
+                Ok(End::Gone) => return forget(&context, &path).await,
                 // Half a directory: the toolstack writes it in one transaction, so this is none of its.
-                if matches!(error, Abandoned::Description(_)) {
+                Err(error @ Abandoned::Description(_)) => {
                     debug!(%error, "not a device (yet)");
-                } else {
-                    warn!(%error, "device given up");
+                    unless_stopped(&context.shutdown, tokio::time::sleep(RETRY_PAUSE)).await;
+                    return;
                 }
-                unless_stopped(&shutdown, tokio::time::sleep(RETRY_PAUSE)).await;
+                // Tried again here, and not by who finds devices: it may be detached meanwhile.
+                Err(error) => {
+                    warn!(%error, "device given up for now");
+                    unless_stopped(&context.shutdown, tokio::time::sleep(error.pause())).await;
+                }
             }
         }
     }
@@ -93,13 +86,42 @@ pub(crate) async fn serve(context: Context, paths: DevicePaths, changed: Arc<Not
     .await;
 }
 
+/// Removes what was kept and said of a device that is gone.
+async fn forget(context: &Context, path: &str) {
+    if let Some(records) = &context.records {
+        records.forget(path);
+    }
+    let errors = error_dir(path);
+    let removed = nodes::remove_with_parent(&context.client, &errors);
+    if let Some(Err(error)) = unless_stopped(&context.shutdown, removed).await {
+        warn!(%error, "cannot remove what was said of the device");
+    }
+}
+
 /// What a device's task cannot go on after. Everything else is told to the frontend and the toolstack.
 #[derive(Debug, thiserror::Error)]
 enum Abandoned {
     #[error("xenstore: {0}")]
-    Store(#[from] client::Error),
+    Store(client::Error),
+    #[error(
+        "{0}: a quota that xenstored sets this domain is used up: raise it (deployment.md, Limits) or detach disks"
+    )]
+    Quota(client::Error),
     #[error(transparent)]
     Description(DescriptionError),
+}
+
+impl From<client::Error> for Abandoned {
+    fn from(error: client::Error) -> Self {
+        if error.is_quota() { Self::Quota(error) } else { Self::Store(error) }
+    }
+}
+
+impl Abandoned {
+    /// How long to wait before another try.
+    fn pause(&self) -> Duration {
+        if matches!(self, Self::Quota(_)) { QUOTA_PAUSE } else { RETRY_PAUSE }
+    }
 }
 
 /// How a device's task ended.
@@ -205,6 +227,8 @@ struct Device {
     storage: Option<Arc<dyn Storage>>,
     /// The storage has another size.
     resized: Arc<Notify>,
+    /// It was tried to open the storage.
+    opened: bool,
     link: Option<Link>,
     /// The frontend's keys that `link` was made from.
     connected: Option<Vec<QueueKeys>>,
@@ -260,6 +284,7 @@ impl Device {
             offer,
             storage: None,
             resized: Arc::new(Notify::new()),
+            opened: false,
             link: None,
             connected: None,
             ended,
@@ -279,7 +304,6 @@ impl Device {
         changed: &Notify,
     ) -> Result<(), Abandoned> {
         let resized = self.resized.clone();
-        self.open_storage().await?;
         self.observe().await?;
         while !self.machine.has_ended() {
             let give_up = self.closing_since.map(|since| since + CLOSE_TIMEOUT);
@@ -338,9 +362,13 @@ impl Device {
         if !client.exists(&self.dir).await? {
             return self.feed(BackendEvent::DirectoryRemoved).await;
         }
+        let online = client.read_optional(&self.node("online")).await?.as_deref() == Some(b"1");
+        // Not for one that is being detached: it only has to close.
+        if online && !std::mem::replace(&mut self.opened, true) {
+            self.open_storage().await?;
+        }
         self.look_for_script().await?;
-        let online = client.read_optional(&self.node("online")).await?;
-        self.feed(BackendEvent::Online(online.as_deref() == Some(b"1"))).await?;
+        self.feed(BackendEvent::Online(online)).await?;
         let state = read_frontend(&client, &self.state_node).await?;
         let state = state.as_deref().and_then(XenbusState::parse);
         self.feed(BackendEvent::Frontend(state)).await?;
