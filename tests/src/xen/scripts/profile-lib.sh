@@ -13,12 +13,28 @@ show() {
 $(head -n "$lines" /run/report | sed 's/[- ]*$//')"
 }
 
+# The first event of a kind changes the kernel's code, and so does the end of the last one. A PV CPU that traps into
+# what is being changed takes its event channels first: then the change may be over, no one knows of the trap, and
+# the kernel ends with `Oops: int3`, or stands still. So that is done once, while there is one CPU, and kept: perf
+# watches a program that sleeps.
+keep_patched() {
+    echo 0 >/sys/devices/system/cpu/cpu1/online || fail "cannot do with one CPU"
+    sleep 100000 &
+    perf stat -e task-clock,lock:contention_begin,lock:contention_end,raw_syscalls:sys_enter,raw_syscalls:sys_exit \
+        -p $! >/dev/null 2>/run/kept &
+    until [ "$(ls -l /proc/$!/fd | grep -c perf_event)" -ge 5 ]; do
+        kill -0 $! || fail "perf stat: $(cat /run/kept)"
+        sleep 0.5
+    done
+    echo 1 >/sys/devices/system/cpu/cpu1/online
+}
+
 # SECONDS FILE OPTION...: where the CPUs are, and by whose calls. Without a vPMU there are no hardware events;
-# 199 timer interrupts a second are what an emulated CPU bears.
+# 99 timer interrupts a second are what an emulated CPU bears.
 sample() {
     time=$1 file=$2
     shift 2
-    perf record -q -a -g -F 199 -e cpu-clock -o "$file" "$@" -- sleep "$time" || fail "perf record"
+    perf record -q -a -g -F 99 -e cpu-clock -o "$file" "$@" -- sleep "$time" || fail "perf record"
 }
 
 # FILE OPTION...: a report on them, without what perf says of itself. (Inlined functions take minutes to find.)
@@ -41,11 +57,24 @@ locks() {
     perf lock contention -i /run/lock.data 2>&1 | grep .
 }
 
-# SECONDS DEVICE: the life of its requests: queued (Q), given to the driver (D), completed (C).
+# SECONDS DEVICE: the life of its requests: queued (Q), given to the driver (D), completed (C). There are none while
+# it begins and ends, because that changes code too.
 trace_blocks() {
     cd /run
     rm -f trace.*
-    blktrace -d "$2" -w "$1" -o trace >/run/blktrace.out || fail "blktrace"
+    hold
+    blktrace -d "$2" -o trace >/run/blktrace.out 2>&1 &
+    trace=$!
+    until [ -e trace.blktrace.1 ]; do
+        kill -0 $trace || fail "blktrace: $(cat /run/blktrace.out)"
+        sleep 0.5
+    done
+    go_on
+    sleep "$1"
+    hold
+    kill -INT $trace
+    wait $trace || fail "blktrace: $(cat /run/blktrace.out)"
+    go_on
     blkparse -q -i trace -d trace.bin >/run/blkparse.out
     grep -q ' C ' /run/blkparse.out || fail "blktrace has seen nothing"
     cd /
@@ -61,6 +90,13 @@ load() {
     run_fio "$1" /dev/xvda $(grep "^$1 " /scripts/rows | cut -d' ' -f2-) &
     load=$!
     until [ "$(cat /sys/block/xvda/stat)" != "$before" ]; do sleep 0.2; done
+}
+hold() {
+    killall -STOP fio
+    sleep 1
+}
+go_on() {
+    killall -CONT fio
 }
 unload() {
     killall fio

@@ -1,15 +1,18 @@
 # Where time goes on blkback: perf, contended locks, blktrace, xentop and xentrace, in dom0 and in a guest (docs/profiling.md).
 # needs: profilers
 . /scripts/profile-lib.sh
+hold() { ask guest hold; }
+go_on() { ask guest go_on; }
+keep_patched
 ram_disk 256
 start_blkback
 create_guest guest agent 'vdev=xvda,format=raw,access=rw,backendtype=phy,target=/dev/nullb0'
-ask guest '. /scripts/profile-lib.sh; until [ -b /dev/xvda ]; do sleep 0.1; done'
+ask guest '. /scripts/profile-lib.sh; until [ -b /dev/xvda ]; do sleep 0.1; done; keep_patched'
 rings='d1.xvda r0,d1.xvda r1'
 
 # One request at a time: what each costs.
 ask guest 'load read-d1'
-show 9 "depth 1: blkback stats --watch" sh -c 'timeout 7 blkback stats --watch 5; true'
+show 9 "depth 1: blkback stats --watch" sh -c 'blkback stats --watch 5 | head -n 4'
 sample 8 /run/d1.data
 show 20 "depth 1: perf trace" sh -c "perf trace -s -p $backend -- sleep 4 2>&1 | grep -A9 ' d1.xvda r'"
 xentrace -D -e all -T 2 /run/xen.trace || fail "xentrace"
