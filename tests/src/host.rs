@@ -59,7 +59,7 @@ impl Host {
         let platform = dir.path().join("host");
         let mut command = programs.command("xen-embedded");
         command.arg("--dir").arg(&platform).arg("serve");
-        let mut broker = Process::start("xen-embedded", dir.path(), &mut command)?;
+        let mut broker = Process::start("xen-embedded", dir.path(), &command)?;
         broker.wait_for("is ready")?;
         let host = Self { broker, programs, dir };
         host.create_domain(DRIVER_DOMAIN, &["--driver-domain"])?;
@@ -152,7 +152,7 @@ impl Host {
     ) -> Result<Process> {
         command.args(["serve", "--domain", domain, "--platform", &self.platform()]);
         command.arg("--listen").arg(self.stats_address()).args(options);
-        let mut process = Process::start("blkback", self.dir.path(), &mut command)?;
+        let mut process = Process::start("blkback", self.dir.path(), &command)?;
         process.wait_for("serving")?;
         Ok(process)
     }

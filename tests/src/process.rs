@@ -38,7 +38,26 @@ impl Patience {
     }
 }
 
-/// A child whose output goes to a file. It is killed when this is dropped.
+/// The same command, but killed by the kernel when the thread that starts it is gone, however that
+/// ended: nobody else would end what a killed harness has started. Its number is the command's own, but
+/// what was said of its standard streams is to be said again.
+pub fn tied(command: &Command) -> Command {
+    let mut tied = Command::new("setpriv");
+    tied.args(["--pdeathsig", "KILL", "--"]).arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => tied.env(name, value),
+            None => tied.env_remove(name),
+        };
+    }
+    if let Some(dir) = command.get_current_dir() {
+        tied.current_dir(dir);
+    }
+    tied
+}
+
+/// A child whose output goes to a file. It is killed when this is dropped, and with the thread that
+/// started it.
 #[derive(Debug)]
 pub struct Process {
     name: String,
@@ -51,10 +70,10 @@ impl Process {
     ///
     /// # Errors
     /// When it cannot be started.
-    pub fn start(name: &str, dir: &Path, command: &mut Command) -> Result<Self> {
+    pub fn start(name: &str, dir: &Path, command: &Command) -> Result<Self> {
         let log = dir.join(format!("{name}.log"));
         let file = File::options().create(true).append(true).open(&log)?;
-        let child = command
+        let child = tied(command)
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
             .stderr(file)
@@ -224,4 +243,29 @@ pub fn output(command: &mut Command) -> Result<Vec<u8>> {
         bail!("{command:?}: {}\n{text}{errors}", output.status);
     }
     Ok(output.stdout)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::mem::ManuallyDrop;
+
+    #[test]
+    fn what_a_killed_harness_has_started_ends_with_it() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let proc = |pid: u32, file: &str| {
+            std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default()
+        };
+        let started = || -> Result<u32> {
+            let sleep = Process::start("sleep", dir.path(), Command::new("sleep").arg("1000"))?;
+            // Nobody is there to drop it when a harness is killed.
+            let sleep = ManuallyDrop::new(sleep);
+            wait_until("sleep runs", || Ok(proc(sleep.pid(), "comm").trim() == "sleep"))?;
+            Ok(sleep.pid())
+        };
+        let thread = std::thread::scope(|scope| scope.spawn(started).join());
+        let pid = thread.map_err(|_| anyhow::anyhow!("it panicked"))??;
+        // It is our child still, for us to wait for: a zombie.
+        wait_until("sleep is killed", || Ok(proc(pid, "status").contains("State:\tZ")))
+    }
 }

@@ -45,7 +45,7 @@ fn frontend_killed_under_load() -> Result<()> {
     let socket = host.dir().join("neighbour.sock");
     let mut command = host.frontend("neighbour", "nbd");
     command.args(["xvda", "--socket"]).arg(&socket);
-    let mut nbd = Process::start("neighbour", host.dir(), &mut command)?;
+    let mut nbd = Process::start("neighbour", host.dir(), &command)?;
     nbd.wait_for("nbd+unix:")?;
     let uri = format!("nbd+unix:///?socket={}", socket.display());
     let before = descriptors(&backend)?;
@@ -56,7 +56,7 @@ fn frontend_killed_under_load() -> Result<()> {
         let mut command = host.frontend(&name, "bench");
         command.args(["xvda", "--rw=randrw", "--bs=4k", "--iodepth=32", "--numjobs=2"]);
         command.args(["--runtime=600", "--time_based"]);
-        let mut load = Process::start(&name, host.dir(), &mut command)?;
+        let mut load = Process::start(&name, host.dir(), &command)?;
         wait_until("the load runs", || {
             ensure!(load.is_running()?, "bench ended: {}", load.log());
             Ok(requests(&host, domain)? > 1000)
@@ -104,7 +104,7 @@ fn killed_under_fio(options: &[&str]) -> Result<String> {
     let socket = host.dir().join("nbd.sock");
     let mut command = host.frontend("guest", "nbd");
     command.args(["xvda", "--vcpus", "2", "--socket"]).arg(&socket).args(options);
-    let mut nbd = Process::start("nbd", host.dir(), &mut command)?;
+    let mut nbd = Process::start("nbd", host.dir(), &command)?;
     nbd.wait_for("nbd+unix:")?;
     let uri = format!("nbd+unix:///?socket={}", socket.display());
 

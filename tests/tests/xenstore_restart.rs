@@ -32,7 +32,7 @@ fn export(host: &Host, guest: &str) -> Result<(Process, String)> {
     let socket = host.dir().join(format!("{name}.sock"));
     let mut command = host.frontend(guest, "nbd");
     command.args(["xvda", "--vcpus", "2", "--socket"]).arg(&socket);
-    let mut nbd = Process::start(&name, host.dir(), &mut command)?;
+    let mut nbd = Process::start(&name, host.dir(), &command)?;
     nbd.wait_for("nbd+unix:")?;
     Ok((nbd, format!("nbd+unix:///?socket={}", socket.display())))
 }

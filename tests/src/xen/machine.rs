@@ -2,7 +2,7 @@
 
 use super::image::Images;
 use super::scenario::SHELL;
-use crate::process::Process;
+use crate::process::{Process, tied};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::fs;
@@ -102,7 +102,7 @@ pub fn run(images: &Images, scenario: &str, dir: &Path, limit: Duration) -> Resu
         command.arg("-serial").arg(format!("file:{}", path.display()));
     }
     let start = Instant::now();
-    let mut machine = Process::start("qemu", dir, &mut command)?;
+    let mut machine = Process::start("qemu", dir, &command)?;
     let status = machine.wait(limit).with_context(|| format!("see {}", console.display()))?;
     if !status.success() {
         bail!("QEMU: {status}\n{}", machine.log());
@@ -123,7 +123,8 @@ pub fn run(images: &Images, scenario: &str, dir: &Path, limit: Duration) -> Resu
 pub fn interact(images: &Images) -> Result<()> {
     let mut command = qemu(images, SHELL, Duration::ZERO);
     // Ctrl-A X ends it; Ctrl-C goes to dom0.
-    let status = command.args(["-serial", "mon:stdio", "-serial", "null"]).status()?;
+    command.args(["-serial", "mon:stdio", "-serial", "null"]);
+    let status = tied(&command).status()?;
     anyhow::ensure!(status.success(), "QEMU: {status}");
     Ok(())
 }

@@ -13,7 +13,7 @@ use std::path::Path;
 use std::time::Duration;
 use xen_blk_tests::cpu;
 use xen_blk_tests::host::{DRIVER_DOMAIN, Host, Programs};
-use xen_blk_tests::process::{Process, run as output};
+use xen_blk_tests::process::{Process, run as output, tied};
 
 /// fio's job, as `blkfront bench` knows it.
 const PROFILE: &str = "iometer-file-access-server";
@@ -87,6 +87,7 @@ fn measure(
     let seconds = options.seconds.to_string();
     command.arg(vdev).args(["--profile", PROFILE, "--numjobs", VCPUS, "--iodepth", DEPTH]);
     command.args(["--queues", rings, "--size", &size, "--runtime", &seconds, "--json"]);
+    let mut command = tied(&command);
     // Progress is for people, and goes where they look.
     command.stderr(std::process::Stdio::inherit());
     let before = cpu::used(backend.pid())?;

@@ -25,7 +25,7 @@ impl Export {
         let socket = host.dir().join("nbd.sock");
         let mut command = host.frontend("guest", "nbd");
         command.arg("xvda").arg("--socket").arg(&socket).args(options);
-        let mut server = Process::start("nbd", host.dir(), &mut command).unwrap();
+        let mut server = Process::start("nbd", host.dir(), &command).unwrap();
         server.wait_for("nbd+unix:").unwrap();
         Self { server, backend, host }
     }

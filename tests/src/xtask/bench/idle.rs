@@ -65,7 +65,7 @@ pub(super) fn measure() -> Result<Idle> {
         host.attach(&guest, &line).with_context(|| backend.log())?;
         let mut command = host.frontend(&guest, "nbd");
         command.arg("xvda").arg("--socket").arg(host.dir().join(&guest));
-        frontends.push(Process::start(&guest, host.dir(), &mut command)?);
+        frontends.push(Process::start(&guest, host.dir(), &command)?);
     }
     for frontend in &mut frontends {
         frontend.wait_for("nbd+unix:")?;

@@ -6,6 +6,7 @@ use serde_json::Value;
 use std::io::Read;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+use xen_blk_tests::process::tied;
 
 /// How long clients work before anything is counted.
 pub(super) const RAMP: Duration = Duration::from_millis(300);
@@ -59,7 +60,7 @@ impl Meter {
         backend: Pids<'_>,
         mut look: impl FnMut() -> Result<T>,
     ) -> Result<Observed<T>> {
-        let clients: Vec<Client> = clients.into_iter().map(Client::start).collect::<Result<_>>()?;
+        let clients: Vec<Client> = clients.iter().map(Client::start).collect::<Result<_>>()?;
         let pids: Vec<u32> = clients.iter().map(|client| client.child.id()).collect();
         std::thread::sleep(LEAD);
         let width = self.time.saturating_sub(LEAD - RAMP + MARGIN);
@@ -141,8 +142,8 @@ struct Client {
 }
 
 impl Client {
-    fn start(mut command: Command) -> Result<Self> {
-        let child = command
+    fn start(command: &Command) -> Result<Self> {
+        let child = tied(command)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -186,9 +187,10 @@ struct Perf(Child);
 impl Perf {
     fn start(pids: Pids<'_>, width: Duration) -> Result<Self> {
         let pids: Vec<String> = pids.iter().map(u32::to_string).collect();
-        let child = Command::new("perf")
-            .args(["stat", "-x", ",", "-e", COUNTED, "-p", &pids.join(",")])
-            .args(["--", "sleep", &width.as_secs_f64().to_string()])
+        let mut command = Command::new("perf");
+        command.args(["stat", "-x", ",", "-e", COUNTED, "-p", &pids.join(",")]);
+        command.args(["--", "sleep", &width.as_secs_f64().to_string()]);
+        let child = tied(&command)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
