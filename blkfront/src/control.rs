@@ -8,6 +8,7 @@ use crate::link::{Bell, Command, Notice};
 use crate::{Cause, Config, Protocol, rings};
 use ring_proto::{DomId, RingLayout};
 use std::collections::{HashMap, VecDeque};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -28,6 +29,11 @@ const DRAIN_LOOK: Duration = Duration::from_millis(5);
 /// How much longer than a timeout a xenstore is waited for that does not answer: with one that does,
 /// the timeout is for the backend, and the states are walked to their end.
 const XENSTORE_GRACE: Duration = Duration::from_secs(1);
+
+/// How long a frontend that was killed may take to be gone: its successor may come first.
+const LET_GO: Duration = Duration::from_secs(1);
+/// How often that is looked at.
+const CLAIM_LOOK: Duration = Duration::from_millis(10);
 
 /// What [`crate::Disk::open`] gets when the disk is connected.
 #[derive(Debug)]
@@ -123,6 +129,7 @@ impl Start {
         let client = Client::connect(self.endpoint.clone()).await;
         let client = client.map_err(xenstore(format!("connect to {}", self.endpoint)))?;
         let (devid, frontend) = self.find(&client).await?;
+        let claim = self.claim(devid, &frontend).await?;
         let text = async |key: &str| {
             let path = format!("{frontend}/{key}");
             client.read_string(&path).await.map_err(xenstore(format!("read {path}")))
@@ -163,8 +170,22 @@ impl Start {
             state: Arc::new(Mutex::new(state)),
             cause: None,
             deadline: None,
+            _claim: claim,
         };
         Ok((control, self.commands))
+    }
+
+    /// Takes the device for us alone, before anything of a frontend that lives is touched.
+    async fn claim(&self, devid: u32, frontend: &str) -> Result<OwnedFd, Cause> {
+        let end = Instant::now() + LET_GO;
+        loop {
+            match self.platform.claim(devid) {
+                Ok(Some(claim)) => return Ok(claim),
+                Ok(None) if Instant::now() < end => sleep(CLAIM_LOOK).await,
+                Ok(None) => return Err(Cause::InUse { frontend: frontend.to_owned() }),
+                Err(error) => return Err(Cause::Claim(error)),
+            }
+        }
     }
 
     /// The device's number and its frontend directory.
@@ -234,6 +255,8 @@ struct Control {
     /// Why the device is being closed.
     cause: Option<Cause>,
     deadline: Option<Until>,
+    /// Keeps other frontends of this domain from the device.
+    _claim: OwnedFd,
 }
 
 impl Control {

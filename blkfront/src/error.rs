@@ -43,6 +43,15 @@ pub enum Cause {
         /// The devices there.
         present: String,
     },
+    /// Another program of this domain has the device, or its kernel.
+    #[error("{frontend} is in use in this domain: end the other program, or unload xen-blkfront")]
+    InUse {
+        /// The device's directory.
+        frontend: String,
+    },
+    /// It cannot be found out whether the device is in use.
+    #[error(transparent)]
+    Claim(xen_platform::Error),
     /// Xenstore refused something, or cannot be reached.
     #[error("xenstore: {doing}: {source}")]
     Xenstore {

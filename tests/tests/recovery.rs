@@ -1,11 +1,13 @@
 //! Either end is killed, and the other goes on.
 
 use anyhow::{Context, Result, ensure};
+use blkfront::{Cause, Config, Disk};
 use std::fs::File;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use xen_blk_tests::host::{DRIVER_DOMAIN, Host, Programs};
 use xen_blk_tests::process::{Process, run, wait_until};
+use xen_platform::{Choice, End};
 
 /// How often the backend is killed under one fio.
 const KILLS: usize = 20;
@@ -71,6 +73,46 @@ fn frontend_killed_under_load() -> Result<()> {
     }
     ensure!(requests(&host, neighbour)? > 0);
     ensure!(backend.terminate()?.success(), "{}", backend.log());
+    Ok(())
+}
+
+/// A disk in use cannot be opened once more, and its user notices nothing; whoever comes after a user
+/// that was killed takes the disk over.
+#[test]
+fn a_disk_has_one_frontend_at_a_time() -> Result<()> {
+    let host = Host::start(Programs::beside_us()?)?;
+    let _backend = host.backend(&[])?;
+    host.create_domain("guest", &["--on-crash", "preserve"])?;
+    host.attach("guest", &disk_line("xvda", "memory:64M"))?;
+    host.attach("guest", &disk_line("xvdb", "memory:64M"))?;
+    let socket = host.dir().join("nbd.sock");
+    let mut command = host.frontend("guest", "nbd");
+    command.arg("xvda").arg("--socket").arg(&socket);
+    let mut killed = Process::start("killed", host.dir(), &command)?;
+    killed.wait_for("nbd+unix:")?;
+    let second = run(host.frontend("guest", "info").arg("xvda"));
+    let told = format!("{:#}", second.err().context("two processes have one disk")?);
+    ensure!(told.contains("is attached to the domain: stop it first"), "{told}");
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    run(Command::new("qemu-io").args(["-f", "raw", "-c", "write -P 9 0 1M", &uri]))?;
+    killed.kill()?;
+
+    let choice = Choice::new(Some(&host.platform()), Some("guest"))?;
+    let (platform, endpoint) = choice.open(End::Frontend)?;
+    let open = |disk| Disk::open(platform.clone(), endpoint.clone(), disk, Config::default());
+    let first = open("xvda")?;
+    let mut queue = first.queue(0)?;
+    // By its number, it is the same.
+    let refused = open("51712").err().context("one process has a disk twice")?;
+    ensure!(matches!(refused.cause, Cause::InUse { .. }), "{refused}");
+    let other = open("xvdb")?;
+    let mut data = [0; 512];
+    queue.read_at(0, &mut data)?;
+    ensure!(data == [9; 512] && first.info().reconnects == 0, "the first user was disturbed");
+    drop(queue);
+    first.close()?;
+    open("xvda")?.close()?;
+    other.close()?;
     Ok(())
 }
 

@@ -4,6 +4,7 @@
 //! machine, with a broker process in the place of Xen.
 
 mod choice;
+mod claim;
 pub mod embedded;
 mod error;
 mod file;
@@ -12,7 +13,7 @@ pub mod xen;
 
 use ring_proto::{DomId, GrantRef, Port, SharedMemory};
 use std::fmt::Debug;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 pub use choice::{Choice, ChoiceError, End};
@@ -36,6 +37,11 @@ pub enum Access {
 pub trait Platform: Send + Sync + Debug {
     /// The domain this process runs in.
     fn domid(&self) -> DomId;
+
+    /// Takes one of this domain's virtual devices for ourselves until the descriptor is closed; `None`
+    /// where somebody else in the domain has it. Xenstore cannot tell: there, a frontend that lives looks
+    /// like one that was killed.
+    fn claim(&self, device: u32) -> Result<Option<OwnedFd>>;
 
     /// Maps pages that `peer` granted to us, one after the other in our address space.
     ///

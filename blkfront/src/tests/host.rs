@@ -4,7 +4,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use ring_proto::abi::PAGE_SIZE;
 use ring_proto::{DomId, GrantRef, Port, SharedMemory, Window};
 use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use xen_platform::{
     Access, Error, EventChannel, GrantCopier, GrantedPages, LocalRegion, MappedGrants, Platform,
@@ -46,6 +46,10 @@ impl Host {
 impl Platform for Host {
     fn domid(&self) -> DomId {
         DomId(1)
+    }
+
+    fn claim(&self, _: u32) -> Result<Option<OwnedFd>> {
+        Err(Error::io("claim", std::io::ErrorKind::Unsupported))
     }
 
     fn map(&self, _: DomId, _: &[GrantRef], _: Access) -> Result<Arc<dyn MappedGrants>> {

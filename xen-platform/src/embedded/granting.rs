@@ -8,7 +8,8 @@ use super::table::{ENTRIES, GrantTable, RESERVED_ENTRIES};
 use crate::{Access, Error, GrantedPages, Result};
 use ring_proto::abi::PAGE_SIZE;
 use ring_proto::{DomId, GrantRef, SharedMemory};
-use std::os::fd::{AsFd, OwnedFd};
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, Weak};
 
@@ -50,6 +51,13 @@ impl OwnDomain {
         let free = Free { frames: FrameAllocator::new(frames), entries, limbo: Vec::new() };
         let grants = Arc::new(GrantTable::map(grant_table.as_fd())?);
         Ok(Self { memory, grants, free: Mutex::new(free), _connection: connection })
+    }
+
+    /// Its memory file, opened once more: an open file of its own, to hold locks.
+    pub(super) fn open_memory(&self) -> Result<File> {
+        let path = format!("/proc/self/fd/{}", self.memory.as_raw_fd());
+        let opened = File::options().read(true).write(true).open(path);
+        opened.map_err(|e| Error::io("open the domain's memory again", e))
     }
 
     pub(super) fn grant_table(&self) -> Arc<GrantTable> {

@@ -17,9 +17,11 @@ mod gntalloc;
 mod gntdev;
 mod mapping;
 
+use crate::claim::claim;
 use crate::{Access, EventChannel, GrantCopier, GrantedPages, MappedGrants, Platform, Result};
 use ring_proto::{DomId, GrantRef, Port};
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use xenstore_glue::client::Endpoint;
@@ -72,6 +74,15 @@ impl XenPlatform {
 impl Platform for XenPlatform {
     fn domid(&self) -> DomId {
         self.domid
+    }
+
+    fn claim(&self, device: u32) -> Result<Option<OwnedFd>> {
+        let driver = format!("/sys/bus/xen/devices/vbd-{device}/driver");
+        if Path::new(&driver).exists() {
+            // The kernel's own frontend has it.
+            return Ok(None);
+        }
+        claim(Device::Gntalloc.open()?, device)
     }
 
     fn map(&self, peer: DomId, refs: &[GrantRef], access: Access) -> Result<Arc<dyn MappedGrants>> {

@@ -68,6 +68,8 @@ if [ "$via" = nbd ]; then
     text busy "$(tail -1 /run/busy.log)"
 fi
 start 1 xvdb --ring-order 1 || text failure "$(cat /run/front1.log)"
+blkfront info xvda $patience 2>/run/twice.log && text failure "a disk in use was opened once more"
+grep -q "is in use" /run/twice.log || text failure "not told that the disk is in use: $(cat /run/twice.log)"
 text queues "$(ls "/sys/block/${device#/dev/}0/mq")"
 text queue "$(cd "/sys/block/${device#/dev/}0/queue" && grep -s . max_segments max_hw_sectors_kb \
     nr_requests discard_max_bytes write_cache fua logical_block_size physical_block_size)"
