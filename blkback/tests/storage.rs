@@ -6,6 +6,8 @@ mod device;
 mod model;
 #[path = "storage/rig.rs"]
 mod rig;
+#[path = "storage/waiting.rs"]
+mod waiting;
 #[path = "storage/wrappers.rs"]
 mod wrappers;
 
@@ -180,7 +182,7 @@ fn a_wake_descriptor_ends_a_wait_as_long_as_it_is_readable() {
         let event = EventFd::new().expect("eventfd");
         let wake: OwnedFd = event.as_fd().try_clone_to_owned().expect("dup");
         let storage = open(&target, Options::default()).expect("open");
-        let mut rig = Rig::on(storage, true, vec![wake]);
+        let mut rig = Rig::woken_by(storage, true, vec![wake], None);
         let mut wait = |time| {
             let start = Instant::now();
             rig.queue().wait(Some(time)).expect("wait");

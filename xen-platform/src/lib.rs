@@ -154,7 +154,26 @@ pub trait EventChannel: Send + AsFd + Debug {
     /// Takes a waiting event, without blocking: whether there was one. The channel is masked from then until [`EventChannel::unmask`].
     fn take(&mut self) -> Result<bool>;
 
+    /// The file behind it, for a thread that takes events by reading that itself, as it can together
+    /// with other work through io_uring.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    fn file(&self) -> Result<EventFile>;
+
     /// Lets the next event through. Called when the work that the last one asked for is done, so
     /// that a peer cannot make us run faster than we work (XSA-332, XSA-391).
     fn unmask(&mut self) -> Result<()>;
+}
+
+/// The file of an event channel.
+#[derive(Debug)]
+pub struct EventFile {
+    /// Non-blocking, and readable while an event waits and the channel is unmasked. Another
+    /// descriptor of the channel's, which must not be waited for once the channel is closed.
+    pub descriptor: OwnedFd,
+    /// Bytes of one event. Reading them is [`EventChannel::take`].
+    pub event_bytes: u32,
+    /// Whether the channel is masked by that, and writing the same bytes is [`EventChannel::unmask`].
+    pub unmask: bool,
 }

@@ -18,7 +18,6 @@ use ring_proto::{
     Status, Transfer,
 };
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 use xen_platform::EventChannel;
@@ -54,12 +53,12 @@ pub fn run(setup: RingSetup) -> Result<(), Exit> {
         usize::from(setup.limits.max_indirect_segments),
         setup.stats.clone(),
     )?;
-    let wake = vec![
-        setup.channel.as_fd().try_clone_to_owned()?,
-        setup.control.wake().try_clone_to_owned()?,
-    ];
-    let queue =
-        setup.storage.open_queue(QueueSetup { depth: slots, region: data.region(), wake })?;
+    let queue = setup.storage.open_queue(QueueSetup {
+        depth: slots,
+        region: data.region(),
+        wake: vec![setup.control.wake().try_clone_to_owned()?],
+        events: Some(setup.channel.file()?),
+    })?;
     Worker {
         requests: setup.requests,
         responses: setup.responses,
@@ -154,7 +153,7 @@ struct Worker {
     spin: Spin,
     clock: Clock,
     spurious: u32,
-    /// An event was taken: the next comes only when the channel is unmasked.
+    /// An event may have been taken here: the next comes only when the channel is unmasked.
     masked: bool,
     /// The idle time-out has been seen to.
     quiet: bool,
@@ -525,8 +524,15 @@ impl Worker {
         let timeout = (!self.quiet && self.in_flight == 0).then_some(IDLE_TIMEOUT);
         self.stats.sleeps.add(1);
         let woken = self.queue.wait(timeout)?;
-        if woken == Woken::Descriptor && self.channel.take()? {
-            self.masked = true;
+        let event = match woken {
+            Woken::Event => true,
+            Woken::Descriptor => {
+                self.masked = true;
+                self.channel.take()?
+            }
+            Woken::Device | Woken::Time => false,
+        };
+        if event {
             self.stats.events.add(1);
             self.quiet = false;
             if self.requests.poll()? == 0 {

@@ -291,7 +291,7 @@ mod tests {
         let options = Options { direct: Direct::Off, ..Options::default() };
         let disk = FileDisk::open(&path, options).expect("open");
         std::fs::remove_file(&path).expect("remove");
-        let setup = QueueSetup { depth: 1, region: None, wake: Vec::new() };
+        let setup = QueueSetup { depth: 1, region: None, wake: Vec::new(), events: None };
         let mut queue = disk.open_queue(setup).expect("queue");
         let mut flush = || {
             let mut done = Vec::new();

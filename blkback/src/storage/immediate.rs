@@ -1,6 +1,6 @@
 //! Queues whose operations complete as they are submitted, for disks with no device behind them.
 
-use super::{Completion, Op, Queue, QueueCounters, Woken};
+use super::{Completion, Op, Queue, QueueCounters, QueueSetup, Woken};
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
 use std::io;
@@ -10,12 +10,15 @@ use std::time::Duration;
 /// A queue on a disk that `execute` works on; its errors are errnos.
 pub(super) struct Immediate<F> {
     execute: F,
+    /// What ends a wait, the event channel included: that is left to whoever is woken.
     wake: Vec<OwnedFd>,
     system_calls: u64,
 }
 
 impl<F: FnMut(&Op) -> Result<(), i32>> Immediate<F> {
-    pub(super) fn new(wake: Vec<OwnedFd>, execute: F) -> Self {
+    pub(super) fn new(setup: QueueSetup, execute: F) -> Self {
+        let mut wake = setup.wake;
+        wake.extend(setup.events.map(|file| file.descriptor));
         Self { execute, wake, system_calls: 0 }
     }
 }

@@ -50,7 +50,7 @@ impl Storage for Memory {
             bytes: self.geometry.sectors * SECTOR_SIZE as u64,
             read_only: self.geometry.read_only,
         };
-        Ok(Box::new(Immediate::new(setup.wake, move |op| shared.execute(op))))
+        Ok(Box::new(Immediate::new(setup, move |op| shared.execute(op))))
     }
 }
 

@@ -25,7 +25,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
-use xen_platform::LocalRegion;
+use xen_platform::{EventFile, LocalRegion};
 
 /// What a disk tells of itself. It can change while it is in use: see [`Storage::refresh`].
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -82,6 +82,8 @@ pub struct QueueSetup {
     pub region: Option<Arc<LocalRegion>>,
     /// Descriptors that end [`Queue::wait`] when they become readable.
     pub wake: Vec<OwnedFd>,
+    /// An event channel that ends it as well.
+    pub events: Option<EventFile>,
 }
 
 /// What is to be done.
@@ -163,7 +165,9 @@ pub struct Completion {
 /// What ended a [`Queue::wait`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Woken {
-    /// A wake descriptor is readable, whatever else.
+    /// An event came and was taken. The next [`Queue::wait`] unmasks the channel.
+    Event,
+    /// A wake descriptor or the event channel is readable, whatever else.
     Descriptor,
     /// An operation has completed, or a signal came.
     Device,

@@ -39,6 +39,6 @@ impl Storage for Null {
     }
 
     fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn Queue>> {
-        Ok(Box::new(Immediate::new(setup.wake, |_| Ok(()))))
+        Ok(Box::new(Immediate::new(setup, |_| Ok(()))))
     }
 }

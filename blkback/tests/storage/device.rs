@@ -63,7 +63,7 @@ fn model_on_a_device() {
         let options = Options { direct, ..Options::default() };
         let storage = open(&device.target(), options).expect("open");
         let bytes = model::DISK as u64;
-        let mut rig = Rig::on(storage.clone(), true, Vec::new());
+        let mut rig = Rig::on(storage.clone(), true);
         rig.run(OpKind::Discard { bytes, secure: false }, 0, Vec::new()).expect("discard");
         drop(rig);
         model::check(storage, true, seed);

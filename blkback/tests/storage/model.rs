@@ -14,7 +14,7 @@ pub(crate) fn check(storage: Arc<dyn Storage>, register: bool, seed: u64) {
     let geometry = storage.geometry();
     assert_eq!(geometry.sectors as usize * SECTOR, DISK);
     let unit = geometry.sector_size as usize;
-    let mut rig = Rig::on(storage, register, Vec::new());
+    let mut rig = Rig::on(storage, register);
     let mut random = Random(seed);
     let mut model = vec![0; DISK];
     for _ in 0..BATCHES {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
-use xen_platform::LocalRegion;
+use xen_platform::{EventFile, LocalRegion};
 use xenstore_glue::disk::Target;
 
 pub(crate) const SECTOR: usize = 512;
@@ -29,12 +29,22 @@ pub(crate) struct Rig {
 
 impl Rig {
     pub(crate) fn new(target: &Target, options: Options) -> Self {
-        Self::on(open(target, options).expect("open"), true, Vec::new())
+        Self::on(open(target, options).expect("open"), true)
     }
 
-    pub(crate) fn on(storage: Arc<dyn Storage>, register: bool, wake: Vec<OwnedFd>) -> Self {
+    pub(crate) fn on(storage: Arc<dyn Storage>, register: bool) -> Self {
+        Self::woken_by(storage, register, Vec::new(), None)
+    }
+
+    pub(crate) fn woken_by(
+        storage: Arc<dyn Storage>,
+        register: bool,
+        wake: Vec<OwnedFd>,
+        events: Option<EventFile>,
+    ) -> Self {
         let region = Arc::new(LocalRegion::new(DEPTH * AREA / 4096).expect("reserve"));
-        let setup = QueueSetup { depth: DEPTH, region: register.then(|| region.clone()), wake };
+        let registered = register.then(|| region.clone());
+        let setup = QueueSetup { depth: DEPTH, region: registered, wake, events };
         let queue = storage.open_queue(setup).expect("open a queue");
         Self { queue, storage, region, done: Vec::new() }
     }

@@ -81,7 +81,7 @@ fn a_limit_is_shared_by_the_queues_of_a_disk() {
         std::thread::scope(|scope| {
             for _ in 0..RINGS {
                 scope.spawn(|| {
-                    let mut rig = Rig::on(storage.clone(), true, Vec::new());
+                    let mut rig = Rig::on(storage.clone(), true);
                     for _ in 0..EACH {
                         rig.read(0, SECTOR).expect("read");
                     }

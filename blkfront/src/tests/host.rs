@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use xen_platform::{
-    Access, Error, EventChannel, GrantCopier, GrantedPages, LocalRegion, MappedGrants, Platform,
-    Result,
+    Access, Error, EventChannel, EventFile, GrantCopier, GrantedPages, LocalRegion, MappedGrants,
+    Platform, Result,
 };
 
 #[derive(Debug, Default)]
@@ -142,6 +142,12 @@ impl EventChannel for Channel {
 
     fn take(&mut self) -> Result<bool> {
         Ok(self.receives.read().is_ok())
+    }
+
+    fn file(&self) -> Result<EventFile> {
+        let descriptor = self.receives.as_fd().try_clone_to_owned();
+        let descriptor = descriptor.map_err(|e| Error::io("share", e))?;
+        Ok(EventFile { descriptor, event_bytes: size_of::<u64>() as u32, unmask: false })
     }
 
     fn unmask(&mut self) -> Result<()> {

@@ -1,7 +1,7 @@
 //! Event channels on pairs of eventfds.
 
 use super::connection::Connection;
-use crate::{Error, EventChannel, Result};
+use crate::{Error, EventChannel, EventFile, Result};
 use ring_proto::{DomId, Port};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -62,6 +62,13 @@ impl EventChannel for Channel {
             Err(nix::Error::EAGAIN) => Ok(false),
             Err(e) => Err(Error::io(format!("read {}", self.port), e)),
         }
+    }
+
+    fn file(&self) -> Result<EventFile> {
+        let descriptor = self.waits.try_clone();
+        let descriptor =
+            descriptor.map_err(|error| Error::io(format!("share {}", self.port), error))?;
+        Ok(EventFile { descriptor, event_bytes: size_of::<u64>() as u32, unmask: false })
     }
 
     fn unmask(&mut self) -> Result<()> {

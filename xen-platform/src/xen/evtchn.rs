@@ -3,7 +3,7 @@
 
 use super::abi::{self, BindInterdomain, BindUnboundPort, PortArgument, RestrictDomid};
 use super::device::Device;
-use crate::{Error, EventChannel, Result};
+use crate::{Error, EventChannel, EventFile, Result};
 use nix::Error as Errno;
 use ring_proto::{DomId, Port};
 use std::fs::File;
@@ -100,6 +100,13 @@ impl EventChannel for Channel {
             }
             Err(error) => Err(failed(error)),
         }
+    }
+
+    fn file(&self) -> Result<EventFile> {
+        let descriptor = self.file.as_fd().try_clone_to_owned();
+        let descriptor =
+            descriptor.map_err(|error| Error::io(format!("share {}", self.port), error))?;
+        Ok(EventFile { descriptor, event_bytes: size_of::<u32>() as u32, unmask: true })
     }
 
     fn unmask(&mut self) -> Result<()> {

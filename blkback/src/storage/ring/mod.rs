@@ -1,27 +1,33 @@
 //! A queue on io_uring.
 
-use super::file::{Backing, punch_hole};
-use super::{Completion, IoVec, Op, OpKind, Queue, QueueCounters, QueueSetup, Woken};
+mod events;
+mod slot;
+
+use super::file::Backing;
+use super::{Completion, Op, OpKind, Queue, QueueCounters, QueueSetup, Woken};
+use events::{EVENT, Events, Seen};
 use io_uring::register::Restriction;
-use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::squeue::Flags;
+use io_uring::types::{Fixed, SubmitArgs, Timespec};
 use io_uring::{Builder, IoUring, SubmissionQueue, cqueue, opcode, squeue};
 use ring_proto::SharedMemory;
+use slot::{Slot, Step};
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, Once};
 use std::time::Duration;
 use xen_platform::LocalRegion;
 
-/// The disk among the registered files: there is no other.
+/// The disk among the registered files. Wake descriptors come after it, then the event channel.
 const DISK: Fixed = Fixed(0);
 
 /// The region among the registered buffers: there is no other.
 const REGION: u16 = 0;
 
-/// What the ring is allowed to do once it is set up. Should somebody get to write its entries, they
-/// reach this disk and nothing else.
-const ALLOWED: [u8; 9] = [
+/// What the ring is allowed to do once it is set up, with registered files only. Should somebody get
+/// to write its entries, they reach this disk and its event channel, and nothing else.
+const ALLOWED: [u8; 10] = [
     opcode::Read::CODE,
     opcode::Write::CODE,
     opcode::Readv::CODE,
@@ -31,6 +37,7 @@ const ALLOWED: [u8; 9] = [
     opcode::Fsync::CODE,
     opcode::Fallocate::CODE,
     opcode::PollAdd::CODE,
+    opcode::AsyncCancel::CODE,
 ];
 
 /// IORING_UNREGISTER_BUFFERS and IORING_UNREGISTER_FILES of linux/io_uring.h.
@@ -39,12 +46,8 @@ const ALLOWED_REGISTER: [u8; 2] = [1, 3];
 /// User data of the poll of wake descriptor `n` is this plus `n`; that of an operation is its tag.
 const WAKE: u64 = 1 << 32;
 
-/// Pieces that the kernel takes at a time: UIO_MAXIOV. The rest follows as after a short transfer.
-const MAX_PIECES: usize = 1024;
-
-/// Times that an operation is begun again when it was interrupted or the kernel was out of
-/// something, before it fails: a device that says EAGAIN for ever must not keep it in flight.
-const MAX_RETRIES: u32 = 16;
+/// User data of the entry that ends what is under way at the event channel.
+const CANCEL: u64 = 3 << 32;
 
 /// One thread's ring on a file or block device.
 pub(super) struct RingQueue {
@@ -52,17 +55,14 @@ pub(super) struct RingQueue {
     flight: Flight,
     /// Completed while it waited, to be handed out by the next poll.
     ready: Vec<Completion>,
-    wake: Vec<Wake>,
+    /// Whether each wake descriptor is polled. A poll fires once and is begun again by the next wait:
+    /// that finds a descriptor which is still readable, where a multishot poll would not report it a
+    /// second time.
+    wake: Vec<bool>,
+    events: Option<Events>,
     system_calls: u64,
     /// Registered with the kernel; kept until the ring is gone.
     _region: Option<Arc<LocalRegion>>,
-}
-
-/// A descriptor that ends a wait. Its poll fires once and is begun again by the next wait: that finds
-/// a descriptor which is still readable, where a multishot poll would not report it a second time.
-struct Wake {
-    descriptor: OwnedFd,
-    armed: bool,
 }
 
 /// Operations on their way.
@@ -79,32 +79,26 @@ struct Flight {
     closing: bool,
 }
 
-#[derive(Default)]
-struct Slot {
-    op: Option<Op>,
-    /// Bytes still to be moved.
-    left: u64,
-    /// Where the next of them is on the disk.
-    offset: u64,
-    /// First piece of the buffers with something left to move.
-    head: usize,
-    /// That piece as it was submitted, where it has been cut.
-    cut: Option<IoVec>,
-    retries: u32,
-}
-
 impl RingQueue {
     pub(super) fn new(backing: Arc<Backing>, setup: QueueSetup) -> io::Result<Self> {
-        // Every tag and every descriptor has one entry at the most, so that the ring is never full;
-        // the completion ring is twice as long, and cannot overflow.
-        let entries = u32::try_from(setup.depth + setup.wake.len()).map_err(io::Error::other)?;
-        let ring = build(entries)?;
+        // Every tag and every descriptor has one entry at the most, and the event channel a chain: the
+        // ring is never full; the completion ring is twice as long, and cannot overflow.
+        let entries = setup.depth + setup.wake.len() + events::ENTRIES;
+        let ring = build(u32::try_from(entries).map_err(io::Error::other)?)?;
         let submitter = ring.submitter();
-        submitter.register_files(&[backing.file.as_raw_fd()])?;
+        let mut files = vec![backing.file.as_raw_fd()];
+        files.extend(setup.wake.iter().map(AsRawFd::as_raw_fd));
+        let place = files.len() as u32;
+        files.extend(setup.events.iter().map(|file| file.descriptor.as_raw_fd()));
+        submitter.register_files(&files)?;
+        let silent = ring.params().is_feature_skip_cqe_on_success();
+        let events = setup.events.map(|file| Events::new(file, place, silent)).transpose()?;
         let region = setup.region.filter(|region| register_region(&ring, region));
         let mut restrictions: Vec<_> = ALLOWED.map(Restriction::sqe_op).into();
         restrictions.extend(ALLOWED_REGISTER.map(Restriction::register_op));
-        restrictions.push(Restriction::sqe_flags_allowed(squeue::Flags::FIXED_FILE.bits()));
+        let flags = Flags::FIXED_FILE | Flags::IO_LINK | Flags::SKIP_SUCCESS;
+        restrictions.push(Restriction::sqe_flags_allowed(flags.bits()));
+        restrictions.push(Restriction::sqe_flags_required(Flags::FIXED_FILE.bits()));
         submitter.register_restrictions(&mut restrictions)?;
         submitter.register_enable_rings()?;
 
@@ -114,12 +108,12 @@ impl RingQueue {
         });
         let read_only = backing.geometry().read_only;
         let slots = std::iter::repeat_with(Slot::default).take(setup.depth).collect();
-        let wake = setup.wake.into_iter().map(|descriptor| Wake { descriptor, armed: false });
         Ok(Self {
             ring,
             flight: Flight { backing, read_only, slots, busy: 0, registered, closing: false },
             ready: Vec::with_capacity(setup.depth),
-            wake: wake.collect(),
+            wake: vec![false; setup.wake.len()],
+            events,
             system_calls: 0,
             _region: region,
         })
@@ -129,15 +123,30 @@ impl RingQueue {
     fn take_completions(&mut self, done: &mut Vec<Completion>) {
         let (_, mut submission, completion) = self.ring.split();
         for entry in completion {
-            match entry.user_data().checked_sub(WAKE) {
-                Some(index) => self.wake[index as usize].armed = false,
-                None => self.flight.complete(&entry, &mut submission, done),
+            match entry.user_data() {
+                ..WAKE => self.flight.complete(&entry, &mut submission, done),
+                wake @ WAKE..EVENT => self.wake[(wake - WAKE) as usize] = false,
+                EVENT..CANCEL => {
+                    if let Some(events) = &mut self.events {
+                        events.complete(entry.result());
+                    }
+                }
+                CANCEL.. => {}
             }
         }
     }
 
-    /// The one system call there is: submits what was queued and waits for `want` completions. Whether
-    /// the time is up.
+    /// Takes completions for the next poll to hand out; whether there were any.
+    fn settle(&mut self) -> bool {
+        let any = !self.ring.completion().is_empty();
+        let mut ready = std::mem::take(&mut self.ready);
+        self.take_completions(&mut ready);
+        self.ready = ready;
+        any
+    }
+
+    /// The one system call there is: submits what was queued and waits for `want` completions. Returns
+    /// whether they are there or the time is up: it may have been interrupted.
     fn enter(&mut self, want: usize, timeout: Option<Duration>) -> io::Result<bool> {
         self.system_calls += 1;
         let submitter = self.ring.submitter();
@@ -149,7 +158,7 @@ impl RingQueue {
             }
         };
         match outcome {
-            Ok(_) => Ok(false),
+            Ok(_) => Ok(true),
             Err(e) => match e.raw_os_error() {
                 Some(libc::ETIME) => Ok(true),
                 // A signal came, or the kernel is short of something and takes the rest next time.
@@ -185,25 +194,29 @@ impl Queue for RingQueue {
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Woken> {
         // What is known already, of operations and of descriptors.
-        let mut ready = std::mem::take(&mut self.ready);
-        self.take_completions(&mut ready);
-        self.ready = ready;
+        self.settle();
         let mut submission = self.ring.submission();
-        for (wake, user_data) in self.wake.iter_mut().zip(WAKE..).filter(|(wake, _)| !wake.armed) {
-            let events = libc::POLLIN as u32;
-            let poll = opcode::PollAdd::new(Fd(wake.descriptor.as_raw_fd()), events);
-            wake.armed = push(&mut submission, &poll.build().user_data(user_data));
+        for ((armed, place), user_data) in self.wake.iter_mut().zip(1..).zip(WAKE..) {
+            if !*armed {
+                let poll = opcode::PollAdd::new(Fixed(place), libc::POLLIN as u32).build();
+                *armed = push(&mut submission, &poll.user_data(user_data));
+            }
+        }
+        let mut pending = !self.ready.is_empty();
+        if let Some(events) = &mut self.events {
+            events.arm(&mut submission);
+            pending |= events.pending();
         }
         drop(submission);
-        let want = usize::from(self.ready.is_empty());
-        let time_is_up = self.enter(want, timeout)?;
-        let mut ready = std::mem::take(&mut self.ready);
-        self.take_completions(&mut ready);
-        self.ready = ready;
-        Ok(match time_is_up {
-            _ if self.wake.iter().any(|wake| !wake.armed) => Woken::Descriptor,
-            true => Woken::Time,
-            false => Woken::Device,
+        let waited = self.enter(usize::from(!pending), timeout)?;
+        // Where it submitted as well, the kernel does not say that the time is up.
+        let time_is_up = !self.settle() && waited && !pending;
+        Ok(match self.events.as_mut().map_or(Seen::Nothing, Events::seen) {
+            Seen::Taken => Woken::Event,
+            Seen::Readable => Woken::Descriptor,
+            Seen::Nothing if self.wake.contains(&false) => Woken::Descriptor,
+            Seen::Nothing if time_is_up => Woken::Time,
+            Seen::Nothing => Woken::Device,
         })
     }
 
@@ -221,14 +234,18 @@ impl Drop for RingQueue {
         // The kernel may still be writing into buffers whose owners trust that they are free once
         // this returns.
         self.flight.closing = true;
-        let mut done = std::mem::take(&mut self.ready);
-        self.take_completions(&mut done);
-        while self.flight.busy > 0 {
+        self.settle();
+        let armed = |queue: &Self| queue.events.as_ref().is_some_and(Events::armed);
+        if armed(self) {
+            let cancel = opcode::AsyncCancel::new(EVENT).build().flags(Flags::FIXED_FILE);
+            push(&mut self.ring.submission(), &cancel.user_data(CANCEL));
+        }
+        while self.flight.busy > 0 || armed(self) {
             if let Err(e) = self.enter(1, None) {
                 tracing::error!("cannot wait for {} operations: {e}", self.flight.busy);
                 std::process::abort();
             }
-            self.take_completions(&mut done);
+            self.settle();
         }
         // The kernel takes a ring apart some time after it was closed. A device must be free for
         // the next to open, and memory be unpinned, at once. What was never registered cannot be
@@ -303,117 +320,12 @@ impl Flight {
     }
 }
 
-enum Step {
-    Again,
-    End(Result<(), i32>),
-}
-
-impl Slot {
-    /// The entry for what is left.
-    fn entry(&self, registered: &Range<usize>) -> Option<squeue::Entry> {
-        let op = self.op.as_ref()?;
-        let pieces = &op.buffers[self.head.min(op.buffers.len())..];
-        let vector = pieces.as_ptr().cast::<libc::iovec>();
-        let count = pieces.len().min(MAX_PIECES) as u32;
-        // No piece is longer than an indirect request: the length fits.
-        let single = match pieces {
-            [piece] => Some((piece.base(), piece.len() as u32)),
-            _ => None,
-        };
-        let is_registered = single.is_some_and(|(base, length)| {
-            let start = base.addr();
-            start >= registered.start
-                && start.checked_add(length as usize).is_some_and(|end| end <= registered.end)
-        });
-        Some(match (op.kind, single) {
-            (OpKind::Read, Some((base, length))) if is_registered => {
-                opcode::ReadFixed::new(DISK, base, length, REGION).offset(self.offset).build()
-            }
-            (OpKind::Read, Some((base, length))) => {
-                opcode::Read::new(DISK, base, length).offset(self.offset).build()
-            }
-            (OpKind::Read, None) => {
-                opcode::Readv::new(DISK, vector, count).offset(self.offset).build()
-            }
-            (OpKind::Write { fua }, Some((base, length))) if is_registered => {
-                opcode::WriteFixed::new(DISK, base, length, REGION)
-                    .offset(self.offset)
-                    .rw_flags(durable(fua))
-                    .build()
-            }
-            (OpKind::Write { fua }, Some((base, length))) => opcode::Write::new(DISK, base, length)
-                .offset(self.offset)
-                .rw_flags(durable(fua))
-                .build(),
-            (OpKind::Write { fua }, None) => opcode::Writev::new(DISK, vector, count)
-                .offset(self.offset)
-                .rw_flags(durable(fua))
-                .build(),
-            (OpKind::Flush, _) => opcode::Fsync::new(DISK).flags(FsyncFlags::DATASYNC).build(),
-            (OpKind::Discard { bytes, .. }, _) => opcode::Fallocate::new(DISK, bytes)
-                .offset(self.offset)
-                .mode(punch_hole().bits())
-                .build(),
-        })
-    }
-
-    /// Accounts for what the kernel did.
-    fn step(&mut self, result: i32) -> Step {
-        let Ok(moved) = u32::try_from(result) else {
-            let errno = result.wrapping_neg();
-            let passing = matches!(errno, libc::EINTR | libc::EAGAIN);
-            if passing && self.retries < MAX_RETRIES {
-                self.retries += 1;
-                return Step::Again;
-            }
-            return Step::End(Err(errno));
-        };
-        if self.left == 0 {
-            // Flush or discard, which are done or not.
-            return Step::End(Ok(()));
-        }
-        if moved == 0 {
-            // The file ends here although the disk does not.
-            return Step::End(Err(libc::EIO));
-        }
-        self.left = self.left.saturating_sub(u64::from(moved));
-        if self.left == 0 {
-            return Step::End(Ok(()));
-        }
-        self.advance(moved as usize);
-        Step::Again
-    }
-
-    /// Steps over `moved` bytes, fewer than are left.
-    fn advance(&mut self, mut moved: usize) {
-        let Some(op) = self.op.as_mut() else { return };
-        self.offset += moved as u64;
-        while let Some(piece) = op.buffers.get_mut(self.head) {
-            if moved < piece.len() {
-                self.cut.get_or_insert(*piece);
-                *piece = piece.advanced(moved);
-                return;
-            }
-            moved -= piece.len();
-            if let Some(whole) = self.cut.take() {
-                *piece = whole;
-            }
-            self.head += 1;
-        }
-    }
-}
-
-/// Flags of pwritev2(2).
-fn durable(fua: bool) -> i32 {
-    if fua { libc::RWF_DSYNC } else { 0 }
-}
-
 /// Queues an entry; false when the ring is full.
 fn push(submission: &mut SubmissionQueue<'_>, entry: &squeue::Entry) -> bool {
-    // SAFETY: entries come from `Slot::entry` and `RingQueue::wait`. The memory of the former belongs
-    // to an Op that its slot holds until the completion, and stays valid by IoVec::new's contract;
-    // `Drop` waits for it. The vector itself is read while it is submitted, before anything can
-    // change it. The latter point at nothing.
+    // SAFETY: an entry of `Slot::entry` has memory that belongs to an Op, which its slot holds until
+    // the completion, and which stays valid by IoVec::new's contract; the vector itself is read while
+    // it is submitted, before anything can change it. Those of `Events::arm` have memory that `Events`
+    // keeps. `Drop` waits for both. The others point at nothing.
     unsafe { submission.push(entry) }.is_ok()
 }
 
@@ -457,53 +369,5 @@ fn register_region(ring: &IoUring, region: &LocalRegion) -> bool {
             });
             false
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The kernel moves a few bytes at a time, from within one piece to across several.
-    #[test]
-    fn short_transfers_are_continued_where_they_ended() {
-        let lengths = [512, 1024, 512, 4096];
-        let total: usize = lengths.iter().sum();
-        // SAFETY: nothing is done with the memory: the pieces are only counted.
-        let piece =
-            |at: usize, len| unsafe { IoVec::new(std::ptr::without_provenance_mut(at), len) };
-        let starts = lengths.iter().scan(0, |at, len| Some(std::mem::replace(at, *at + len)));
-        let buffers: Vec<_> = starts.zip(lengths).map(|(at, len)| piece(at, len)).collect();
-        for moved in [1, 511, 512, 513, 1000, 1536, 6143] {
-            let op = Op { tag: 0, kind: OpKind::Read, offset: 4096, buffers: buffers.clone() };
-            let mut slot =
-                Slot { left: total as u64, offset: op.offset, op: Some(op), ..Slot::default() };
-            let mut at = 0;
-            while let Step::Again = slot.step(moved.min(total - at) as i32) {
-                at += moved;
-                let pieces = &slot.op.as_ref().map_or(&[][..], |op| &op.buffers[slot.head..]);
-                assert_eq!(slot.offset, 4096 + at as u64);
-                assert_eq!(pieces.iter().map(IoVec::len).sum::<usize>(), total - at);
-                assert_eq!(pieces.first().map(|piece| piece.base().addr()), Some(at));
-                assert!(slot.entry(&(0..0)).is_some());
-            }
-            assert!(at + moved >= total && slot.left == 0);
-            // Cut pieces that were stepped over are whole again.
-            let pieces = slot.op.map(|op| op.buffers).unwrap_or_default();
-            let whole = pieces[..slot.head].iter().map(IoVec::len);
-            assert!(whole.eq(lengths[..slot.head].iter().copied()));
-        }
-    }
-
-    #[test]
-    fn the_end_of_a_file_is_an_error_and_interruptions_are_not_for_ever() {
-        let new = || Slot { left: 512, ..Slot::default() };
-        assert!(matches!(new().step(0), Step::End(Err(libc::EIO))));
-        assert!(matches!(new().step(-libc::ENOSPC), Step::End(Err(libc::ENOSPC))));
-        let mut slot = new();
-        for _ in 0..MAX_RETRIES {
-            assert!(matches!(slot.step(-libc::EAGAIN), Step::Again));
-        }
-        assert!(matches!(slot.step(-libc::EAGAIN), Step::End(Err(libc::EAGAIN))));
     }
 }

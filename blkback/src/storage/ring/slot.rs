@@ -1,0 +1,182 @@
+//! An operation on its way: what is left of it, and the entry that does that.
+
+use super::{DISK, REGION};
+use crate::storage::file::punch_hole;
+use crate::storage::{IoVec, Op, OpKind};
+use io_uring::types::FsyncFlags;
+use io_uring::{opcode, squeue};
+use std::ops::Range;
+
+/// Pieces that the kernel takes at a time: UIO_MAXIOV. The rest follows as after a short transfer.
+const MAX_PIECES: usize = 1024;
+
+/// Times that an operation is begun again when it was interrupted or the kernel was out of
+/// something, before it fails: a device that says EAGAIN for ever must not keep it in flight.
+const MAX_RETRIES: u32 = 16;
+
+#[derive(Default)]
+pub(super) struct Slot {
+    pub(super) op: Option<Op>,
+    /// Bytes still to be moved.
+    pub(super) left: u64,
+    /// Where the next of them is on the disk.
+    pub(super) offset: u64,
+    /// First piece of the buffers with something left to move.
+    pub(super) head: usize,
+    /// That piece as it was submitted, where it has been cut.
+    pub(super) cut: Option<IoVec>,
+    pub(super) retries: u32,
+}
+
+pub(super) enum Step {
+    Again,
+    End(Result<(), i32>),
+}
+
+impl Slot {
+    /// The entry for what is left.
+    pub(super) fn entry(&self, registered: &Range<usize>) -> Option<squeue::Entry> {
+        let op = self.op.as_ref()?;
+        let pieces = &op.buffers[self.head.min(op.buffers.len())..];
+        let vector = pieces.as_ptr().cast::<libc::iovec>();
+        let count = pieces.len().min(MAX_PIECES) as u32;
+        // No piece is longer than an indirect request: the length fits.
+        let single = match pieces {
+            [piece] => Some((piece.base(), piece.len() as u32)),
+            _ => None,
+        };
+        let is_registered = single.is_some_and(|(base, length)| {
+            let start = base.addr();
+            start >= registered.start
+                && start.checked_add(length as usize).is_some_and(|end| end <= registered.end)
+        });
+        Some(match (op.kind, single) {
+            (OpKind::Read, Some((base, length))) if is_registered => {
+                opcode::ReadFixed::new(DISK, base, length, REGION).offset(self.offset).build()
+            }
+            (OpKind::Read, Some((base, length))) => {
+                opcode::Read::new(DISK, base, length).offset(self.offset).build()
+            }
+            (OpKind::Read, None) => {
+                opcode::Readv::new(DISK, vector, count).offset(self.offset).build()
+            }
+            (OpKind::Write { fua }, Some((base, length))) if is_registered => {
+                opcode::WriteFixed::new(DISK, base, length, REGION)
+                    .offset(self.offset)
+                    .rw_flags(durable(fua))
+                    .build()
+            }
+            (OpKind::Write { fua }, Some((base, length))) => opcode::Write::new(DISK, base, length)
+                .offset(self.offset)
+                .rw_flags(durable(fua))
+                .build(),
+            (OpKind::Write { fua }, None) => opcode::Writev::new(DISK, vector, count)
+                .offset(self.offset)
+                .rw_flags(durable(fua))
+                .build(),
+            (OpKind::Flush, _) => opcode::Fsync::new(DISK).flags(FsyncFlags::DATASYNC).build(),
+            (OpKind::Discard { bytes, .. }, _) => opcode::Fallocate::new(DISK, bytes)
+                .offset(self.offset)
+                .mode(punch_hole().bits())
+                .build(),
+        })
+    }
+
+    /// Accounts for what the kernel did.
+    pub(super) fn step(&mut self, result: i32) -> Step {
+        let Ok(moved) = u32::try_from(result) else {
+            let errno = result.wrapping_neg();
+            let passing = matches!(errno, libc::EINTR | libc::EAGAIN);
+            if passing && self.retries < MAX_RETRIES {
+                self.retries += 1;
+                return Step::Again;
+            }
+            return Step::End(Err(errno));
+        };
+        if self.left == 0 {
+            // Flush or discard, which are done or not.
+            return Step::End(Ok(()));
+        }
+        if moved == 0 {
+            // The file ends here although the disk does not.
+            return Step::End(Err(libc::EIO));
+        }
+        self.left = self.left.saturating_sub(u64::from(moved));
+        if self.left == 0 {
+            return Step::End(Ok(()));
+        }
+        self.advance(moved as usize);
+        Step::Again
+    }
+
+    /// Steps over `moved` bytes, fewer than are left.
+    fn advance(&mut self, mut moved: usize) {
+        let Some(op) = self.op.as_mut() else { return };
+        self.offset += moved as u64;
+        while let Some(piece) = op.buffers.get_mut(self.head) {
+            if moved < piece.len() {
+                self.cut.get_or_insert(*piece);
+                *piece = piece.advanced(moved);
+                return;
+            }
+            moved -= piece.len();
+            if let Some(whole) = self.cut.take() {
+                *piece = whole;
+            }
+            self.head += 1;
+        }
+    }
+}
+
+/// Flags of pwritev2(2).
+fn durable(fua: bool) -> i32 {
+    if fua { libc::RWF_DSYNC } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The kernel moves a few bytes at a time, from within one piece to across several.
+    #[test]
+    fn short_transfers_are_continued_where_they_ended() {
+        let lengths = [512, 1024, 512, 4096];
+        let total: usize = lengths.iter().sum();
+        // SAFETY: nothing is done with the memory: the pieces are only counted.
+        let piece =
+            |at: usize, len| unsafe { IoVec::new(std::ptr::without_provenance_mut(at), len) };
+        let starts = lengths.iter().scan(0, |at, len| Some(std::mem::replace(at, *at + len)));
+        let buffers: Vec<_> = starts.zip(lengths).map(|(at, len)| piece(at, len)).collect();
+        for moved in [1, 511, 512, 513, 1000, 1536, 6143] {
+            let op = Op { tag: 0, kind: OpKind::Read, offset: 4096, buffers: buffers.clone() };
+            let mut slot =
+                Slot { left: total as u64, offset: op.offset, op: Some(op), ..Slot::default() };
+            let mut at = 0;
+            while let Step::Again = slot.step(moved.min(total - at) as i32) {
+                at += moved;
+                let pieces = &slot.op.as_ref().map_or(&[][..], |op| &op.buffers[slot.head..]);
+                assert_eq!(slot.offset, 4096 + at as u64);
+                assert_eq!(pieces.iter().map(IoVec::len).sum::<usize>(), total - at);
+                assert_eq!(pieces.first().map(|piece| piece.base().addr()), Some(at));
+                assert!(slot.entry(&(0..0)).is_some());
+            }
+            assert!(at + moved >= total && slot.left == 0);
+            // Cut pieces that were stepped over are whole again.
+            let pieces = slot.op.map(|op| op.buffers).unwrap_or_default();
+            let whole = pieces[..slot.head].iter().map(IoVec::len);
+            assert!(whole.eq(lengths[..slot.head].iter().copied()));
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_file_is_an_error_and_interruptions_are_not_for_ever() {
+        let new = || Slot { left: 512, ..Slot::default() };
+        assert!(matches!(new().step(0), Step::End(Err(libc::EIO))));
+        assert!(matches!(new().step(-libc::ENOSPC), Step::End(Err(libc::ENOSPC))));
+        let mut slot = new();
+        for _ in 0..MAX_RETRIES {
+            assert!(matches!(slot.step(-libc::EAGAIN), Step::Again));
+        }
+        assert!(matches!(slot.step(-libc::EAGAIN), Step::End(Err(libc::EAGAIN))));
+    }
+}
