@@ -1,16 +1,13 @@
 //! What an operator can set for the devices of a daemon.
 
-use crate::ring::Wait;
 use crate::storage::Direct;
 use ring_proto::abi::{MAX_INDIRECT_SEGMENTS, MAX_RING_PAGE_ORDER};
 use serde::Deserialize;
 use std::num::NonZeroUsize;
 use std::time::Duration;
+use xen_platform::{DEFAULT_SPIN, Waiting};
 use xenstore_glue::vbd::{BackendOffer, MAX_QUEUES};
 
-/// How long a ring's thread looks before it sleeps, at the most, unless told otherwise: about what
-/// five wake-ups cost.
-const DEFAULT_SPIN: Duration = Duration::from_micros(50);
 /// Rings a device gets without being told otherwise: as many as Linux's frontend asks for at the most.
 const DEFAULT_QUEUES: usize = 4;
 
@@ -113,11 +110,11 @@ impl Tuning {
     }
 
     /// How ring threads wait.
-    pub fn wait(&self) -> Wait {
+    pub fn waiting(&self) -> Waiting {
         match self.wait {
-            WaitMode::Event => Wait::Event,
-            WaitMode::Adaptive => Wait::Adaptive(Duration::from_micros(self.spin_us)),
-            WaitMode::Poll => Wait::Poll,
+            WaitMode::Event => Waiting::Event,
+            WaitMode::Adaptive => Waiting::Adaptive(Duration::from_micros(self.spin_us)),
+            WaitMode::Poll => Waiting::Poll,
         }
     }
 

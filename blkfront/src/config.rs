@@ -2,6 +2,7 @@
 
 use ring_proto::Abi;
 use std::time::Duration;
+use xen_platform::Waiting;
 use xenstore_glue::vbd::PROTOCOL_DEFAULT;
 
 /// Bytes of granted data pages a vCPU gets unless [`Config::pool_bytes`] says otherwise: 128 I/Os of
@@ -18,10 +19,6 @@ pub const MAX_VCPUS: u32 = 64;
 /// Segments of an indirect request unless [`Config::max_indirect_segments`] says otherwise: 128 KiB,
 /// as in Linux's frontend (`xen_blkif_max_segments`).
 pub const DEFAULT_INDIRECT_SEGMENTS: u16 = 32;
-/// The longest a thread spins for a response before it sleeps, unless it is told to
-/// [`Waiting::Poll`]: about five times what a sleep and its wake-up cost.
-pub const DEFAULT_SPIN: Duration = Duration::from_micros(50);
-
 /// How [`crate::Disk::open`] sets a disk up. Everything a backend does not offer is done without.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -102,22 +99,5 @@ impl Protocol {
             Self::Named(abi) => abi,
             Self::Unnamed => PROTOCOL_DEFAULT,
         }
-    }
-}
-
-/// What a thread does while there is no response.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Waiting {
-    /// Spin until there is one. Takes a CPU of its own.
-    Poll,
-    /// Sleep at once.
-    Event,
-    /// Spin for a while, at most this long and less where it does not pay, then sleep.
-    Adaptive(Duration),
-}
-
-impl Default for Waiting {
-    fn default() -> Self {
-        Self::Adaptive(DEFAULT_SPIN)
     }
 }

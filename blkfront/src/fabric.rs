@@ -8,7 +8,6 @@ use crate::owner::{OwnerState, RingOwner, User, join};
 use crate::pool::Pool;
 use crate::queue::{Parts, Path, Queue};
 use crate::stats::{Counters, Stats};
-use crate::wait::Spinner;
 use crate::{Cause, Config, map_vcpus};
 use ring_proto::DomId;
 use ring_proto::abi::PAGE_SIZE;
@@ -16,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use tokio::sync::mpsc::UnboundedSender;
-use xen_platform::{Access, Platform};
+use xen_platform::{Access, Platform, Spin};
 
 /// Who owns a ring.
 #[derive(Debug)]
@@ -110,7 +109,7 @@ impl Fabric {
                 mailbox: mailbox.clone(),
                 link: self.link.clone(),
                 counters: self.ring_counters.get(ring as usize).cloned().unwrap_or_default(),
-                spinner: Spinner::new(config.waiting),
+                spin: Spin::new(config.waiting),
                 stop: self.stop.clone(),
                 state: OwnerState::default(),
             };

@@ -72,8 +72,8 @@ mod wait;
 
 pub use asynchronous::AsyncQueue;
 pub use config::{
-    Config, DEFAULT_DEPTH, DEFAULT_INDIRECT_SEGMENTS, DEFAULT_POOL_BYTES, DEFAULT_SPIN, MAX_DEPTH,
-    MAX_POOL_BYTES, MAX_VCPUS, Protocol, Waiting,
+    Config, DEFAULT_DEPTH, DEFAULT_INDIRECT_SEGMENTS, DEFAULT_POOL_BYTES, MAX_DEPTH,
+    MAX_POOL_BYTES, MAX_VCPUS, Protocol,
 };
 pub use disk::{Disk, Features, Geometry, Info, RingInfo};
 pub use error::{Cause, Error, IoError, Refusal, Refused, Result, Violation};
@@ -83,6 +83,7 @@ pub use mapping::map_vcpus;
 pub use pool::IoBuffer;
 pub use queue::Queue;
 pub use stats::Stats;
+pub use xen_platform::{DEFAULT_SPIN, Waiting};
 
 #[cfg(test)]
 mod tests;

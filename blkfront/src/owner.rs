@@ -6,11 +6,12 @@
 use crate::hw::{HwQueue, Owner};
 use crate::link::{Bell, Link, Mailbox, Notice};
 use crate::stats::Counters;
-use crate::wait::{Spinner, sleep};
+use crate::wait::{sleep, spins};
 use ring_proto::{Body, Status};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use xen_platform::Spin;
 
 /// A request on its way to the ring.
 #[derive(Debug)]
@@ -65,7 +66,7 @@ pub(crate) struct RingOwner {
     pub(crate) mailbox: Arc<Mailbox>,
     pub(crate) link: Arc<Link>,
     pub(crate) counters: Arc<Counters>,
-    pub(crate) spinner: Spinner,
+    pub(crate) spin: Spin,
     pub(crate) stop: Arc<AtomicBool>,
     pub(crate) state: OwnerState,
 }
@@ -86,11 +87,13 @@ pub(crate) struct OwnerState {
 impl RingOwner {
     /// Runs until `stop` is set and the mailbox's bell rung.
     pub(crate) fn run(mut self) {
+        let mut slept = false;
         while !self.stop.load(Ordering::Relaxed) {
             self.read_mail();
             if self.turn() {
-                self.spinner.paid();
-            } else if !self.spinner.spin(&self.counters) {
+                if std::mem::take(&mut slept) { self.spin.woken() } else { self.spin.found() }
+            } else if !spins(&mut self.spin, &self.counters) {
+                slept = true;
                 self.sleep();
             }
         }

@@ -6,7 +6,7 @@ use crate::link::{Link, Mailbox, Notice};
 use crate::owner::{Staged, Staging};
 use crate::pool::Pool;
 use crate::stats::Counters;
-use crate::wait::{Spinner, sleep};
+use crate::wait::{sleep, spins};
 use crate::{Completed, Io, IoBuffer, Op, Refusal, Refused, Stats, Waiting};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use ring_proto::abi::SECTOR_SIZE;
@@ -15,6 +15,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+use xen_platform::Spin;
+
+/// Turns of a spin between two looks at whether the time is up.
+const TURNS_PER_LOOK: u32 = 1024;
 
 /// The way to the ring.
 #[derive(Debug)]
@@ -65,7 +69,9 @@ pub struct Queue {
     armed: bool,
     /// Completed, not yet taken back.
     done: Vec<Completed>,
-    spinner: Spinner,
+    spin: Spin,
+    /// Spinning did not do for what is waited for now.
+    slept: bool,
     waker: Epoll,
     counters: Arc<Counters>,
     /// The ring's, where it is ours.
@@ -113,7 +119,8 @@ impl Queue {
             plugged: false,
             armed: false,
             done: Vec::with_capacity(depth),
-            spinner: Spinner::new(parts.waiting),
+            spin: Spin::new(parts.waiting),
+            slept: false,
             waker,
             counters: parts.counters,
             ring_counters: parts.ring_counters,
@@ -279,7 +286,11 @@ impl Queue {
         if self.flight.is_waiting() && !self.plugged {
             self.issue();
         }
-        done.len() - before
+        let count = done.len() - before;
+        if count > 0 {
+            if std::mem::take(&mut self.slept) { self.spin.woken() } else { self.spin.found() }
+        }
+        count
     }
 
     fn take_responses(&mut self, done: &mut Vec<Completed>) {
@@ -382,20 +393,21 @@ impl Queue {
     /// As [`Queue::poll`], but waits as [`crate::Config::waiting`] says until something has
     /// completed, or `timeout` is over. With nothing in the queue it returns at once.
     pub fn wait(&mut self, done: &mut Vec<Completed>, timeout: Option<Duration>) -> usize {
-        let mut deadline = None;
+        let (mut deadline, mut turns) = (None, 0_u32);
         loop {
             let count = self.poll(done);
             if count > 0 || self.in_flight() == 0 {
-                self.spinner.paid();
                 return count;
             }
-            if self.spinner.spin(&self.counters) {
-                let look = self.spinner.is_endless() && self.spinner.is_time_to_look();
-                if look && expired(&mut deadline, timeout).is_none() {
+            if spins(&mut self.spin, &self.counters) {
+                turns = turns.wrapping_add(1);
+                if turns.is_multiple_of(TURNS_PER_LOOK) && expired(&mut deadline, timeout).is_none()
+                {
                     return 0;
                 }
                 continue;
             }
+            self.slept = true;
             let Some(left) = expired(&mut deadline, timeout) else { return 0 };
             if self.arm() {
                 self.sleep(left);
@@ -475,7 +487,7 @@ impl Queue {
 
     /// How this thread waits from now on.
     pub fn set_waiting(&mut self, waiting: Waiting) {
-        self.spinner = Spinner::new(waiting);
+        self.spin = Spin::new(waiting);
     }
 
     /// What this vCPU has done, without what its ring has ([`crate::RingInfo::stats`]).

@@ -78,7 +78,9 @@ counters! {
     sleeps,
     /// Turns of a spin loop.
     spins,
-    /// System calls made, for events and sleeping.
+    /// Times a thread that spun gave its CPU up because others wanted it.
+    yields,
+    /// System calls made, for events, sleeping and giving up the CPU.
     syscalls,
     /// Wake-ups sent between a vCPU and the thread that owns its ring.
     wakeups,

@@ -9,6 +9,7 @@ pub mod embedded;
 mod error;
 mod file;
 mod region;
+mod waiting;
 pub mod xen;
 
 use ring_proto::{DomId, GrantRef, Port, SharedMemory};
@@ -20,6 +21,7 @@ pub use choice::{Choice, ChoiceError, End};
 pub use error::Error;
 pub use file::SharedFile;
 pub use region::LocalRegion;
+pub use waiting::{DEFAULT_SPIN, Spin, Waiting};
 
 /// What this crate's operations return.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

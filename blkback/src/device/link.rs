@@ -200,7 +200,7 @@ fn start_ring(
             discard: geometry.discard.is_some(),
         },
         strategy,
-        wait: setup.tuning.wait(),
+        waiting: setup.tuning.waiting(),
         stats: stats.clone(),
         control: control.clone(),
     };

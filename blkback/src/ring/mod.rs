@@ -6,12 +6,10 @@ mod data;
 mod inflight;
 mod persistent;
 mod setup;
-mod spin;
 mod worker;
 
 pub use clock::TIMED_ROUNDS;
 pub use data::Strategy;
 pub use inflight::{Inflight, Misfit};
 pub use setup::{Exit, RingControl, RingSetup};
-pub use spin::Wait;
 pub use worker::run;

@@ -2,7 +2,6 @@
 
 use super::data::Strategy;
 use super::inflight::Inflight;
-use super::spin::Wait;
 use crate::stats::RingStats;
 use crate::storage::Storage;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -11,7 +10,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use xen_platform::{EventChannel, Platform};
+use xen_platform::{EventChannel, Platform, Waiting};
 
 /// What a ring's thread needs.
 pub struct RingSetup {
@@ -34,7 +33,7 @@ pub struct RingSetup {
     /// How data is reached.
     pub strategy: Strategy,
     /// How the thread waits.
-    pub wait: Wait,
+    pub waiting: Waiting,
     /// Counters.
     pub stats: Arc<RingStats>,
     /// The control plane's hand on the thread.

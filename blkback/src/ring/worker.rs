@@ -9,7 +9,6 @@ use super::clock::{Clock, Nanos};
 use super::data::{Data, Unreachable};
 use super::inflight::Inflight;
 use super::setup::{Exit, RingControl, RingSetup};
-use super::spin::Spin;
 use crate::stats::RingStats;
 use crate::storage::{Completion, IoVecs, Op, OpKind, Queue, QueueSetup, Woken};
 use ring_proto::abi::{SECTOR_SIZE, Segment};
@@ -20,7 +19,7 @@ use ring_proto::{
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
-use xen_platform::EventChannel;
+use xen_platform::{EventChannel, Spin};
 
 /// A ring that has been quiet for so long gives up its persistent grants (`xen_blkif_pgrant_timeout`
 /// of Linux's backend).
@@ -79,7 +78,7 @@ pub fn run(setup: RingSetup) -> Result<(), Exit> {
         segments: Vec::new(),
         freed: false,
         barrier: false,
-        spin: Spin::new(setup.wait),
+        spin: Spin::new(setup.waiting),
         clock: Clock::new(),
         spurious: 0,
         masked: true,
@@ -166,9 +165,7 @@ impl Worker {
         while !self.control.stopped() {
             if self.round()? {
                 self.spin.found();
-            } else if self.spin.again() {
-                std::hint::spin_loop();
-            } else if !self.requests_wait()? {
+            } else if !self.spin.again() && !self.requests_wait()? {
                 self.sleep()?;
             }
         }
@@ -493,6 +490,7 @@ impl Worker {
             return;
         }
         self.stats.system_calls.set(self.queue.counters().system_calls);
+        self.stats.yields.set(self.spin.yields());
         let wanted = self.responses.publish();
         self.inflight.published();
         if !wanted {

@@ -6,12 +6,13 @@ mod callgrind;
 mod rig;
 
 use anyhow::{Context, Result, bail, ensure};
-use blkback::ring::{Strategy, Wait};
+use blkback::ring::Strategy;
 use rig::{Counts, SECTORS, Work};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use xen_blk_tests::host::{Host, Programs};
+use xen_platform::Waiting;
 
 /// Rounds that are counted.
 const ROUNDS: u64 = 100;
@@ -61,13 +62,13 @@ fn works(host: &Host) -> Result<Vec<(&'static str, Work)>> {
     std::fs::write(&file, vec![0; SECTORS as usize * 512])?;
     let file = file.display().to_string();
     let (null, memory) = ("null:1G".to_owned(), format!("memory:{}", SECTORS * 512));
-    let work = |target: &String, strategy, wait, writes| Work {
+    let work = |target: &String, strategy, waiting, writes| Work {
         target: target.clone(),
         strategy,
-        wait,
+        waiting,
         writes,
     };
-    let (poll, event) = (Wait::Poll, Wait::Event);
+    let (poll, event) = (Waiting::Poll, Waiting::Event);
     Ok(vec![
         ("null-poll", work(&null, Strategy::Nothing, poll, true)),
         ("null-event", work(&null, Strategy::Nothing, event, true)),

@@ -2,7 +2,7 @@
 
 use super::allocations;
 use anyhow::{Context, Result, ensure};
-use blkback::ring::{self, Exit, Inflight, RingControl, RingSetup, Strategy, Wait};
+use blkback::ring::{self, Exit, Inflight, RingControl, RingSetup, Strategy};
 use blkback::stats::RingStats;
 use blkback::storage::{self, Options};
 use ring_proto::abi::Segment;
@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use xen_blk_tests::host::{DRIVER_DOMAIN, Host};
 use xen_platform::embedded::EmbeddedPlatform;
-use xen_platform::{Access, Platform};
+use xen_platform::{Access, Platform, Waiting};
 
 /// Size of the disk in 512-byte sectors.
 pub(crate) const SECTORS: u64 = 8192;
@@ -27,9 +27,9 @@ const LOOK: Duration = Duration::from_micros(20);
 pub(crate) struct Work {
     pub(crate) target: String,
     pub(crate) strategy: Strategy,
-    /// [`Wait::Poll`], or [`Wait::Event`]: then the thread is asleep when a round begins, so that it
+    /// [`Waiting::Poll`], or [`Waiting::Event`]: then the thread is asleep when a round begins, so that it
     /// does the same each time.
-    pub(crate) wait: Wait,
+    pub(crate) waiting: Waiting,
     /// One request in three writes.
     pub(crate) writes: bool,
 }
@@ -108,7 +108,7 @@ pub(crate) fn serve(host: &Host, name: &str, work: &Work, rounds: u64) -> Result
             discard: true,
         },
         strategy: work.strategy,
-        wait: work.wait,
+        waiting: work.waiting,
         stats: stats.clone(),
         control: control.clone(),
     };
@@ -116,7 +116,7 @@ pub(crate) fn serve(host: &Host, name: &str, work: &Work, rounds: u64) -> Result
         allocations::count_here();
         ring_thread(setup)
     });
-    let sleepy = work.wait == Wait::Event;
+    let sleepy = work.waiting == Waiting::Event;
     let asleep_since = |sleeps: u64| -> Result<()> {
         while sleepy && stats.sleeps.get() <= sleeps {
             ensure!(!thread.is_finished(), "the ring's thread ended");
