@@ -100,8 +100,6 @@ pub struct RingStats {
     pub kicks_saved: Counter,
     /// Times the thread went to sleep.
     pub sleeps: Counter,
-    /// Times the thread, spinning, gave its CPU up because others wanted it; a system call each.
-    pub yields: Counter,
     /// System calls of the storage queue, waits included. On top is one for each event sent, and for a
     /// disk without a file behind it two for each received.
     pub system_calls: Counter,

@@ -6,7 +6,7 @@
 use crate::hw::{HwQueue, Owner};
 use crate::link::{Bell, Link, Mailbox, Notice};
 use crate::stats::Counters;
-use crate::wait::{sleep, spins};
+use crate::wait::sleep;
 use ring_proto::{Body, Status};
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -92,7 +92,9 @@ impl RingOwner {
             self.read_mail();
             if self.turn() {
                 if std::mem::take(&mut slept) { self.spin.woken() } else { self.spin.found() }
-            } else if !spins(&mut self.spin, &self.counters) {
+            } else if self.spin.again() {
+                self.counters.spins.add(1);
+            } else {
                 slept = true;
                 self.sleep();
             }

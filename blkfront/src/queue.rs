@@ -6,7 +6,7 @@ use crate::link::{Link, Mailbox, Notice};
 use crate::owner::{Staged, Staging};
 use crate::pool::Pool;
 use crate::stats::Counters;
-use crate::wait::{sleep, spins};
+use crate::wait::sleep;
 use crate::{Completed, Io, IoBuffer, Op, Refusal, Refused, Stats, Waiting};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use ring_proto::abi::SECTOR_SIZE;
@@ -399,7 +399,8 @@ impl Queue {
             if count > 0 || self.in_flight() == 0 {
                 return count;
             }
-            if spins(&mut self.spin, &self.counters) {
+            if self.spin.again() {
+                self.counters.spins.add(1);
                 turns = turns.wrapping_add(1);
                 if turns.is_multiple_of(TURNS_PER_LOOK) && expired(&mut deadline, timeout).is_none()
                 {

@@ -78,9 +78,7 @@ counters! {
     sleeps,
     /// Turns of a spin loop.
     spins,
-    /// Times a thread that spun gave its CPU up because others wanted it.
-    yields,
-    /// System calls made, for events, sleeping and giving up the CPU.
+    /// System calls made, for events and sleeping.
     syscalls,
     /// Wake-ups sent between a vCPU and the thread that owns its ring.
     wakeups,

@@ -1,23 +1,9 @@
-//! Spinning and sleeping.
+//! Sleeping.
 
 use crate::stats::Counters;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
-use xen_platform::Spin;
-
-/// There was nothing: whether to look again rather than sleep.
-pub(crate) fn spins(spin: &mut Spin, counters: &Counters) -> bool {
-    let before = spin.yields();
-    let again = spin.again();
-    let yields = spin.yields() - before;
-    if yields > 0 {
-        counters.yields.add(yields);
-        counters.syscalls.add(yields);
-    }
-    counters.spins.add(again.into());
-    again
-}
 
 /// Sleeps until one of the descriptors is readable. Returning early, or failing, is harmless: the
 /// caller looks again either way.

@@ -102,7 +102,6 @@ counts! {
     kicks: "Events sent.",
     kicks_saved: "Batches of responses for which the frontend wanted no event.",
     sleeps: "Times the ring's thread went to sleep.",
-    yields: "Times the ring's thread, spinning, gave its CPU up because others wanted it.",
     system_calls: "System calls of the storage queue, waits included; events are not.",
     grant_copies: "Pages moved by grant copy.",
     grant_maps: "Pages mapped.",

@@ -490,7 +490,6 @@ impl Worker {
             return;
         }
         self.stats.system_calls.set(self.queue.counters().system_calls);
-        self.stats.yields.set(self.spin.yields());
         let wanted = self.responses.publish();
         self.inflight.published();
         if !wanted {

@@ -144,7 +144,7 @@ impl Counts {
             devices: requests,
             kicks,
             sleeps,
-            calls: sum("/total/system_calls") + sum("/total/events") + sum("/total/yields") + kicks,
+            calls: sum("/total/system_calls") + sum("/total/events") + kicks,
         })
     }
 
