@@ -102,3 +102,48 @@ impl Spin {
         self.found();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOST: Duration = Duration::from_micros(200);
+
+    /// Spins to the end of the budget, sleeps, and is woken when it has waited for `wait` in all.
+    fn wait_for(spin: &mut Spin, wait: Duration) {
+        let begin = Instant::now();
+        while spin.again() {}
+        std::thread::sleep(wait.saturating_sub(begin.elapsed()));
+        spin.woken();
+    }
+
+    #[test]
+    fn spinning_ends_while_it_does_not_pay_and_comes_back_when_it_does() {
+        let mut spin = Spin::new(Waiting::Adaptive(MOST));
+        assert!(!spin.is_off() && spin.again());
+        // Far longer than any budget, each time.
+        let waits = (0..100).take_while(|_| {
+            wait_for(&mut spin, 2 * MOST);
+            !spin.is_off()
+        });
+        assert!(waits.count() < 10, "halved until it is off");
+        assert!(!spin.again(), "sleeps at once");
+        // Shorter than the most: one in a few is timed. More tries than that, for a busy machine.
+        let tries = (0..1000 * SLEEPS_PER_LOOK).take_while(|_| {
+            wait_for(&mut spin, Duration::ZERO);
+            spin.is_off()
+        });
+        assert!(tries.count() < 1000 * SLEEPS_PER_LOOK as usize, "never tried again");
+        assert!(spin.again());
+    }
+
+    #[test]
+    fn who_polls_never_sleeps_and_who_waits_for_events_never_spins() {
+        let (mut poll, mut event) = (Spin::new(Waiting::Poll), Spin::new(Waiting::Event));
+        for _ in 0..10 * ROUNDS_PER_LOOK {
+            assert!(poll.again() && !poll.is_off());
+            assert!(!event.again() && event.is_off());
+            event.woken();
+        }
+    }
+}
