@@ -10,6 +10,8 @@ const PANEL: (u32, u32) = (420, 340);
 const LINES: (u32, u32) = (900, 420);
 /// The x axis of a plot of lines is longer than what is on it by this, to have room for the legend.
 const LEGEND: f64 = 1.5;
+/// Beyond this ratio of the highest value to the lowest a plot of lines is logarithmic.
+const SPREAD: f64 = 8.0;
 /// Space that a bar leaves on each side, as a share of its slot.
 const GAP: f64 = 0.15;
 
@@ -71,16 +73,30 @@ pub(crate) struct Series {
     pub(crate) points: Vec<(u32, f64)>,
 }
 
-/// Draws lines over numbers that double, such as depths, with a logarithmic y axis.
+/// Draws lines over numbers that double, such as depths. The y axis begins at 0, or is logarithmic
+/// where a line could not be told from that.
 pub(crate) fn lines(path: &Path, title: &str, x: &str, series: &[Series]) -> Result<()> {
     let failed = |e: &dyn std::fmt::Display| anyhow!("draw {}: {e}", path.display());
-    let values = || series.iter().flat_map(|line| line.points.iter().map(|(_, y)| *y));
+    let values = || series.iter().flat_map(|line| line.points.iter().map(|(_, y)| y.max(1.0)));
     let (low, high) = (values().fold(f64::MAX, f64::min), values().fold(1.0, f64::max));
+    let logarithmic = low < high / SPREAD;
+    let height = |y: f64| if logarithmic { y.max(1.0).log10() } else { y };
+    let range =
+        if logarithmic { low.log10().floor()..high.log10().ceil() } else { 0.0..high * 1.1 };
+    let y_label = |y: &f64| match logarithmic {
+        true if y.fract() != 0.0 => String::new(),
+        true => short(10_f64.powf(*y)),
+        false => short(*y),
+    };
     let mut ticks: Vec<u32> =
         series.iter().flat_map(|line| line.points.iter().map(|(x, _)| *x)).collect();
     ticks.sort_unstable();
     ticks.dedup();
     let place = |x: u32| ticks.iter().position(|tick| *tick == x).unwrap_or(0) as f64;
+    let x_label = |x: &f64| {
+        let tick = (x.fract() == 0.0 && *x >= 0.0).then(|| ticks.get(*x as usize)).flatten();
+        tick.map_or_else(String::new, u32::to_string)
+    };
     let area = SVGBackend::new(path, LINES).into_drawing_area();
     area.fill(&WHITE).map_err(|e| failed(&e))?;
     let mut chart = ChartBuilder::on(&area)
@@ -88,24 +104,23 @@ pub(crate) fn lines(path: &Path, title: &str, x: &str, series: &[Series]) -> Res
         .margin(12)
         .x_label_area_size(40)
         .y_label_area_size(70)
-        .build_cartesian_2d(-0.2..ticks.len() as f64 * LEGEND, (low / 2.0..high * 2.0).log_scale())
+        .build_cartesian_2d(-0.2..ticks.len() as f64 * LEGEND, range)
         .map_err(|e| failed(&e))?;
     chart
         .configure_mesh()
         .disable_x_mesh()
+        .max_light_lines(0)
         .x_desc(x)
-        .x_labels(0)
+        .x_labels(4 * ticks.len())
+        .x_label_formatter(&x_label)
         .y_desc("IOPS")
-        .y_label_formatter(&|value| short(*value))
+        .y_label_formatter(&y_label)
         .draw()
         .map_err(|e| failed(&e))?;
-    for (n, tick) in ticks.iter().enumerate() {
-        let label = Text::new(tick.to_string(), (n as f64, low / 1.6), ("sans-serif", 12));
-        chart.draw_series([label]).map_err(|e| failed(&e))?;
-    }
     for (n, line) in series.iter().enumerate() {
         let color = Palette99::pick(n).to_rgba();
-        let points: Vec<(f64, f64)> = line.points.iter().map(|(x, y)| (place(*x), *y)).collect();
+        let points: Vec<(f64, f64)> =
+            line.points.iter().map(|(x, y)| (place(*x), height(*y))).collect();
         let dots = points.iter().map(|point| Circle::new(*point, 3, color.filled()));
         chart.draw_series(dots).map_err(|e| failed(&e))?;
         chart
@@ -126,5 +141,10 @@ pub(crate) fn lines(path: &Path, title: &str, x: &str, series: &[Series]) -> Res
 
 /// In thousands or millions.
 fn short(value: f64) -> String {
-    if value >= 1e6 { format!("{:.0} M", value / 1e6) } else { format!("{:.0} k", value / 1e3) }
+    if value == 0.0 {
+        return "0".into();
+    }
+    let (number, unit) = if value >= 1e6 { (value / 1e6, "M") } else { (value / 1e3, "k") };
+    let digits = usize::from(number.fract() != 0.0 && number < 10.0);
+    format!("{number:.digits$} {unit}")
 }
