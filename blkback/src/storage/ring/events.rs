@@ -2,6 +2,7 @@
 //! back by system calls of their own, a request at depth 1 costs five in all instead of three.
 
 use super::push;
+use crate::storage::Woken;
 use io_uring::squeue::{self, Flags};
 use io_uring::types::Fixed;
 use io_uring::{SubmissionQueue, opcode};
@@ -40,14 +41,6 @@ enum State {
     /// An event was taken.
     Taken,
     /// There is something to read, or something is wrong.
-    Readable,
-}
-
-/// What became of the channel while the thread waited.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Seen {
-    Nothing,
-    Taken,
     Readable,
 }
 
@@ -108,13 +101,13 @@ impl Events {
     }
 
     /// Tells it, once.
-    pub(super) fn seen(&mut self) -> Seen {
-        let (seen, masked) = match self.state {
-            State::Taken => (Seen::Taken, true),
-            State::Readable => (Seen::Readable, false),
-            State::Idle { .. } | State::Armed => return Seen::Nothing,
+    pub(super) fn woken(&mut self) -> Option<Woken> {
+        let (woken, masked) = match self.state {
+            State::Taken => (Woken::Event, true),
+            State::Readable => (Woken::Descriptor, false),
+            State::Idle { .. } | State::Armed => return None,
         };
         self.state = State::Idle { masked };
-        seen
+        Some(woken)
     }
 }

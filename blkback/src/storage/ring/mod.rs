@@ -5,7 +5,7 @@ mod slot;
 
 use super::file::Backing;
 use super::{Completion, Op, OpKind, Queue, QueueCounters, QueueSetup, Woken};
-use events::{EVENT, Events, Seen};
+use events::{EVENT, Events};
 use io_uring::register::Restriction;
 use io_uring::squeue::Flags;
 use io_uring::types::{Fixed, SubmitArgs, Timespec};
@@ -211,12 +211,11 @@ impl Queue for RingQueue {
         let waited = self.enter(usize::from(!pending), timeout)?;
         // Where it submitted as well, the kernel does not say that the time is up.
         let time_is_up = !self.settle() && waited && !pending;
-        Ok(match self.events.as_mut().map_or(Seen::Nothing, Events::seen) {
-            Seen::Taken => Woken::Event,
-            Seen::Readable => Woken::Descriptor,
-            Seen::Nothing if self.wake.contains(&false) => Woken::Descriptor,
-            Seen::Nothing if time_is_up => Woken::Time,
-            Seen::Nothing => Woken::Device,
+        Ok(match self.events.as_mut().and_then(Events::woken) {
+            Some(woken) => woken,
+            None if self.wake.contains(&false) => Woken::Descriptor,
+            None if time_is_up => Woken::Time,
+            None => Woken::Device,
         })
     }
 
