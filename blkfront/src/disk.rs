@@ -6,7 +6,7 @@ use crate::fabric::Fabric;
 use crate::flight::{FlushMode, Limits};
 use crate::link::{Bell, Command};
 use crate::stats::Stats;
-use crate::{Cause, Config, Error, Queue, Result};
+use crate::{Cause, Config, Error, InvalidOption, Queue, Result};
 use ring_proto::DomId;
 use ring_proto::abi::{MAX_INDIRECT_SEGMENTS, MAX_RING_PAGE_ORDER, PAGE_SIZE};
 use serde::Serialize;
@@ -179,7 +179,7 @@ impl Disk {
     ) -> Result<Self> {
         let domain = platform.domid();
         let failed = |cause| Error { domain, device: device.to_owned(), cause };
-        check(&config).map_err(failed)?;
+        check(&config).map_err(|invalid| failed(invalid.into()))?;
         let doing = "make an eventfd";
         let news = Bell::new().map_err(|source| failed(Cause::System { doing, source }))?;
         let news = Arc::new(news);
@@ -334,18 +334,11 @@ impl Drop for Disk {
     }
 }
 
-fn check(config: &Config) -> Result<(), Cause> {
-    fn within(
-        field: &'static str,
-        value: usize,
-        range: RangeInclusive<usize>,
-    ) -> Result<(), Cause> {
-        if range.contains(&value) {
-            return Ok(());
-        }
-        let rule = format!("within {} to {}", range.start(), range.end());
-        Err(Cause::Config { field, value: value.to_string(), rule })
-    }
+fn check(config: &Config) -> Result<(), InvalidOption> {
+    let within = |field, value, range: RangeInclusive<usize>| {
+        let rule = || format!("within {} to {}", range.start(), range.end());
+        InvalidOption::unless(range.contains(&value), field, value, rule)
+    };
     let vcpus = 1..=MAX_VCPUS as usize;
     within("vcpus", config.vcpus as usize, vcpus.clone())?;
     within("queues", config.queues.unwrap_or(1) as usize, vcpus)?;

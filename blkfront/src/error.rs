@@ -20,19 +20,35 @@ pub struct Error {
     pub cause: Cause,
 }
 
+/// A field of [`crate::Config`], [`crate::nbd::Options`] or `ublk::Options` is out of range.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{field} is {value}, but must be {rule}")]
+pub struct InvalidOption {
+    /// The field.
+    pub field: &'static str,
+    /// What it is.
+    pub value: usize,
+    /// What it may be.
+    pub rule: String,
+}
+
+impl InvalidOption {
+    pub(crate) fn unless(
+        holds: bool,
+        field: &'static str,
+        value: usize,
+        rule: impl FnOnce() -> String,
+    ) -> Result<(), Self> {
+        if holds { Ok(()) } else { Err(Self { field, value, rule: rule() }) }
+    }
+}
+
 /// What failed about a disk.
 #[derive(Debug, thiserror::Error)]
 pub enum Cause {
-    /// A field of [`crate::Config`] is out of range.
-    #[error("{field} is {value}, but must be {rule}")]
-    Config {
-        /// The field.
-        field: &'static str,
-        /// What it is.
-        value: String,
-        /// What it may be.
-        rule: String,
-    },
+    /// Of [`crate::Config`].
+    #[error(transparent)]
+    Config(#[from] InvalidOption),
     /// No frontend directory in xenstore has this device.
     #[error(
         "there is no such device in {directory} (it has {present}): attach it first, or use one of those"

@@ -76,7 +76,7 @@ pub use config::{
     MAX_POOL_BYTES, MAX_VCPUS, Protocol,
 };
 pub use disk::{Disk, Features, Geometry, Info, RingInfo};
-pub use error::{Cause, Error, IoError, Refusal, Refused, Result, Violation};
+pub use error::{Cause, Error, InvalidOption, IoError, Refusal, Refused, Result, Violation};
 pub use io::{Completed, Io, Op};
 pub use local::prepare_process;
 pub use mapping::map_vcpus;

@@ -1,8 +1,8 @@
 //! `blkfront nbd`.
 
+use super::Host;
+use super::served::{Served, announce, prepare, stop_signals};
 use super::units::size;
-use super::{Host, Rings, announce, finish, prepare, stop_signals};
-use anyhow::Context;
 use blkfront::nbd::{BlockDevice, DEFAULT_IN_FLIGHT, DEFAULT_MAX_CONNECTIONS, Options, Server};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,8 +10,6 @@ use std::process::ExitCode;
 /// Options of `blkfront nbd`.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
-    /// The disk: a name such as xvda, or a number
-    disk: String,
     /// The unix socket to listen on; made at the start, removed at the end
     #[arg(long, value_name = "PATH", required_unless_present = "device")]
     socket: Option<PathBuf>,
@@ -21,43 +19,31 @@ pub(crate) struct Args {
     /// The export's name; clients that ask for none get it too
     #[arg(long, value_name = "EXPORT", default_value = "")]
     name: String,
-    /// Refuse writes
-    #[arg(long)]
-    read_only: bool,
-    /// Clients at a time; more are turned away
+    /// Clients at a time, shared out among the vCPUs; more are turned away
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_CONNECTIONS)]
     max_connections: usize,
     /// Data a client may have in flight, which is also the longest request [default: 2m]
-    #[arg(long, value_name = "SIZE", value_parser = size)]
-    in_flight: Option<u64>,
-    /// vCPUs, each with a thread and a queue, to which connections are pinned in turn
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    vcpus: u32,
-    /// At the end, tell what was done, as JSON
-    #[arg(long)]
-    stats: bool,
+    #[arg(long, value_name = "SIZE", value_parser = size::<usize>)]
+    in_flight: Option<usize>,
     #[command(flatten)]
-    rings: Rings,
+    served: Served,
 }
 
 pub(crate) fn run(host: &Host, args: &Args) -> anyhow::Result<ExitCode> {
     let stop = stop_signals()?;
     let options = Options {
         export: args.name.clone(),
-        read_only: args.read_only,
+        read_only: args.served.read_only,
         max_connections: match args.device {
-            Some(_) => args.vcpus as usize,
+            Some(_) => args.served.vcpus as usize,
             None => args.max_connections,
         },
-        in_flight: match args.in_flight {
-            Some(bytes) => usize::try_from(bytes).context("--in-flight")?,
-            None => DEFAULT_IN_FLIGHT,
-        },
+        in_flight: args.in_flight.unwrap_or(DEFAULT_IN_FLIGHT),
     };
     if args.device.is_some() {
         prepare();
     }
-    let disk = host.open(&args.disk, options.config(args.rings.config(args.vcpus)))?;
+    let disk = args.served.open(host, |config| options.config(config))?;
     if let Some(path) = &args.device {
         BlockDevice::attach(path, &disk, options)?.run(stop, || announce(&path.display()))?;
     } else if let Some(path) = &args.socket {
@@ -65,5 +51,5 @@ pub(crate) fn run(host: &Host, args: &Args) -> anyhow::Result<ExitCode> {
         announce(&server.uri());
         server.run(stop)?;
     }
-    finish(disk, args.stats)
+    args.served.close(disk)
 }

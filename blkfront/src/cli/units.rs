@@ -4,7 +4,7 @@ use std::time::Duration;
 
 /// Reads a size: a number with `k`, `m`, `g`, `t` or `p`, each 1024 of the one before, with or without `b` or
 /// `ib` behind it; in upper or lower case.
-pub(crate) fn size(text: &str) -> Result<u64, String> {
+pub(crate) fn size<T: TryFrom<u64>>(text: &str) -> Result<T, String> {
     let lower = text.to_ascii_lowercase();
     let digits = lower.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let suffix = lower.get(digits.len()..).unwrap_or_default();
@@ -20,7 +20,8 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
     };
     let number: u64 =
         digits.parse().map_err(|_| format!("{text:?} is no size: say 4k, 64m, 1g"))?;
-    number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is too large"))
+    let bytes = number.checked_mul(1 << shift).and_then(|bytes| bytes.try_into().ok());
+    bytes.ok_or_else(|| format!("{text:?} is too large"))
 }
 
 /// Reads a time: a number of seconds, or one with `us`, `ms`, `s`, `m`, `h` or `d`.
@@ -85,13 +86,13 @@ mod tests {
 
     #[test]
     fn sizes_are_read_as_fio_does() {
-        assert_eq!(size("512"), Ok(512));
-        assert_eq!(size("4k"), Ok(4096));
-        assert_eq!(size("4KiB"), Ok(4096));
-        assert_eq!(size("1MB"), Ok(1 << 20));
-        assert_eq!(size("4g"), Ok(4 << 30));
+        assert_eq!(size("512"), Ok(512_u64));
+        assert_eq!(size("4k"), Ok(4096_u64));
+        assert_eq!(size("4KiB"), Ok(4096_u64));
+        assert_eq!(size("1MB"), Ok(1_u64 << 20));
+        assert_eq!(size("4g"), Ok(4_u64 << 30));
         for wrong in ["", "k", "4x", "-1", "4 k", "99999999999999p"] {
-            assert!(size(wrong).is_err(), "{wrong:?}");
+            assert!(size::<u64>(wrong).is_err(), "{wrong:?}");
         }
         assert_eq!(time("30"), Ok(Duration::from_secs(30)));
         assert_eq!(time("500ms"), Ok(Duration::from_millis(500)));

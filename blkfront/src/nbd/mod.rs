@@ -42,7 +42,7 @@ mod server;
 mod socket;
 mod worker;
 
-use crate::{Config, MAX_DEPTH, MAX_POOL_BYTES};
+use crate::{Config, InvalidOption, MAX_DEPTH, MAX_POOL_BYTES};
 use connection::MAX_REQUESTS;
 use requests::ZERO_BYTES;
 use ring_proto::abi::PAGE_SIZE;
@@ -98,42 +98,32 @@ impl Options {
         Config { pool_bytes, depth, ..config }
     }
 
-    fn check(&self, vcpus: usize) -> Result<(), Error> {
-        let refuse = |field, value: usize, rule: String| Err(Error::Options { field, value, rule });
-        if self.export.len() > MAX_NAME_BYTES {
-            let rule = format!("at most {MAX_NAME_BYTES} bytes long");
-            return refuse("export name's length", self.export.len(), rule);
-        }
-        if self.in_flight == 0
-            || !self.in_flight.is_multiple_of(PAGE_SIZE)
-            || self.in_flight > MAX_IN_FLIGHT
-        {
-            let rule = format!("a multiple of {PAGE_SIZE}, up to {MAX_IN_FLIGHT}");
-            return refuse("in_flight", self.in_flight, rule);
-        }
-        let by_pool = (MAX_POOL_BYTES - ZERO_BYTES) / self.in_flight;
+    fn check(&self, vcpus: usize) -> Result<(), InvalidOption> {
+        let (name, in_flight, connections) =
+            (self.export.len(), self.in_flight, self.max_connections);
+        InvalidOption::unless(name <= MAX_NAME_BYTES, "export name's length", name, || {
+            format!("at most {MAX_NAME_BYTES} bytes")
+        })?;
+        let fits =
+            in_flight.is_multiple_of(PAGE_SIZE) && (PAGE_SIZE..=MAX_IN_FLIGHT).contains(&in_flight);
+        InvalidOption::unless(fits, "in_flight", in_flight, || {
+            format!("a multiple of {PAGE_SIZE}, up to {MAX_IN_FLIGHT}")
+        })?;
+        let by_pool = (MAX_POOL_BYTES - ZERO_BYTES) / in_flight;
         let most = by_pool.min((MAX_DEPTH - 1) / MAX_REQUESTS).saturating_mul(vcpus);
-        if self.max_connections == 0 || self.max_connections > most {
-            let rule = format!("1 to {most} with {vcpus} vCPUs and that much in flight");
-            return refuse("max_connections", self.max_connections, rule);
-        }
-        Ok(())
+        let fits = (1..=most).contains(&connections);
+        InvalidOption::unless(fits, "max_connections", connections, || {
+            format!("1 to {most} with {vcpus} vCPUs and that much in flight")
+        })
     }
 }
 
 /// Why a disk cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A field of [`Options`] is out of range.
-    #[error("{field} is {value}, but must be {rule}")]
-    Options {
-        /// The field.
-        field: &'static str,
-        /// What it is.
-        value: usize,
-        /// What it may be.
-        rule: String,
-    },
+    /// Of [`Options`].
+    #[error(transparent)]
+    Options(#[from] InvalidOption),
     /// The disk's pool does not hold what was promised to the clients.
     #[error("vCPU {vcpu} has too few pages: open the disk as Options::config says")]
     Pool {

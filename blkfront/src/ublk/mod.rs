@@ -25,7 +25,7 @@ mod control;
 mod queue;
 
 use crate::local::{sync, wait_for_news};
-use crate::{Config, Disk, MAX_DEPTH, MAX_POOL_BYTES};
+use crate::{Config, Disk, InvalidOption, MAX_DEPTH, MAX_POOL_BYTES};
 use abi::{DeviceInfo, Parameters};
 use control::Registered;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -74,34 +74,24 @@ impl Options {
         Config { pool_bytes: self.max_io.saturating_mul(depth), depth, ..config }
     }
 
-    fn check(&self) -> Result<(), Error> {
-        let depth = usize::from(self.depth);
-        if depth == 0 || depth > MAX_DEPTH {
-            let rule = format!("1 to {MAX_DEPTH}");
-            return Err(Error::Options { field: "depth", value: depth, rule });
-        }
+    fn check(&self) -> Result<(), InvalidOption> {
+        let (depth, max_io) = (usize::from(self.depth), self.max_io);
+        let fits = (1..=MAX_DEPTH).contains(&depth);
+        InvalidOption::unless(fits, "depth", depth, || format!("1 to {MAX_DEPTH}"))?;
         let most = MAX_POOL_BYTES / depth;
-        if self.max_io == 0 || !self.max_io.is_multiple_of(PAGE_SIZE) || self.max_io > most {
-            let rule = format!("a multiple of {PAGE_SIZE}, up to {most} with that depth");
-            return Err(Error::Options { field: "max_io", value: self.max_io, rule });
-        }
-        Ok(())
+        let fits = max_io.is_multiple_of(PAGE_SIZE) && (PAGE_SIZE..=most).contains(&max_io);
+        InvalidOption::unless(fits, "max_io", max_io, || {
+            format!("a multiple of {PAGE_SIZE}, up to {most} with that depth")
+        })
     }
 }
 
 /// Why there is no device.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A field of [`Options`] is out of range.
-    #[error("{field} is {value}, but must be {rule}")]
-    Options {
-        /// The field.
-        field: &'static str,
-        /// What it is.
-        value: usize,
-        /// What it may be.
-        rule: String,
-    },
+    /// Of [`Options`].
+    #[error(transparent)]
+    Options(#[from] InvalidOption),
     /// The kernel refused something.
     #[error("ublk: {doing}: {source}{remedy}")]
     Kernel {

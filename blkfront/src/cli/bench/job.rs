@@ -64,7 +64,7 @@ pub(crate) struct JobArgs {
     #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=100))]
     rwmixread: Option<u8>,
     /// Block size [default: 4k]
-    #[arg(long, value_name = "SIZE", value_parser = units::size, conflicts_with = "bssplit")]
+    #[arg(long, value_name = "SIZE", value_parser = units::size::<u64>, conflicts_with = "bssplit")]
     bs: Option<u64>,
     /// Block sizes and their shares in per cent: 512/10:4k/60:64k/30
     #[arg(long, value_name = "SPLIT")]
@@ -79,10 +79,10 @@ pub(crate) struct JobArgs {
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "1", value_parser = units::boolean)]
     direct: Option<bool>,
     /// Bytes each job transfers, and the size of its part of the disk [default: its share]
-    #[arg(long, value_name = "SIZE", value_parser = units::size)]
+    #[arg(long, value_name = "SIZE", value_parser = units::size::<u64>)]
     size: Option<u64>,
     /// Where on the disk the first job's part begins
-    #[arg(long, value_name = "SIZE", value_parser = units::size, default_value = "0")]
+    #[arg(long, value_name = "SIZE", value_parser = units::size::<u64>, default_value = "0")]
     offset: u64,
     /// The longest a job runs [default: 10 s where there is no size either]
     #[arg(long, value_name = "TIME", value_parser = units::time)]

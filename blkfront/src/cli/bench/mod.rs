@@ -29,16 +29,16 @@ const LOOK: Duration = Duration::from_millis(100);
 pub(crate) struct Args {
     /// The disk: a name such as xvda, or a number
     disk: String,
-    #[command(flatten)]
-    job: JobArgs,
-    #[command(flatten)]
-    rings: Rings,
     /// CPUs to pin the jobs to, in turn
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     cpus: Vec<usize>,
     /// Write JSON
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    job: JobArgs,
+    #[command(flatten)]
+    rings: Rings,
 }
 
 /// What the jobs and the main thread share.
