@@ -10,7 +10,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tracing::{info, warn};
-use xen_platform::SharedFile;
+use xen_platform::Mapping;
 
 /// Others who may write to the directory could make us repeat writes of their own choice.
 const OTHERS_WRITE: u32 = 0o022;
@@ -141,8 +141,7 @@ fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
 }
 
 fn map(file: &File) -> io::Result<Arc<dyn SharedMemory>> {
-    let mapped = SharedFile::map(file.as_fd()).map_err(io::Error::other)?;
-    Ok(Arc::new(mapped))
+    Ok(Arc::new(Mapping::whole(file.as_fd())?))
 }
 
 #[cfg(test)]

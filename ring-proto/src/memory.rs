@@ -1,6 +1,7 @@
 //! Memory that a peer may write at any moment.
 
 use alloc::sync::Arc;
+use core::fmt;
 use core::ops::Deref;
 use core::ptr::NonNull;
 use core::sync::atomic::AtomicU32;
@@ -80,6 +81,12 @@ impl Words {
     pub fn new(memory: Arc<dyn SharedMemory>) -> Self {
         let len = memory.len() / size_of::<AtomicU32>();
         Self { base: memory.base().cast(), len, _memory: memory }
+    }
+}
+
+impl fmt::Debug for Words {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} words at {:p}", self.len, self.base)
     }
 }
 

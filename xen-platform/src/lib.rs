@@ -7,7 +7,7 @@ mod choice;
 mod claim;
 pub mod embedded;
 mod error;
-mod file;
+mod mapping;
 mod region;
 mod waiting;
 pub mod xen;
@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 pub use choice::{Choice, ChoiceError, End};
 pub use error::Error;
-pub use file::SharedFile;
+pub use mapping::Mapping;
 pub use region::LocalRegion;
 pub use waiting::{DEFAULT_SPIN, Spin, Waiting};
 

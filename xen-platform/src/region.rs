@@ -1,9 +1,9 @@
 //! Page-aligned memory of this process, for bounce buffers.
 
-use crate::{Error, Result};
+use crate::{Error, Mapping, Result};
+use nix::sys::mman::{MmapAdvise, madvise};
 use ring_proto::abi::PAGE_SIZE;
 use ring_proto::{SharedMemory, copy_volatile};
-use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::ptr::NonNull;
 
@@ -12,23 +12,15 @@ use std::ptr::NonNull;
 /// It implements [`SharedMemory`] although no peer sees it: the kernel and grant copies write it
 /// behind the compiler's back just the same.
 #[derive(Debug)]
-pub struct LocalRegion {
-    base: NonNull<u8>,
-    len: usize,
-}
+pub struct LocalRegion(Mapping);
 
-// SAFETY: the mapping is private to this value and reached only through raw pointers.
-unsafe impl Send for LocalRegion {}
-// SAFETY: as above; no method hands out a reference into the mapping.
-unsafe impl Sync for LocalRegion {}
-
-// SAFETY: mmap gives `len` bytes, page-aligned, until `drop`; no references into it are made.
+// SAFETY: the mapping keeps the promises.
 unsafe impl SharedMemory for LocalRegion {
     fn base(&self) -> NonNull<u8> {
-        self.base
+        self.0.base()
     }
     fn len(&self) -> usize {
-        self.len
+        self.0.len()
     }
 }
 
@@ -38,17 +30,8 @@ impl LocalRegion {
     /// # Errors
     /// When the address space or the overcommit limit is used up, or `pages` is 0 or absurd.
     pub fn new(pages: usize) -> Result<Self> {
-        use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
-        let len = pages.checked_mul(PAGE_SIZE).and_then(NonZeroUsize::new).ok_or_else(|| {
-            Error::io(format!("reserve {pages} pages"), std::io::ErrorKind::InvalidInput)
-        })?;
-        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-        // SAFETY: a fresh anonymous mapping, placed by the kernel, aliases nothing.
-        let base = unsafe {
-            mmap_anonymous(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags)
-        }
-        .map_err(|e| Error::io(format!("reserve {pages} pages"), e))?;
-        Ok(Self { base: base.cast(), len: len.get() })
+        let reserved = Mapping::anonymous(pages);
+        reserved.map(Self).map_err(|e| Error::io(format!("reserve {pages} pages"), e))
     }
 
     /// Gives the memory behind some pages back to the kernel: they read as zeroes from then on.
@@ -56,14 +39,12 @@ impl LocalRegion {
     /// # Errors
     /// When the pages are not all within the region; then nothing is given back.
     pub fn release(&self, pages: Range<usize>) -> Result<()> {
-        use nix::sys::mman::{MmapAdvise, madvise};
         let failed = |e| Error::io(format!("release pages {pages:?}"), e);
         let (first, end) = (pages.start, pages.end);
-        if first > end || end > self.len / PAGE_SIZE {
+        if first > end || end > self.len() / PAGE_SIZE {
             return Err(failed(nix::Error::EINVAL));
         }
-        let at = self.base.as_ptr().wrapping_add(first * PAGE_SIZE);
-        let at = NonNull::new(at).ok_or_else(|| failed(nix::Error::EINVAL))?;
+        let at = self.base().map_addr(|at| at.saturating_add(first * PAGE_SIZE));
         let len = (end - first) * PAGE_SIZE;
         // SAFETY: whole pages of our own private mapping; whoever uses them goes through raw
         // pointers and expects them to change.
@@ -78,34 +59,20 @@ impl LocalRegion {
     /// # Panics
     /// If the region does not reach so far.
     pub fn clear(&self, offset: usize, len: usize) -> Result<()> {
-        use nix::sys::mman::{MmapAdvise, madvise};
         static ZEROES: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
-        assert!(offset <= self.len && len <= self.len - offset, "clear within the region");
+        assert!(offset <= self.len() && len <= self.len() - offset, "clear within the region");
         let end = offset + len;
         let first_page = offset.next_multiple_of(PAGE_SIZE).min(end);
         let last_page = (end - end % PAGE_SIZE).max(first_page);
         for (start, end) in [(offset, first_page), (last_page, end)] {
-            let target = self.base.as_ptr().wrapping_add(start);
+            let target = self.base().as_ptr().wrapping_add(start);
             // SAFETY: checked above to lie in the mapping; both edges are shorter than a page.
             unsafe { copy_volatile(ZEROES.as_ptr(), target, end - start) }
         }
         if first_page == last_page {
             return Ok(());
         }
-        // SAFETY: `first_page` is an offset into the mapping.
-        let start = unsafe { self.base.add(first_page) }.cast();
-        // SAFETY: whole pages of the private mapping, which nobody holds a reference into: they
-        // read as zeroes from now on.
-        unsafe { madvise(start, last_page - first_page, MmapAdvise::MADV_DONTNEED) }
-            .map_err(|e| Error::io(format!("clear {len} bytes at {offset}"), e))
-    }
-}
-
-impl Drop for LocalRegion {
-    fn drop(&mut self) {
-        // SAFETY: `base` and `len` are the mapping made in `new`, and nothing refers into it any
-        // more. A failure would mean they are not, and leaves the memory mapped.
-        let _ = unsafe { nix::sys::mman::munmap(self.base.cast(), self.len) };
+        self.release(first_page / PAGE_SIZE..last_page / PAGE_SIZE)
     }
 }
 

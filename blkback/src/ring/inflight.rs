@@ -1,7 +1,7 @@
 //! The requests that were taken from a ring and have not been answered.
 //!
 //! This is the ring thread's table of them, and a record for its successor: where its memory is a
-//! file's ([`SharedFile`](xen_platform::SharedFile)), it outlives the process. A frontend that cannot
+//! file's ([`Mapping`](xen_platform::Mapping)), it outlives the process. A frontend that cannot
 //! issue its requests again is then served on as if nothing had happened. The ring alone does not
 //! tell what to go on with: responses stand where requests stood, and requests are answered in any
 //! order. vhost-user keeps the same for split virtqueues (its inflight region).

@@ -153,8 +153,8 @@ pub(super) const ATTR_FUA: u32 = 1 << 3;
 
 /// Descriptors of a queue follow those of another one at the distance of the largest queue's, in whole
 /// pages.
-pub(super) const fn descriptors_offset(queue: u16) -> usize {
+pub(super) const fn descriptors_offset(queue: u16) -> u64 {
     /// `UBLK_MAX_QUEUE_DEPTH`.
     const MAX_DEPTH: usize = 4096;
-    queue as usize * (MAX_DEPTH * size_of::<Descriptor>()).next_multiple_of(4096)
+    queue as u64 * (MAX_DEPTH * size_of::<Descriptor>()).next_multiple_of(4096) as u64
 }

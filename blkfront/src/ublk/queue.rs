@@ -8,16 +8,14 @@ use super::abi::{self, Descriptor, IoCommand};
 use crate::{Completed, Io, IoBuffer, Op, Queue};
 use io_uring::{IoUring, opcode, types};
 use nix::sys::eventfd::EventFd;
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-
+use ring_proto::SharedMemory;
 use ring_proto::abi::{PAGE_SIZE, SECTOR_SIZE};
 use std::fs::File;
 use std::io;
-use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd};
-use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use xen_platform::{Access, Mapping};
 
 /// What completions are called that are no tag's.
 const QUEUE: u64 = u64::MAX;
@@ -249,38 +247,23 @@ fn next(ring: &mut IoUring) -> Option<(u64, i32)> {
 /// leaves it alone until that is answered.
 #[derive(Debug)]
 struct Descriptors {
-    base: NonNull<Descriptor>,
-    len: NonZeroUsize,
+    mapping: Mapping,
     depth: u16,
 }
 
-// SAFETY: the mapping belongs to this value, and is only read.
-unsafe impl Send for Descriptors {}
-
 impl Descriptors {
     fn map(file: &File, queue: u16, depth: u16) -> io::Result<Self> {
-        let len = (usize::from(depth) * size_of::<Descriptor>()).next_multiple_of(PAGE_SIZE);
-        let len = NonZeroUsize::new(len).ok_or(io::ErrorKind::InvalidInput)?;
-        let offset = abi::descriptors_offset(queue) as i64;
-        // SAFETY: the kernel places a new mapping, which aliases nothing of this process's.
-        let base =
-            unsafe { mmap(None, len, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, file, offset) }?;
-        Ok(Self { base: base.cast(), len, depth })
+        let pages = (usize::from(depth) * size_of::<Descriptor>()).div_ceil(PAGE_SIZE);
+        let offset = abi::descriptors_offset(queue);
+        Ok(Self { mapping: Mapping::of(file, offset, pages, Access::ReadOnly)?, depth })
     }
 
     fn get(&self, tag: u16) -> Option<Descriptor> {
         if tag >= self.depth {
             return None;
         }
-        let at = self.base.as_ptr().wrapping_add(tag.into());
+        let at = self.mapping.base().as_ptr().cast::<Descriptor>().wrapping_add(tag.into());
         // SAFETY: within the mapping, as checked; any bytes are a descriptor.
         Some(unsafe { at.read_volatile() })
-    }
-}
-
-impl Drop for Descriptors {
-    fn drop(&mut self) {
-        // SAFETY: the mapping made in `map`, of which there are no references.
-        let _ = unsafe { munmap(self.base.cast(), self.len.get()) };
     }
 }

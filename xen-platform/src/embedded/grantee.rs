@@ -1,16 +1,16 @@
 //! The grantee's side: mapping and copying what a peer granted.
 
 use super::connection::Connection;
-use super::memory::FrameMapping;
+use super::memory::map_frames;
 use super::table::{ActiveTable, GrantTable};
+use crate::mapping::Kept;
 use crate::{
-    Access, CopyDirection, CopySegment, Error, GrantCopier, GrantStatus, LocalRegion, MappedGrants,
-    Result, SharedFile,
+    Access, CopyDirection, CopySegment, Error, GrantCopier, GrantStatus, LocalRegion, Mapping,
+    Result,
 };
 use ring_proto::abi::PAGE_SIZE;
 use ring_proto::{DomId, GrantRef, SharedMemory, copy_volatile};
 use std::os::fd::{AsFd, OwnedFd};
-use std::ptr::NonNull;
 use std::sync::Arc;
 
 /// A domain whose grants we use.
@@ -18,7 +18,7 @@ use std::sync::Arc;
 pub(super) struct Peer {
     domid: DomId,
     /// All its memory. Only frames that a pin has checked are touched.
-    memory: SharedFile,
+    memory: Mapping,
     file: OwnedFd,
     frames: u32,
     grants: GrantTable,
@@ -31,7 +31,8 @@ impl Peer {
     /// Asks the broker for `domid`, or gives `None` if nobody is there.
     pub(super) fn connect(connection: Arc<Connection>, domid: DomId) -> Result<Option<Self>> {
         let Some([file, grants, active]) = connection.peer(domid)? else { return Ok(None) };
-        let memory = SharedFile::map(file.as_fd())?;
+        let memory = Mapping::whole(file.as_fd());
+        let memory = memory.map_err(|e| Error::io(format!("map the memory of {domid}"), e))?;
         let frames = u32::try_from(memory.len() / PAGE_SIZE).unwrap_or(u32::MAX);
         let grants = GrantTable::map(grants.as_fd())?;
         let active = ActiveTable::map(active.as_fd())?;
@@ -54,7 +55,7 @@ impl Peer {
 
 /// Uses of a peer's grants, which end when this is dropped.
 #[derive(Debug)]
-struct Pins {
+pub(super) struct Pins {
     peer: Arc<Peer>,
     refs: Vec<GrantRef>,
     access: Access,
@@ -68,44 +69,19 @@ impl Drop for Pins {
     }
 }
 
-/// A peer's pages in our address space.
-#[derive(Debug)]
-pub(super) struct Mapped {
-    // Dropped in this order: nothing is mapped that is not pinned.
-    mapping: FrameMapping,
-    _pins: Pins,
-}
-
-impl Mapped {
-    pub(super) fn new(peer: Arc<Peer>, refs: &[GrantRef], access: Access) -> Result<Self> {
-        let mut pins = Pins { peer, refs: Vec::with_capacity(refs.len()), access };
-        let mut frames = Vec::with_capacity(refs.len());
-        for &gref in refs {
-            let peer = pins.peer.domid;
-            let frame = pins.peer.pin(gref, access).map_err(|status| Error::Grant {
-                peer,
-                gref,
-                status,
-            })?;
-            frames.push(frame);
-            pins.refs.push(gref);
-        }
-        let mapping = FrameMapping::new(pins.peer.file.as_fd(), &frames, access)?;
-        Ok(Self { mapping, _pins: pins })
+/// Maps a peer's pages: none that is not pinned.
+pub(super) fn map(peer: Arc<Peer>, refs: &[GrantRef], access: Access) -> Result<Kept<Pins>> {
+    let mut pins = Pins { peer, refs: Vec::with_capacity(refs.len()), access };
+    let mut frames = Vec::with_capacity(refs.len());
+    for &gref in refs {
+        let peer = pins.peer.domid;
+        let frame = pins.peer.pin(gref, access);
+        frames.push(frame.map_err(|status| Error::Grant { peer, gref, status })?);
+        pins.refs.push(gref);
     }
+    let mapping = map_frames(pins.peer.file.as_fd(), &frames, access)?;
+    Ok(Kept::new(mapping, pins))
 }
-
-// SAFETY: the mapping keeps the promises.
-unsafe impl SharedMemory for Mapped {
-    fn base(&self) -> NonNull<u8> {
-        self.mapping.base()
-    }
-    fn len(&self) -> usize {
-        SharedMemory::len(&self.mapping)
-    }
-}
-
-impl MappedGrants for Mapped {}
 
 /// Copies from and to one peer. No system call and no allocation a segment.
 #[derive(Debug)]

@@ -3,21 +3,21 @@
 use super::connection::Connection;
 use super::frames::FrameAllocator;
 use super::locked;
-use super::memory::{FrameMapping, discard_frames};
+use super::memory::{discard_frames, map_frames};
 use super::table::{ENTRIES, GrantTable, RESERVED_ENTRIES};
+use crate::mapping::Kept;
 use crate::{Access, Error, GrantedPages, Result};
 use ring_proto::abi::PAGE_SIZE;
 use ring_proto::{DomId, GrantRef, SharedMemory};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, Weak};
 
 /// A domain as it sees itself.
 #[derive(Debug)]
 pub(super) struct OwnDomain {
     memory: OwnedFd,
-    grants: Arc<GrantTable>,
+    grants: GrantTable,
     free: Mutex<Free>,
     /// The broker takes grants back when it closes.
     _connection: Arc<Connection>,
@@ -33,7 +33,7 @@ struct Free {
 
 #[derive(Debug)]
 struct Limbo {
-    pages: Arc<OwnPages>,
+    pages: Arc<Kept<OwnFrames>>,
     refs: Vec<GrantRef>,
 }
 
@@ -49,7 +49,7 @@ impl OwnDomain {
         let frames = u32::try_from(bytes / PAGE_SIZE as i64).unwrap_or(u32::MAX);
         let entries = (RESERVED_ENTRIES..ENTRIES).rev().map(GrantRef).collect();
         let free = Free { frames: FrameAllocator::new(frames), entries, limbo: Vec::new() };
-        let grants = Arc::new(GrantTable::map(grant_table.as_fd())?);
+        let grants = GrantTable::map(grant_table.as_fd())?;
         Ok(Self { memory, grants, free: Mutex::new(free), _connection: connection })
     }
 
@@ -60,8 +60,8 @@ impl OwnDomain {
         opened.map_err(|e| Error::io("open the domain's memory again", e))
     }
 
-    pub(super) fn grant_table(&self) -> Arc<GrantTable> {
-        Arc::clone(&self.grants)
+    pub(super) fn grant_table(&self) -> &GrantTable {
+        &self.grants
     }
 
     pub(super) fn grant(
@@ -83,7 +83,7 @@ impl OwnDomain {
                 free.frames.allocate(pages).ok_or(Error::Exhausted { what: "pages", limit })?;
             (frames, free.entries.split_off(keep))
         };
-        let mapping = match FrameMapping::new(self.memory.as_fd(), &frames, Access::ReadWrite) {
+        let mapping = match map_frames(self.memory.as_fd(), &frames, Access::ReadWrite) {
             Ok(mapping) => mapping,
             Err(e) => {
                 let mut free = locked(&self.free);
@@ -95,7 +95,8 @@ impl OwnDomain {
         for (&gref, &frame) in refs.iter().zip(&frames) {
             self.grants.permit(gref, peer, frame, access);
         }
-        let pages = Arc::new(OwnPages { domain: Arc::downgrade(self), frames, mapping });
+        let frames = OwnFrames { domain: Arc::downgrade(self), frames };
+        let pages = Arc::new(Kept::new(mapping, frames));
         Ok(Granted { domain: Arc::clone(self), pages, refs, peer, access })
     }
 
@@ -128,24 +129,13 @@ impl OwnDomain {
 
 /// Frames of our own. They are free again when nobody here maps them any more either.
 #[derive(Debug)]
-struct OwnPages {
+struct OwnFrames {
     /// Weak, because the domain keeps those in limbo.
     domain: Weak<OwnDomain>,
     frames: Vec<u32>,
-    mapping: FrameMapping,
 }
 
-// SAFETY: the mapping keeps the promises.
-unsafe impl SharedMemory for OwnPages {
-    fn base(&self) -> NonNull<u8> {
-        self.mapping.base()
-    }
-    fn len(&self) -> usize {
-        SharedMemory::len(&self.mapping)
-    }
-}
-
-impl Drop for OwnPages {
+impl Drop for OwnFrames {
     fn drop(&mut self) {
         let Some(domain) = self.domain.upgrade() else { return };
         // Zeroed now, so that whoever gets them next sees nothing of this. Frames that cannot be
@@ -160,7 +150,7 @@ impl Drop for OwnPages {
 #[derive(Debug)]
 pub(super) struct Granted {
     domain: Arc<OwnDomain>,
-    pages: Arc<OwnPages>,
+    pages: Arc<Kept<OwnFrames>>,
     refs: Vec<GrantRef>,
     peer: DomId,
     access: Access,
@@ -183,7 +173,7 @@ impl GrantedPages for Granted {
                 continue;
             }
             // All or nothing: grant again what was taken back.
-            for (&gref, &frame) in self.refs.iter().zip(&self.pages.frames).take(i) {
+            for (&gref, &frame) in self.refs.iter().zip(&self.pages.by.frames).take(i) {
                 grants.permit(gref, self.peer, frame, self.access);
             }
             return Err((self, Error::StillMapped { gref }));

@@ -35,7 +35,7 @@ use crate::{
     Access, Error, EventChannel, GrantCopier, GrantedPages, MappedGrants, Platform, Result,
 };
 use connection::Connection;
-use grantee::{Copier, Mapped, Peer};
+use grantee::{Copier, Peer};
 use granting::OwnDomain;
 use ring_proto::{DomId, GrantRef, Port, SharedMemory};
 use std::collections::HashMap;
@@ -86,7 +86,7 @@ impl EmbeddedPlatform {
     /// This domain's grant table as it lies in memory, an array of `grant_entry_v1`, which a guest
     /// on Xen may write as it likes. For tests that do.
     pub fn grant_table(&self) -> Arc<dyn SharedMemory> {
-        self.own.grant_table()
+        self.own.grant_table().memory()
     }
 
     fn peer(&self, domid: DomId) -> Result<Option<Arc<Peer>>> {
@@ -115,7 +115,7 @@ impl Platform for EmbeddedPlatform {
 
     fn map(&self, peer: DomId, refs: &[GrantRef], access: Access) -> Result<Arc<dyn MappedGrants>> {
         let found = self.peer(peer)?.ok_or_else(|| no_domain(peer, refs))?;
-        Ok(Arc::new(Mapped::new(found, refs, access)?))
+        Ok(Arc::new(grantee::map(found, refs, access)?))
     }
 
     fn copier(&self, peer: DomId) -> Result<Box<dyn GrantCopier>> {

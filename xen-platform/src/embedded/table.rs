@@ -4,17 +4,20 @@
 //! Rules are those of Xen's common/grant_table.c and of Linux's drivers/xen/grant-table.c, v1.
 
 use super::memory::memory_file;
-use crate::{Access, GrantStatus, Result, SharedFile};
+use crate::{Access, Error, GrantStatus, Mapping, Result};
 use ring_proto::abi::PAGE_SIZE;
-use ring_proto::{DomId, GrantRef, SharedMemory};
+use ring_proto::{DomId, GrantRef, SharedMemory, Words};
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Frames of a grant table: Xen's default for `gnttab_max_frames`.
 const TABLE_FRAMES: usize = 64;
+/// Words of an entry of a grant table, and its bytes.
+const ENTRY_WORDS: usize = 2;
+const ENTRY_BYTES: usize = ENTRY_WORDS * size_of::<u32>();
 /// Grant entries of a domain.
-pub(super) const ENTRIES: u32 = (TABLE_FRAMES * PAGE_SIZE / size_of::<Entry>()) as u32;
+pub(super) const ENTRIES: u32 = (TABLE_FRAMES * PAGE_SIZE / ENTRY_BYTES) as u32;
 /// `GNTTAB_NR_RESERVED_ENTRIES`: the first entries belong to the toolstack (console, xenstore).
 pub(super) const RESERVED_ENTRIES: u32 = 8;
 
@@ -28,16 +31,16 @@ const WRITING: u32 = 1 << 4;
 /// `GNTST_general_error`: here, more pins than the active table can count.
 const GENERAL_ERROR: i16 = -1;
 
-/// `grant_entry_v1_t`. `flags` and `domid` are one word, because both are compared and swapped at once.
-#[repr(C)]
-struct Entry {
-    /// flags in the low half, domid in the high half.
-    status: AtomicU32,
-    frame: AtomicU32,
+/// `grant_entry_v1_t`.
+struct Entry<'a> {
+    /// flags in the low half, domid in the high half: one word, because both are compared and swapped at
+    /// once.
+    status: &'a AtomicU32,
+    frame: &'a AtomicU32,
 }
-const _: () = assert!(size_of::<Entry>() == 8 && cfg!(target_endian = "little"));
+const _: () = assert!(cfg!(target_endian = "little"));
 
-impl Entry {
+impl Entry<'_> {
     /// Whether `me` may use a grant with this status word.
     fn check(status: u32, me: DomId, access: Access) -> Result<(), GrantStatus> {
         if status & TYPE_MASK != PERMIT_ACCESS || status >> 16 != u32::from(me.0) {
@@ -84,17 +87,9 @@ fn in_use_bits(access: Access) -> u32 {
 
 /// A domain's grant table, mapped.
 #[derive(Debug)]
-pub(super) struct GrantTable(SharedFile);
-
-// SAFETY: the mapping is page-aligned and lives as long as the value; references into it are to
-// atomics only.
-unsafe impl SharedMemory for GrantTable {
-    fn base(&self) -> NonNull<u8> {
-        self.0.base()
-    }
-    fn len(&self) -> usize {
-        self.0.len()
-    }
+pub(super) struct GrantTable {
+    memory: Arc<Mapping>,
+    words: Words,
 }
 
 impl GrantTable {
@@ -103,18 +98,20 @@ impl GrantTable {
     }
 
     pub(super) fn map(file: BorrowedFd<'_>) -> Result<Self> {
-        SharedFile::map(file).map(Self)
+        let memory = Mapping::whole(file).map_err(|e| Error::io("map a grant table", e))?;
+        let memory = Arc::new(memory);
+        Ok(Self { words: Words::new(memory.clone()), memory })
     }
 
-    fn entry(&self, gref: GrantRef) -> Option<&Entry> {
+    pub(super) fn memory(&self) -> Arc<dyn SharedMemory> {
+        self.memory.clone()
+    }
+
+    fn entry(&self, gref: GrantRef) -> Option<Entry<'_>> {
         let index = usize::try_from(gref.0).ok()?;
-        if index >= self.0.len() / size_of::<Entry>() {
-            return None;
-        }
-        let at = self.0.base().cast::<Entry>().as_ptr().wrapping_add(index);
-        // SAFETY: within the mapping, which is page-aligned and lives as long as `self`. An entry
-        // is made of atomics, so other processes may write it under this reference.
-        Some(unsafe { &*at })
+        let (entries, _) = self.words.as_chunks::<ENTRY_WORDS>();
+        let [status, frame] = entries.get(index)?;
+        Some(Entry { status, frame })
     }
 
     /// The owner's side: lets `peer` use `frame`.
@@ -154,7 +151,7 @@ impl GrantTable {
 /// bit 63. It names the domain, so that the broker finds what a dead process held. The granting
 /// domain never sees it. The first page is a header.
 #[derive(Debug)]
-pub(super) struct ActiveTable(SharedFile);
+pub(super) struct ActiveTable(Mapping);
 
 const READER: u64 = 1;
 const WRITER: u64 = 1 << 16;
@@ -172,7 +169,7 @@ impl ActiveTable {
     }
 
     pub(super) fn map(file: BorrowedFd<'_>) -> Result<Self> {
-        SharedFile::map(file).map(Self)
+        Mapping::whole(file).map(Self).map_err(|e| Error::io("map an active table", e))
     }
 
     fn word(&self, offset: usize) -> Option<&AtomicU64> {
@@ -222,7 +219,7 @@ impl ActiveTable {
         match frame {
             Ok(frame) if frame < frames => Ok(frame),
             refused => {
-                count_down(active, entry, access);
+                count_down(active, &entry, access);
                 refused.and(Err(GrantStatus::Other(GNTST_BAD_PAGE)))
             }
         }
@@ -231,7 +228,7 @@ impl ActiveTable {
     /// Ends a use that [`ActiveTable::pin`] began. The in-use bits go with the last one.
     pub(super) fn unpin(&self, grants: &GrantTable, gref: GrantRef, access: Access) {
         if let (Some(entry), Some(active)) = (grants.entry(gref), self.entry(gref)) {
-            count_down(active, entry, access);
+            count_down(active, &entry, access);
         }
     }
 
@@ -305,7 +302,7 @@ fn count_up(active: &AtomicU64, me: DomId, access: Access) -> Result<(), GrantSt
 
 /// Counts one use less, and clears the in-use bits that nobody needs any more. Between the two the
 /// entry is locked: a use that began there would find its bits cleared under it.
-fn count_down(active: &AtomicU64, entry: &Entry, access: Access) {
+fn count_down(active: &AtomicU64, entry: &Entry<'_>, access: Access) {
     let (step, shift) = one(access);
     loop {
         let seen = unlocked(active);

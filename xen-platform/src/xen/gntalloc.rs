@@ -1,8 +1,7 @@
 //! Granting: memory that the kernel allocates, grants and, when both ends have let go, frees.
 
 use super::abi::{self, ALLOC_WRITABLE, AllocGref, DeallocGref};
-use super::mapping::Mapping;
-use crate::{Access, Error, GrantedPages, Result};
+use crate::{Access, Error, GrantedPages, Mapping, Result};
 use nix::Error as Errno;
 use ring_proto::{DomId, GrantRef, SharedMemory};
 use std::fs::File;
@@ -53,8 +52,7 @@ impl Granted {
         // SAFETY: `request` holds `pages` references from there, and is not touched meanwhile.
         let refs = unsafe { std::slice::from_raw_parts(first, pages) };
         let refs = refs.iter().copied().map(GrantRef).collect();
-        let mapped = Mapping::new(&file, index, pages, Access::ReadWrite);
-        match mapped {
+        match Mapping::of(&file, index, pages, Access::ReadWrite) {
             Ok(memory) => Ok(Self { file, index, refs, memory: Arc::new(memory) }),
             Err(error) => {
                 give_back(&file, index, count);

@@ -5,9 +5,9 @@ use super::abi::{
     UnmapGrantRef,
 };
 use super::device::Device;
-use super::mapping::Mapping;
+use crate::mapping::Kept;
 use crate::{
-    Access, CopyDirection, CopySegment, Error, GrantCopier, GrantStatus, LocalRegion, MappedGrants,
+    Access, CopyDirection, CopySegment, Error, GrantCopier, GrantStatus, LocalRegion, Mapping,
     Result,
 };
 use nix::Error as Errno;
@@ -15,9 +15,9 @@ use ring_proto::abi::PAGE_SIZE;
 use ring_proto::{DomId, GrantRef, SharedMemory};
 use std::cell::RefCell;
 use std::fs::File;
+use std::io;
 use std::mem::offset_of;
 use std::os::fd::AsRawFd;
-use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,17 +41,9 @@ thread_local! {
     static GNTDEV: RefCell<Option<Gntdev>> = const { RefCell::new(None) };
 }
 
-/// A peer's pages in our address space.
+/// The kernel's note of a map, which it forgets when nothing of it is mapped.
 #[derive(Debug)]
-pub(super) struct Mapped {
-    // Dropped in this order: the kernel forgets the map when nothing of it is mapped.
-    mapping: Mapping,
-    _entry: Entry,
-}
-
-/// The kernel's note of a map.
-#[derive(Debug)]
-struct Entry {
+pub(super) struct Entry {
     file: Arc<File>,
     index: u64,
     count: u32,
@@ -66,40 +58,25 @@ impl Drop for Entry {
     }
 }
 
-// SAFETY: the mapping keeps the promises.
-unsafe impl SharedMemory for Mapped {
-    fn base(&self) -> NonNull<u8> {
-        self.mapping.base()
-    }
-    fn len(&self) -> usize {
-        SharedMemory::len(&self.mapping)
-    }
-}
-
-impl MappedGrants for Mapped {}
-
-impl Mapped {
-    pub(super) fn new(peer: DomId, refs: &[GrantRef], access: Access) -> Result<Self> {
-        let entry = GNTDEV.with_borrow_mut(|gntdev| {
-            let gntdev = match gntdev {
-                Some(gntdev) => gntdev,
-                None => {
-                    let file = Arc::new(Device::Gntdev.open()?);
-                    gntdev.insert(Gntdev { file, request: Vec::new() })
-                }
-            };
-            gntdev.enter(peer, refs).map_err(|error| map_error(peer, refs, error))
-        })?;
-        match entry.map(access) {
-            Ok(mapping) => Ok(Self { mapping, _entry: entry }),
-            Err(error) => {
-                Err(why_refused(peer, refs).unwrap_or_else(|| map_error(peer, refs, error)))
+/// Maps a peer's pages.
+pub(super) fn map(peer: DomId, refs: &[GrantRef], access: Access) -> Result<Kept<Entry>> {
+    let entry = GNTDEV.with_borrow_mut(|gntdev| {
+        let gntdev = match gntdev {
+            Some(gntdev) => gntdev,
+            None => {
+                let file = Arc::new(Device::Gntdev.open()?);
+                gntdev.insert(Gntdev { file, request: Vec::new() })
             }
-        }
+        };
+        gntdev.enter(peer, refs).map_err(|error| map_error(peer, refs, error))
+    })?;
+    match entry.map(access) {
+        Ok(mapping) => Ok(Kept::new(mapping, entry)),
+        Err(error) => Err(why_refused(peer, refs).unwrap_or_else(|| map_error(peer, refs, error))),
     }
 }
 
-fn map_error(peer: DomId, refs: &[GrantRef], error: Errno) -> Error {
+fn map_error(peer: DomId, refs: &[GrantRef], error: impl Into<io::Error>) -> Error {
     let (pages, first) = (refs.len(), refs.first().copied().unwrap_or_default());
     Error::io(format!("map {pages} pages of {peer}, the first being {first}"), error)
 }
@@ -130,14 +107,16 @@ impl Gntdev {
 const _: () = assert!(HEADER == 2 && cfg!(target_endian = "little"));
 
 impl Entry {
-    fn map(&self, access: Access) -> Result<Mapping, Errno> {
+    fn map(&self, access: Access) -> io::Result<Mapping> {
         for _ in 0..PAGED_OUT_TRIES {
-            match Mapping::new(&self.file, self.index, self.count as usize, access) {
-                Err(Errno::EAGAIN) => std::thread::sleep(PAGED_OUT_PAUSE),
+            match Mapping::of(&self.file, self.index, self.count as usize, access) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    std::thread::sleep(PAGED_OUT_PAUSE);
+                }
                 done => return done,
             }
         }
-        Err(Errno::EAGAIN)
+        Err(Errno::EAGAIN.into())
     }
 }
 

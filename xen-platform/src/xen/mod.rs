@@ -15,7 +15,6 @@ mod domid;
 mod evtchn;
 mod gntalloc;
 mod gntdev;
-mod mapping;
 
 use crate::claim::claim;
 use crate::{Access, EventChannel, GrantCopier, GrantedPages, MappedGrants, Platform, Result};
@@ -86,7 +85,7 @@ impl Platform for XenPlatform {
     }
 
     fn map(&self, peer: DomId, refs: &[GrantRef], access: Access) -> Result<Arc<dyn MappedGrants>> {
-        Ok(Arc::new(gntdev::Mapped::new(peer, refs, access)?))
+        Ok(Arc::new(gntdev::map(peer, refs, access)?))
     }
 
     fn copier(&self, peer: DomId) -> Result<Box<dyn GrantCopier>> {
