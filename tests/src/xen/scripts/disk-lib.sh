@@ -1,24 +1,17 @@
 # What guests do with a block device, with its data verified.
 
-# NAME DEVICE ARGUMENTS...: a fio job. (All variables are of the whole script.)
+# NAME DEVICE ARGUMENTS...: a fio job, which is a result. (All variables are of the whole script.)
 job() {
-    job_name=$1
-    job_disk=$2
-    shift 2
-    fio --name="$job_name" --filename="$job_disk" --ioengine=libaio --direct=1 --group_reporting \
-        --output-format=json --output=/run/fio.json "$@" >/run/fio.out 2>&1
-    status=$?
+    run_fio "$@"
     cat /run/fio.out
-    # Warnings come first.
-    sed -n '/^{/,$p' /run/fio.json >/run/fio.result
     result fio /run/fio.result
-    text "fio-status" "$job_name $status"
-    [ $status = 0 ] || text failure "fio $job_name: $(cat /run/fio.out)"
+    text "fio-status" "$1 $fio_status"
+    [ $fio_status = 0 ] || text failure "fio $1: $(cat /run/fio.out)"
 }
 
 # DEVICE: writes at every size, reads, and flushes; a quarter of it with the word short=1.
 verify_disk() {
-    verify="--verify=crc32c --verify_fatal=1 --clat_percentiles=0 --lat_percentiles=0"
+    verify="--verify=crc32c --verify_fatal=1"
     job verify-4k "$1" --rw=randwrite --bs=4k --iodepth=32 --size=$((short ? 2 : 8))M $verify
     job verify-sizes "$1" --rw=randwrite --bsrange=512-256k --blockalign=512 --iodepth=16 \
         --size=$((short ? 4 : 16))M $verify
@@ -36,7 +29,7 @@ use_disk() {
 
 # DEVICE: random reads and writes, timed.
 time_disk() {
-    timed="--time_based --runtime=5 --size=100% --clat_percentiles=0"
+    timed="--time_based --runtime=5 --size=100%"
     job randread "$1" --rw=randread --bs=4k --iodepth=32 $timed
     job randwrite "$1" --rw=randwrite --bs=4k --iodepth=32 $timed
 }

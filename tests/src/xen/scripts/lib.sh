@@ -64,13 +64,24 @@ records() {
     ls /run/blkback | grep -v stats.sock || true
 }
 
-# ROW DEVICE ARGUMENTS...: a timed fio job, whose result is left in /run/fio.result, in a line.
+# FILE: the JSON that fio has written there, in a line. Warnings come first.
+fio_json() {
+    sed -n '/^{/,$p' "$1" | tr -d '\n\r'
+}
+
+# NAME DEVICE ARGUMENTS...: a fio job. Its result is left in /run/fio.result, in a line, and what it says in
+# /run/fio.out.
 run_fio() {
-    row=$1
-    shift
-    fio --name="$row" --filename="$1" --ioengine=libaio --direct=1 --time_based --runtime="$seconds" \
-        --group_reporting --norandommap --clat_percentiles=0 --lat_percentiles=0 \
-        --output-format=json --output=/run/fio.json $(shift; echo "$@") >/run/fio.out 2>&1 || return 1
-    # Warnings come first.
-    sed -n '/^{/,$p' /run/fio.json | tr -d '\n\r' >/run/fio.result
+    fio_name=$1 fio_device=$2
+    shift 2
+    fio --name="$fio_name" --filename="$fio_device" --ioengine=libaio --direct=1 --group_reporting \
+        --clat_percentiles=0 --lat_percentiles=0 --output-format=json --output=/run/fio.json "$@" >/run/fio.out 2>&1
+    fio_status=$?
+    fio_json /run/fio.json >/run/fio.result
+    return $fio_status
+}
+
+# NAME DEVICE ARGUMENTS...: as run_fio, for $seconds.
+time_fio() {
+    run_fio "$@" --time_based --runtime="$seconds" --norandommap
 }

@@ -87,7 +87,7 @@ times_of_blocks() {
 load() {
     seconds=600
     before=$(cat /sys/block/xvda/stat)
-    run_fio "$1" /dev/xvda $(grep "^$1 " /scripts/rows | cut -d' ' -f2-) &
+    time_fio "$1" /dev/xvda $(grep "^$1 " /scripts/rows | cut -d' ' -f2-) &
     load=$!
     until [ "$(cat /sys/block/xvda/stat)" != "$before" ]; do sleep 0.2; done
 }

@@ -24,7 +24,7 @@ measure() {
     while read -r row arguments; do
         step "$1 $2 $row"
         before=$(events)
-        run_fio "$row" "/dev/$3" $arguments </dev/null || text failure "fio $row on $2: $(cat /run/fio.out)"
+        time_fio "$row" "/dev/$3" $arguments </dev/null || text failure "fio $row on $2: $(cat /run/fio.out)"
         after=$(events)
         step "$1 $2 $row end"
         printf '@result {"name":"row","value":{"round":%s,"backend":"%s","row":"%s","guest_events":%s,"fio":%s}}\n' \

@@ -1,4 +1,5 @@
 # Loads both disks for $seconds, every byte verified: fio on xvda, a file system on xvdb.
+. /scripts/disk-lib.sh
 modprobe xen-blkfront max_ring_page_order=4
 modprobe crc32c_generic 2>/dev/null
 modprobe ext4
@@ -31,14 +32,8 @@ files() {
 files >/run/files.out 2>&1 &
 files=$!
 echo "guest: load begins"
-fio --name=load --filename=/dev/xvda --ioengine=libaio --direct=1 --group_reporting \
-    --output-format=json --output=/run/fio.json --rw=randwrite --bs=4k --iodepth=32 --size=4M \
-    --numjobs=2 --offset_increment=4M --time_based --runtime="$seconds" --clat_percentiles=0 \
-    --verify=crc32c --verify_fatal=1 --verify_state_save=0 >/run/fio.out 2>&1 ||
-    text failure "fio: $(cat /run/fio.out)"
-cat /run/fio.out
-sed -n '/^{/,$p' /run/fio.json >/run/fio.result
-result fio /run/fio.result
+job load /dev/xvda --rw=randwrite --bs=4k --iodepth=32 --size=4M --numjobs=2 --offset_increment=4M \
+    --time_based --runtime="$seconds" --verify=crc32c --verify_fatal=1 --verify_state_save=0
 touch /run/enough
 if wait $files; then
     text filesystem "clean after $(tail -1 /run/files.out)"

@@ -20,9 +20,9 @@ until xenstore-exists data/enough; do
     for disk in xvda xvdb; do
         eval "pid=\$$disk"
         wait $pid || text failure "fio on $disk: $(cat /run/$disk.out /run/$disk.json | head -c 2000)"
-        sed -n '/^{/,$p' /run/$disk.json >/run/fio.result
+        fio_json /run/$disk.json >/run/fio.result
         result fio /run/fio.result
-        sed '/"write"/,$d' /run/fio.result | grep -q '"total_ios" : [1-9]' ||
+        sed '/"write"/,$d' /run/$disk.json | grep -q '"total_ios" : [1-9]' ||
             text failure "fio on $disk has read nothing back"
     done
 done

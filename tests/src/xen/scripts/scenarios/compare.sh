@@ -57,7 +57,7 @@ xenstore-watch "$domain/data/step" | while read -r _; do
     end) break ;;
     *direct)
         while read -r row arguments; do
-            run_fio "$row" /dev/nullb0 $arguments </dev/null || fail "fio $row in dom0"
+            time_fio "$row" /dev/nullb0 $arguments </dev/null || fail "fio $row in dom0"
             result row "{\"round\":${step% *},\"backend\":\"direct\",\"row\":\"$row\",\"fio\":$(cat /run/fio.result)}"
         done </scripts/rows
         ;;
