@@ -1,12 +1,12 @@
 //! A whole host on the embedded platform: broker, driver domain, guests, as processes in a directory.
 
 use crate::process::{Process, run};
+use crate::scratch::Scratch;
 use anyhow::{Context, Result};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use tempfile::TempDir;
 
 /// Name of the driver domain.
 pub const DRIVER_DOMAIN: &str = "stor";
@@ -46,7 +46,7 @@ impl Programs {
 pub struct Host {
     broker: Process,
     programs: Programs,
-    dir: TempDir,
+    dir: Scratch,
 }
 
 impl Host {
@@ -55,7 +55,7 @@ impl Host {
     /// # Errors
     /// When the broker does not start.
     pub fn start(programs: Programs) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("xen-blk.").tempdir()?;
+        let dir = Scratch::new(&std::env::temp_dir())?;
         let platform = dir.path().join("host");
         let mut command = programs.command("xen-embedded");
         command.arg("--dir").arg(&platform).arg("serve");

@@ -5,4 +5,5 @@
 pub mod cpu;
 pub mod host;
 pub mod process;
+pub mod scratch;
 pub mod xen;

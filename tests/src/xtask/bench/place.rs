@@ -9,13 +9,14 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use xen_blk_tests::process::run as output;
+use xen_blk_tests::scratch::Scratch;
 
 /// Size of every disk's used part: files of it stay in the page cache.
 pub(super) const BYTES: u64 = 1 << 30;
 
 /// A directory in `target/bench` with what disks are made of.
 pub(super) struct Place {
-    dir: tempfile::TempDir,
+    dir: Scratch,
     cached: OnceCell<PathBuf>,
     direct: OnceCell<PathBuf>,
     device: OnceCell<LoopDevice>,
@@ -26,7 +27,7 @@ impl Place {
         let parent = target().join("bench");
         std::fs::create_dir_all(&parent)?;
         // Not in /tmp, which may be a tmpfs: that has no O_DIRECT.
-        let dir = tempfile::Builder::new().prefix("disks.").tempdir_in(parent)?;
+        let dir = Scratch::new(&parent)?;
         Ok(Self { dir, cached: OnceCell::new(), direct: OnceCell::new(), device: OnceCell::new() })
     }
 
