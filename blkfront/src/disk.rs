@@ -3,108 +3,21 @@
 use crate::config::{MAX_DEPTH, MAX_POOL_BYTES, MAX_VCPUS};
 use crate::control::{self, Opened, Start};
 use crate::fabric::Fabric;
-use crate::flight::{FlushMode, Limits};
-use crate::link::{Bell, Command};
-use crate::stats::Stats;
-use crate::{Cause, Config, Error, InvalidOption, Queue, Result};
+use crate::limits::Limits;
+use crate::link::{Bell, Command, locked};
+use crate::{
+    Cause, Config, Error, Features, Geometry, Info, InvalidOption, Queue, Result, RingInfo,
+};
 use ring_proto::DomId;
 use ring_proto::abi::{MAX_INDIRECT_SEGMENTS, MAX_RING_PAGE_ORDER, PAGE_SIZE};
-use serde::Serialize;
 use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use tokio::sync::mpsc::UnboundedSender;
 use xen_platform::Platform;
 use xenstore_glue::client::Endpoint;
 use xenstore_glue::vbd::VirtualDevice;
-
-/// Size and shape of a disk, as its backend states it now.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize)]
-pub struct Geometry {
-    /// Bytes.
-    pub size: u64,
-    /// Every offset and length is a multiple of this many bytes: 512, or 4096.
-    pub sector_size: u32,
-    /// Bytes the device likes to write at once.
-    pub physical_sector_size: u32,
-    /// Writes and discards are refused.
-    pub read_only: bool,
-    /// The backend calls it removable.
-    pub removable: bool,
-    /// The backend calls it a CD-ROM.
-    pub cdrom: bool,
-}
-
-/// What was agreed with the backend.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize)]
-pub struct Features {
-    /// Flushes reach the backend. Without, the disk has no volatile cache and they succeed at once.
-    pub flush: bool,
-    /// Durable writes are one request, a barrier; otherwise they are a write and then a flush.
-    pub barrier: bool,
-    /// Discards are taken.
-    pub discard: bool,
-    /// Secure discards are taken.
-    pub secure_discard: bool,
-    /// Bytes a discard should be a multiple of.
-    pub discard_granularity: u32,
-    /// Bytes; where the multiples start.
-    pub discard_alignment: u32,
-    /// The backend keeps our pages mapped.
-    pub persistent: bool,
-    /// Segments of an indirect request; 0 without.
-    pub max_indirect_segments: u16,
-    /// Segments of a direct request.
-    pub max_direct_segments: u16,
-    /// Ring pages, as a power of two.
-    pub ring_order: u8,
-    /// Requests and responses have pages of their own.
-    pub split_ring: bool,
-}
-
-/// A ring, and who uses it.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
-pub struct RingInfo {
-    /// Its number.
-    pub ring: u32,
-    /// Requests it holds.
-    pub slots: u32,
-    /// The vCPUs that submit to it.
-    pub vcpus: Vec<u32>,
-    /// What it and its vCPUs have done.
-    pub stats: Stats,
-}
-
-/// All there is to say about a disk.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
-pub struct Info {
-    /// The frontend's domain.
-    pub domain: u16,
-    /// The backend's domain.
-    pub backend_domain: u16,
-    /// The name its number stands for, such as `xvda`, or the number.
-    pub device: String,
-    /// Its number.
-    pub devid: u32,
-    /// The frontend's directory.
-    pub frontend: String,
-    /// The backend's directory.
-    pub backend: String,
-    /// What the toolstack says of the backend (`untrusted` in the disk's configuration). It changes
-    /// nothing: no backend is trusted (see the crate's description).
-    pub trusted: bool,
-    /// Whether the backend is there now.
-    pub connected: bool,
-    /// Times a backend came back.
-    pub reconnects: u64,
-    /// Size and shape.
-    pub geometry: Geometry,
-    /// What was agreed.
-    pub features: Features,
-    /// The rings.
-    pub rings: Vec<RingInfo>,
-}
 
 /// What the control thread finds out.
 #[derive(Clone, Debug)]
@@ -125,15 +38,6 @@ pub(crate) struct State {
 
 impl State {
     pub(crate) fn new(devid: u32, frontend: String, backend: String, trusted: bool) -> Self {
-        let limits = Limits {
-            direct: 1,
-            indirect: 0,
-            flush: FlushMode::None,
-            discard: false,
-            secure_discard: false,
-            read_only: false,
-            sector_size: 512,
-        };
         Self {
             devid,
             frontend,
@@ -144,7 +48,7 @@ impl State {
             connections: 0,
             geometry: Geometry::default(),
             features: Features::default(),
-            limits,
+            limits: Limits::default(),
         }
     }
 }
@@ -318,7 +222,7 @@ impl Disk {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.state)
     }
 
     fn error(&self, cause: Cause) -> Error {

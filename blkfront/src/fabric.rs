@@ -1,9 +1,10 @@
 //! The rings and vCPUs of a disk, and the threads between them. Stays as it is for the disk's life,
 //! whatever backends come and go.
 
-use crate::flight::{Flight, Limits};
+use crate::flight::Flight;
 use crate::hw::Ring;
-use crate::link::{Command, Link, Mailbox, Notice};
+use crate::limits::Limits;
+use crate::link::{Command, Link, Mailbox, Notice, locked};
 use crate::owner::{OwnerState, RingOwner, User, join};
 use crate::pool::Pool;
 use crate::queue::{Parts, Path, Queue};
@@ -12,7 +13,7 @@ use crate::{Cause, Config, map_vcpus};
 use ring_proto::DomId;
 use ring_proto::abi::PAGE_SIZE;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use tokio::sync::mpsc::UnboundedSender;
 use xen_platform::{Access, Platform, Spin};
@@ -39,10 +40,6 @@ pub(crate) struct Fabric {
     idle: Mutex<Vec<Ring>>,
     stop: Arc<AtomicBool>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Fabric {

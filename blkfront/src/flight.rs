@@ -5,6 +5,7 @@
 //! backend is replaced, the pieces of every unanswered request are put together anew, within whatever limits
 //! the new one has.
 
+use crate::limits::{FlushMode, Limits};
 use crate::pool::{IoBuffer, Pool};
 use crate::slab::{NONE, Slab};
 use crate::stats::Counters;
@@ -18,38 +19,6 @@ use std::collections::VecDeque;
 const MERGE_WINDOW: usize = 4;
 /// 512-byte sectors in a page, as the arithmetic here needs it.
 const PAGE_SECTORS: u32 = SECTORS_PER_PAGE as u32;
-
-/// How the backend makes writes durable.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum FlushMode {
-    /// Not at all: there is no volatile cache, or none it tells us of. As in Linux, flushes succeed.
-    None,
-    /// `FLUSH_DISKCACHE`.
-    Cache,
-    /// `WRITE_BARRIER`, which Linux also uses only where there is no `FLUSH_DISKCACHE`.
-    Barrier,
-}
-
-/// What one connection to a backend allows.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Limits {
-    /// Segments of a direct request.
-    pub(crate) direct: u16,
-    /// Segments of an indirect request; 0 without.
-    pub(crate) indirect: u16,
-    pub(crate) flush: FlushMode,
-    pub(crate) discard: bool,
-    pub(crate) secure_discard: bool,
-    pub(crate) read_only: bool,
-    /// Bytes.
-    pub(crate) sector_size: u32,
-}
-
-impl Limits {
-    fn segments(&self) -> u32 {
-        u32::from(self.direct.max(self.indirect)).max(1)
-    }
-}
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kind {

@@ -55,7 +55,9 @@ mod error;
 mod fabric;
 mod flight;
 mod hw;
+mod info;
 mod io;
+mod limits;
 mod link;
 mod local;
 mod mapping;
@@ -75,8 +77,9 @@ pub use config::{
     Config, DEFAULT_DEPTH, DEFAULT_INDIRECT_SEGMENTS, DEFAULT_POOL_BYTES, MAX_DEPTH,
     MAX_POOL_BYTES, MAX_VCPUS, Protocol,
 };
-pub use disk::{Disk, Features, Geometry, Info, RingInfo};
+pub use disk::Disk;
 pub use error::{Cause, Error, InvalidOption, IoError, Refusal, Refused, Result, Violation};
+pub use info::{Features, Geometry, Info, RingInfo};
 pub use io::{Completed, Io, Op};
 pub use local::prepare_process;
 pub use mapping::map_vcpus;

@@ -1,14 +1,14 @@
 //! What connects the threads of a disk: bells to wake them, and mailboxes for news of the backend.
 
 use crate::Cause;
-use crate::flight::Limits;
 use crate::hw::{Failure, Ring};
+use crate::limits::Limits;
 use crate::stats::Counters;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use tokio::sync::mpsc::UnboundedSender;
 
 /// Wakes a thread that sleeps, and costs nothing while it is awake: the ring's own protocol, with a
@@ -95,7 +95,7 @@ impl Mailbox {
 
     pub(crate) fn post(&self, notice: Notice) {
         let replaced = {
-            let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut latest = locked(&self.latest);
             if matches!(*latest, Some(Notice::Gone)) {
                 return;
             }
@@ -121,12 +121,17 @@ impl Mailbox {
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => {
                 counters.contended.add(1);
-                self.latest.lock().unwrap_or_else(PoisonError::into_inner)
+                locked(&self.latest)
             }
         };
         *taken = self.posted.load(Ordering::Relaxed);
         latest.take()
     }
+}
+
+/// Locks, also after a thread has panicked in there: nothing is left half done where one could.
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What all threads of a disk share.

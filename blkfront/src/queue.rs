@@ -1,12 +1,13 @@
 //! A vCPU's queue.
 
-use crate::flight::{Flight, Limits};
+use crate::flight::Flight;
 use crate::hw::{Failure, HwQueue, Owner};
+use crate::limits::Limits;
 use crate::link::{Link, Mailbox, Notice};
 use crate::owner::{Staged, Staging};
 use crate::pool::Pool;
 use crate::stats::Counters;
-use crate::wait::sleep;
+use crate::wait::{Deadline, sleep};
 use crate::{Completed, Io, IoBuffer, Op, Refusal, Refused, Stats, Waiting};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use ring_proto::abi::SECTOR_SIZE;
@@ -14,7 +15,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use xen_platform::Spin;
 
 /// Turns of a spin between two looks at whether the time is up.
@@ -161,32 +162,15 @@ impl Queue {
         if self.backend == Backend::Gone {
             return Err(Refusal::Gone);
         }
-        let limits = &self.flight.limits;
         let len = match (io.op, &io.buffer) {
             (Op::Read | Op::Write { .. }, Some(buffer)) if self.pool.owns(buffer) => {
                 buffer.len() as u64
             }
             (Op::Read | Op::Write { .. }, _) => return Err(Refusal::ForeignBuffer),
-            (Op::Discard { secure, .. }, _)
-                if !limits.discard || (secure && !limits.secure_discard) =>
-            {
-                return Err(Refusal::NotSupported);
-            }
             (Op::Discard { len, .. }, _) => len,
             (Op::Flush, _) => return Ok(()),
         };
-        if limits.read_only && io.op != Op::Read {
-            return Err(Refusal::ReadOnly);
-        }
-        let (offset, sector_size) = (io.offset, limits.sector_size);
-        if len == 0 || (offset | len) & (u64::from(sector_size) - 1) != 0 {
-            return Err(Refusal::Misaligned { offset, len, sector_size });
-        }
-        let size = self.size();
-        if offset.checked_add(len).is_none_or(|end| end > size) {
-            return Err(Refusal::PastEnd { offset, len, size });
-        }
-        Ok(())
+        self.flight.limits.check(io.op, io.offset, len, self.size())
     }
 
     /// Holds I/O back, so that neighbours can be merged and all be sent with one notification.
@@ -393,7 +377,7 @@ impl Queue {
     /// As [`Queue::poll`], but waits as [`crate::Config::waiting`] says until something has
     /// completed, or `timeout` is over. With nothing in the queue it returns at once.
     pub fn wait(&mut self, done: &mut Vec<Completed>, timeout: Option<Duration>) -> usize {
-        let (mut deadline, mut turns) = (None, 0_u32);
+        let (mut deadline, mut turns) = (Deadline::new(timeout), 0_u32);
         loop {
             let count = self.poll(done);
             if count > 0 || self.in_flight() == 0 {
@@ -402,14 +386,13 @@ impl Queue {
             if self.spin.again() {
                 self.counters.spins.add(1);
                 turns = turns.wrapping_add(1);
-                if turns.is_multiple_of(TURNS_PER_LOOK) && expired(&mut deadline, timeout).is_none()
-                {
+                if turns.is_multiple_of(TURNS_PER_LOOK) && deadline.left().is_none() {
                     return 0;
                 }
                 continue;
             }
             self.slept = true;
-            let Some(left) = expired(&mut deadline, timeout) else { return 0 };
+            let Some(left) = deadline.left() else { return 0 };
             if self.arm() {
                 self.sleep(left);
             }
@@ -500,19 +483,5 @@ impl Queue {
 impl AsFd for Queue {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.waker.0.as_fd()
-    }
-}
-
-/// The time that is left, for ever being `Some(None)`; `None` when it is over. The clock starts with the
-/// first call.
-fn expired(deadline: &mut Option<Instant>, timeout: Option<Duration>) -> Option<Option<Duration>> {
-    let Some(timeout) = timeout else { return Some(None) };
-    let now = Instant::now();
-    match *deadline {
-        None => {
-            *deadline = now.checked_add(timeout);
-            (!timeout.is_zero()).then_some(Some(timeout))
-        }
-        Some(deadline) => deadline.checked_duration_since(now).filter(|d| !d.is_zero()).map(Some),
     }
 }

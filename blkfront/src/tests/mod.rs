@@ -9,8 +9,8 @@ mod model;
 mod reconnect;
 
 use crate::fabric::Fabric;
-use crate::flight::{FlushMode, Limits};
 use crate::hw::Ring;
+use crate::limits::{FlushMode, Limits};
 use crate::link::Command;
 use crate::{Config, Queue, Waiting, rings};
 use backend::{Backend, Conduct, Storage};

@@ -1,0 +1,318 @@
+//! The control thread: xenstore, the states of both ends, and a backend that comes and goes.
+
+mod find;
+mod negotiation;
+mod overdue;
+
+use crate::disk::State;
+use crate::fabric::Fabric;
+use crate::link::{Bell, Command, Notice, locked};
+use crate::{Cause, Config};
+use negotiation::Offered;
+use overdue::{XENSTORE_GRACE, no_answer, overdue};
+use ring_proto::DomId;
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::time::{Instant, sleep, sleep_until};
+use xen_platform::Platform;
+use xenstore_glue::client::{self, Client, Endpoint, Nodes};
+use xenstore_glue::xenbus::{FrontendAction, FrontendEvent, FrontendMachine, XenbusState};
+
+/// How long a backend that is closing is given to answer what is in flight: a slow disk's worst
+/// seconds, and less than the ten that a toolstack gives it.
+const DRAIN: Duration = Duration::from_secs(5);
+/// How often it is looked at meanwhile.
+const DRAIN_LOOK: Duration = Duration::from_millis(5);
+
+/// What [`crate::Disk::open`] gets when the disk is connected.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) fabric: Arc<Fabric>,
+    pub(crate) backend_domain: DomId,
+    pub(crate) state: Arc<Mutex<State>>,
+}
+
+/// Where to tell that the disk is connected, or will not be.
+pub(crate) type Ready = std::sync::mpsc::Sender<Result<Opened, Cause>>;
+
+/// What the control thread starts from.
+#[derive(Debug)]
+pub(crate) struct Start {
+    pub(crate) platform: Arc<dyn Platform>,
+    pub(crate) endpoint: Endpoint,
+    pub(crate) device: String,
+    pub(crate) config: Config,
+    pub(crate) commands: UnboundedReceiver<Command>,
+    /// For the fabric, to send commands.
+    pub(crate) control: UnboundedSender<Command>,
+    /// Rung when the size has changed or the disk is gone.
+    pub(crate) news: Arc<Bell>,
+    pub(crate) ready: Ready,
+}
+
+/// Runs until the device is closed or gone; says why, if not because it was asked to.
+pub(crate) fn run(start: Start) -> Result<(), Cause> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
+    let ready = start.ready.clone();
+    let result = match runtime {
+        Ok(runtime) => runtime.block_on(start.run()),
+        Err(source) => Err(Cause::System { doing: "start a tokio runtime", source }),
+    };
+    // Whoever waits for the disk is told once: of this, or of the disk before.
+    match result {
+        Err(cause) => ready.send(Err(cause)).map_or_else(|unsent| unsent.0.map(drop), |()| Ok(())),
+        Ok(()) => Ok(()),
+    }
+}
+
+fn xenstore(doing: impl Into<String>) -> impl FnOnce(client::Error) -> Cause {
+    let doing = doing.into();
+    move |e| Cause::Xenstore { doing, source: e.into() }
+}
+
+/// What is being waited for, and until when.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Until {
+    Connected(Instant),
+    Back(Instant),
+    Closed(Instant),
+}
+
+impl Until {
+    fn instant(self) -> Instant {
+        match self {
+            Self::Connected(at) | Self::Back(at) | Self::Closed(at) => at,
+        }
+    }
+}
+
+struct Control {
+    machine: FrontendMachine,
+    client: Client,
+    platform: Arc<dyn Platform>,
+    config: Config,
+    /// Until it is connected for the first time.
+    ready: Option<Ready>,
+    control: UnboundedSender<Command>,
+    news: Arc<Bell>,
+    frontend: String,
+    backend: String,
+    backend_domain: DomId,
+    /// When it was last looked at.
+    backend_state: Option<XenbusState>,
+    fabric: Option<Arc<Fabric>>,
+    offered: Option<Offered>,
+    connection: u32,
+    state: Arc<Mutex<State>>,
+    /// Why the device is being closed.
+    cause: Option<Cause>,
+    deadline: Option<Until>,
+    /// Keeps other frontends of this domain from the device.
+    _claim: OwnedFd,
+}
+
+impl Control {
+    async fn run(mut self, commands: UnboundedReceiver<Command>) -> Result<(), Cause> {
+        let limit = self.config.connect_timeout;
+        let (control, passed_on) = unbounded_channel();
+        let overdue = overdue(commands, control, self.state.clone(), limit);
+        let ended = tokio::select! {
+            ended = self.attend(passed_on) => ended,
+            () = overdue => {
+                self.start_closing();
+                self.disconnect();
+                self.cause.get_or_insert(no_answer(limit + XENSTORE_GRACE));
+                Ok(())
+            }
+        };
+        match self.cause.take() {
+            Some(cause) => Err(cause),
+            None => ended,
+        }
+    }
+
+    /// Until the machine ends. May be dropped at any point.
+    async fn attend(&mut self, mut commands: UnboundedReceiver<Command>) -> Result<(), Cause> {
+        let watch = async |client: &Client, path: String| {
+            client.watch(&path).await.map_err(xenstore(format!("watch {path}")))
+        };
+        // A node that is removed with all above it fires, too.
+        let mut theirs = watch(&self.client, format!("{}/state", self.backend)).await?;
+        let mut ours = watch(&self.client, format!("{}/backend", self.frontend)).await?;
+        let limit = self.config.connect_timeout;
+        self.deadline = Some(Until::Connected(Instant::now() + limit));
+        while !self.machine.has_ended() {
+            let deadline = self.deadline.map(Until::instant);
+            let timer = async {
+                match deadline {
+                    Some(at) => sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let event = tokio::select! {
+                changed = theirs.next() => {
+                    changed.map_err(xenstore(format!("watch {}/state", self.backend)))?;
+                    self.look_at_backend().await
+                }
+                changed = ours.next() => {
+                    changed.map_err(xenstore(format!("watch {}/backend", self.frontend)))?;
+                    let there = self.client.exists(&format!("{}/backend", self.frontend)).await;
+                    matches!(there, Ok(false)).then_some(FrontendEvent::DirectoryRemoved)
+                }
+                Some(command) = commands.recv() => Some(self.command(command)),
+                () = timer => Some(self.expired()),
+            };
+            if let Some(event) = event {
+                self.handle(event).await;
+            }
+        }
+        if self.cause.is_none() && self.ready.is_some() {
+            return Err(self.refused().await);
+        }
+        Ok(())
+    }
+
+    async fn look_at_backend(&mut self) -> Option<FrontendEvent> {
+        match self.client.read_optional(&format!("{}/state", self.backend)).await {
+            Ok(value) => {
+                self.backend_state = value.and_then(|value| XenbusState::parse(&value));
+                Some(FrontendEvent::Backend(self.backend_state))
+            }
+            Err(e) => {
+                tracing::warn!("{}: {e}", self.backend);
+                None
+            }
+        }
+    }
+
+    fn command(&mut self, command: Command) -> FrontendEvent {
+        if let Command::Failed(cause) = command {
+            self.cause.get_or_insert(cause);
+        }
+        self.start_closing();
+        FrontendEvent::Close
+    }
+
+    /// Nothing is in use any more: what is in flight fails, what comes is refused.
+    fn start_closing(&mut self) {
+        self.deadline = Some(Until::Closed(Instant::now() + self.config.connect_timeout));
+        self.gone();
+    }
+
+    fn gone(&self) {
+        if let Some(fabric) = &self.fabric {
+            fabric.post(|| Notice::Gone);
+        }
+        locked(&self.state).gone = true;
+        self.news.ring();
+    }
+
+    fn expired(&mut self) -> FrontendEvent {
+        let (expected, limit) = match self.deadline.take() {
+            Some(Until::Connected(_)) => ("Connected", self.config.connect_timeout),
+            Some(Until::Back(_)) => {
+                ("Connected again", self.config.reconnect_timeout.unwrap_or_default())
+            }
+            Some(Until::Closed(_)) | None => ("Closed", self.config.connect_timeout),
+        };
+        let closing = expected == "Closed";
+        let state = self.backend_state;
+        self.cause.get_or_insert(Cause::Timeout {
+            backend: self.backend.clone(),
+            state: state.map_or_else(|| "missing".to_owned(), |state| state.to_string()),
+            expected,
+            seconds: limit.as_secs(),
+        });
+        if closing {
+            return FrontendEvent::GiveUp;
+        }
+        self.start_closing();
+        FrontendEvent::Close
+    }
+
+    async fn handle(&mut self, event: FrontendEvent) {
+        let mut actions = VecDeque::from(self.machine.handle(event));
+        while let Some(action) = actions.pop_front() {
+            tracing::debug!(device = self.frontend, "{action:?}");
+            let outcome = match action {
+                FrontendAction::Offer => self.offer().await.map(|()| None),
+                FrontendAction::Connect => self.connect().await.map(Some),
+                FrontendAction::Publish(state) => self.publish(state).await.map(|()| None),
+                FrontendAction::Drain => {
+                    self.drain().await;
+                    Ok(None)
+                }
+                FrontendAction::Disconnect => {
+                    self.disconnect();
+                    Ok(None)
+                }
+                FrontendAction::Resized => self.resized().await.map(|()| None),
+                FrontendAction::Gone => {
+                    self.gone();
+                    Ok(None)
+                }
+            };
+            match outcome {
+                Ok(None) => {}
+                Ok(Some(event)) => actions.extend(self.machine.handle(event)),
+                Err(cause) => {
+                    tracing::error!(device = self.frontend, "{cause}");
+                    self.cause.get_or_insert(cause);
+                    self.start_closing();
+                    actions.extend(self.machine.handle(FrontendEvent::Failed));
+                }
+            }
+        }
+    }
+
+    /// Writes our state, unless the toolstack has removed the directory: writing would bring it back.
+    async fn publish(&self, state: XenbusState) -> Result<(), Cause> {
+        let frontend = &self.frontend;
+        let written = self.client.transact(async |store: &client::Transaction| {
+            if store.exists(&format!("{frontend}/backend")).await? {
+                store.write(&format!("{frontend}/state"), state.value()).await?;
+            }
+            Ok(())
+        });
+        written.await.map_err(xenstore(format!("write {frontend}/state")))
+    }
+
+    async fn drain(&self) {
+        let Some(fabric) = &self.fabric else { return };
+        fabric.post(|| Notice::Hold);
+        let end = Instant::now() + DRAIN;
+        while fabric.on_rings() > 0 && Instant::now() < end {
+            sleep(DRAIN_LOOK).await;
+        }
+    }
+
+    fn disconnect(&mut self) {
+        self.offered = None;
+        let Some(fabric) = &self.fabric else { return };
+        fabric.post(|| Notice::Down);
+        let mut state = locked(&self.state);
+        if std::mem::take(&mut state.connected) && self.deadline.is_none() {
+            tracing::warn!(device = self.frontend, "the backend went away");
+            self.deadline =
+                self.config.reconnect_timeout.map(|limit| Until::Back(Instant::now() + limit));
+        }
+    }
+
+    /// The backend closed a device that was never connected: what it says about that.
+    async fn refused(&self) -> Cause {
+        let domain = format!("/local/domain/{}", self.backend_domain.0);
+        let below = self.backend.strip_prefix(&domain).unwrap_or_default();
+        let mut error = String::new();
+        for path in
+            [format!("{}/hotplug-error", self.backend), format!("{domain}/error{below}/error")]
+        {
+            if let Ok(text) = Nodes::read_string(&self.client, &path).await {
+                error = format!(": {}", text.escape_debug());
+            }
+        }
+        Cause::Closed { backend: self.backend.clone(), error }
+    }
+}
