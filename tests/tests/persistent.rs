@@ -4,7 +4,7 @@
 //! A ring's thread in this process, between two domains of a real broker. What it has mapped is read from
 //! the guest's grant table.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use blkback::ring::{self, Exit, Inflight, RingControl, RingSetup, Strategy};
 use blkback::stats::RingStats;
 use blkback::storage::{self, Options};
@@ -373,7 +373,7 @@ fn a_frontend_with_more_pages_than_are_kept() -> Result<()> {
         fullest = fullest.max(ring.mapped());
     }
     ensure!(fullest > MAX_PERSISTENT_GRANTS * 9 / 10, "never full: {fullest} pages");
-    // What fits stays: it is mapped once.
+    // What fits comes to stay: it is mapped no more.
     let some: Vec<_> = (0..32)
         .map(|k| Io {
             transfer: Transfer::Read,
@@ -381,9 +381,12 @@ fn a_frontend_with_more_pages_than_are_kept() -> Result<()> {
             segments: (0..DIRECT).map(|n| ring.whole(PAGES - 1 - k * DIRECT - n)).collect(),
         })
         .collect();
-    ring.ask(&some)?;
-    let before = ring.maps();
-    ring.ask(&some)?;
-    ensure!(ring.maps() == before, "{} maps of pages that were just used", ring.maps() - before);
-    ring.end()
+    for _ in 0..5000 {
+        let before = ring.maps();
+        ring.ask(&some)?;
+        if ring.maps() == before {
+            return ring.end();
+        }
+    }
+    bail!("pages that are always used are not kept")
 }

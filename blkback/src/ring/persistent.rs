@@ -16,9 +16,12 @@ use xen_platform::{Access, MappedGrants, Platform};
 /// every segment of 32 direct requests. It bounds the maptrack handles that one guest can hold. A page
 /// counts for as long as its group is mapped, whether it is used itself or not.
 pub(super) const MAX_PERSISTENT_GRANTS: usize = 1056;
-/// What is given up at a time when the pool is full: one in this many (`LRU_PERCENT_CLEAN` 5 %), so
-/// that a frontend with more pages than we keep does not cost a search a request.
+/// What is given up at a time when the pool is full: one in this many (`LRU_PERCENT_CLEAN` 5 %)...
 const EVICT_SHARE: usize = 20;
+/// ...and no more until so many rounds later (Linux's backend waits 100 ms). Of more pages than we keep, used
+/// in turn, those unused for longest are the next to come: giving them up each time would keep none that is
+/// of use. Linux's frontend takes pages first that it finds still mapped.
+const EVICT_PAUSE: u32 = 256;
 
 /// Pages that were mapped together.
 struct Group {
@@ -80,6 +83,8 @@ pub(super) struct PersistentGrants {
     groups: Vec<Option<Group>>,
     free: Vec<u32>,
     tick: u32,
+    /// When last something was given up because the pool was full, in ticks.
+    evicted: u32,
     held: usize,
     transient: usize,
     /// Pages given up so far.
@@ -103,6 +108,7 @@ impl PersistentGrants {
             groups: Vec::new(),
             free: Vec::new(),
             tick: 0,
+            evicted: 0,
             held: 0,
             transient: 0,
             evictions: 0,
@@ -210,12 +216,17 @@ impl PersistentGrants {
         }
     }
 
-    /// Makes room for `pages` more among those that stay, if it can: unmaps what was unused for longest.
+    /// Whether there is room for `pages` more among those that stay; now and then it is made, by unmapping
+    /// what was unused for longest.
     fn make_room(&mut self, pages: usize) -> bool {
         if self.held + pages <= MAX_PERSISTENT_GRANTS {
             return true;
         }
         let tick = self.tick;
+        if tick.wrapping_sub(self.evicted) < EVICT_PAUSE {
+            return false;
+        }
+        self.evicted = tick;
         let mut idle: Vec<(u32, u32)> = (0u32..)
             .zip(&self.groups)
             .filter_map(|(place, group)| Some((place, group.as_ref()?)))
