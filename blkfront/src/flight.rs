@@ -37,7 +37,10 @@ impl Kind {
 
 #[derive(Debug)]
 struct Flying {
-    io: Io,
+    cookie: u64,
+    buffer: Option<IoBuffer>,
+    /// It is to be durable when it is complete.
+    fua: bool,
     /// Pieces not answered.
     left: u32,
     result: Result<(), IoError>,
@@ -115,21 +118,18 @@ impl Flight {
         !self.waiting.is_empty()
     }
 
-    /// Takes an I/O that was checked against the limits; gives it back when full. What needs no request
-    /// is completed at once.
+    /// Takes an I/O that was checked against the limits, while it is not full. What needs no request is
+    /// completed at once.
     pub(crate) fn admit(
         &mut self,
         io: Io,
         pool: &Pool,
         counters: &Counters,
         done: &mut Vec<Completed>,
-    ) -> Result<(), Io> {
-        if self.ios.is_full() {
-            return Err(io);
-        }
-        let sector = io.offset / SECTOR_SIZE as u64;
-        let (op, flush) = (io.op, self.limits.flush);
-        let data = io.buffer.as_ref().map(|b| (b.page_at(0), (b.len() / SECTOR_SIZE) as u32));
+    ) {
+        let Io { cookie, op, offset, buffer } = io;
+        let (sector, flush) = (offset / SECTOR_SIZE as u64, self.limits.flush);
+        let data = buffer.as_ref().map(|b| (b.page_at(0), (b.len() / SECTOR_SIZE) as u32));
         let (page, sectors) = data.unwrap_or((NONE, 0));
         let barrier = flush == FlushMode::Barrier
             && sectors.div_ceil(PAGE_SECTORS) <= u32::from(self.limits.direct);
@@ -142,14 +142,13 @@ impl Flight {
                 (Kind::Discard { sectors: len / SECTOR_SIZE as u64, secure }, false)
             }
         };
-        let flying = Flying { io, left: 0, result: Ok(()), flush_after };
-        let Some(key) = self.ios.insert(flying) else { return Ok(()) };
+        let fua = op == Op::Write { fua: true };
+        let flying = Flying { cookie, buffer, fua, left: 0, result: Ok(()), flush_after };
+        let Some(key) = self.ios.insert(flying) else { return };
         if op == Op::Flush && flush == FlushMode::None {
-            self.land(key, done);
-            return Ok(());
+            return self.land(key, done);
         }
         self.assemble(key, kind, sector, page, sectors, pool, counters);
-        Ok(())
     }
 
     /// Cuts a range into pieces and finds or makes a request for each.
@@ -209,25 +208,25 @@ impl Flight {
 
     /// Back or front merge with one of the last requests that wait.
     fn join(&mut self, key: u32, kind: Kind, sector: u64, sectors: u32, segments: u32) -> bool {
-        let most = self.limits.segments();
+        let (most, end) = (self.limits.segments(), sector + u64::from(sectors));
         for &candidate in self.waiting.iter().rev().take(MERGE_WINDOW) {
             let Some(request) = self.requests.get_mut(candidate) else { continue };
-            if request.kind != kind || request.segments + segments > most {
+            let behind = request.sector + u64::from(request.sectors) == sector;
+            let neighbour = behind || request.sector == end;
+            if !neighbour || request.kind != kind || request.segments + segments > most {
                 continue;
             }
-            if request.sector + u64::from(request.sectors) == sector {
+            if behind {
                 let last = std::mem::replace(&mut request.last, key);
                 if let Some(last) = self.pieces.get_mut(last) {
                     last.next = key;
                 }
-            } else if sector + u64::from(sectors) == request.sector {
+            } else {
                 let first = std::mem::replace(&mut request.first, key);
                 request.sector = sector;
                 if let Some(piece) = self.pieces.get_mut(key) {
                     piece.next = first;
                 }
-            } else {
-                continue;
             }
             request.sectors += sectors;
             request.segments += segments;
@@ -317,7 +316,7 @@ impl Flight {
             // Here Linux calls it done. It was not written.
             (Status::NotSupported, Kind::Barrier) => {
                 self.limits.flush = FlushMode::None;
-                return self.reassemble(request, Kind::Write, pool, counters);
+                return self.reassemble(request, pool, counters);
             }
             (Status::NotSupported, kind) => {
                 if matches!(kind, Kind::Discard { .. }) {
@@ -346,8 +345,8 @@ impl Flight {
     }
 
     fn land(&mut self, key: u32, done: &mut Vec<Completed>) {
-        if let Some(Flying { io, result, .. }) = self.ios.remove(key) {
-            done.push(Completed { cookie: io.cookie, result, buffer: io.buffer });
+        if let Some(Flying { cookie, buffer, result, .. }) = self.ios.remove(key) {
+            done.push(Completed { cookie, result, buffer });
         }
     }
 
@@ -364,35 +363,23 @@ impl Flight {
         let waiting = std::mem::take(&mut self.waiting);
         self.waiting.reserve(waiting.capacity());
         for &key in unanswered.iter().chain(&waiting) {
-            let Some(request) = self.requests.remove(key) else { continue };
-            let kind = match request.kind {
-                // The new backend may have no barriers, or none that take so much, or flushes where
-                // the old one needed none.
-                Kind::Barrier | Kind::Write => {
-                    self.flush_after_each(request.first, limits.flush != FlushMode::None);
-                    Kind::Write
-                }
-                kind => kind,
-            };
-            self.reassemble(request, kind, pool, counters);
-        }
-    }
-
-    /// Notes for each I/O of a write whether a flush is to follow.
-    fn flush_after_each(&mut self, mut piece: u32, flush: bool) {
-        while let Some(Piece { io, next, .. }) = self.pieces.get(piece).copied() {
-            if let Some(flying) = self.ios.get_mut(io) {
-                flying.flush_after = flush && flying.io.op == Op::Write { fua: true };
+            if let Some(request) = self.requests.remove(key) {
+                self.reassemble(request, pool, counters);
             }
-            piece = next;
         }
     }
 
-    fn reassemble(&mut self, request: Assembled, kind: Kind, pool: &Pool, counters: &Counters) {
+    fn reassemble(&mut self, request: Assembled, pool: &Pool, counters: &Counters) {
+        // There may be no barriers now, or none that take so much, or flushes where none were needed.
+        let (kind, flush) = match request.kind {
+            Kind::Barrier | Kind::Write => (Kind::Write, self.limits.flush != FlushMode::None),
+            kind => (kind, false),
+        };
         let (mut next, mut sector) = (request.first, request.sector);
         while let Some(piece) = self.pieces.remove(next) {
             if let Some(flying) = self.ios.get_mut(piece.io) {
                 flying.left -= 1;
+                flying.flush_after = flush && flying.fua;
             }
             self.assemble(piece.io, kind, sector, piece.page, piece.sectors, pool, counters);
             sector += u64::from(piece.sectors);
@@ -406,9 +393,9 @@ impl Flight {
         self.requests.drain().for_each(drop);
         self.pieces.drain().for_each(drop);
         let gone = |flying: Flying| Completed {
-            cookie: flying.io.cookie,
+            cookie: flying.cookie,
             result: Err(IoError::Gone),
-            buffer: flying.io.buffer,
+            buffer: flying.buffer,
         };
         done.extend(self.ios.drain().map(gone));
     }

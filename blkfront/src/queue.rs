@@ -146,8 +146,7 @@ impl Queue {
             return Err(Refused { reason, io });
         }
         self.counters.ios.add(1);
-        let admitted = self.flight.admit(io, &self.pool, &self.counters, &mut self.done);
-        admitted.map_err(|io| Refused { reason: Refusal::WouldBlock, io })?;
+        self.flight.admit(io, &self.pool, &self.counters, &mut self.done);
         if !self.plugged {
             self.issue();
         }
