@@ -89,6 +89,9 @@ pub struct Flags {
     /// Use of O_DIRECT [default: auto]
     #[arg(long)]
     direct: Option<DirectIo>,
+    /// Threads that serve rings, at the most; 0 for one a CPU. With more rings they share [default: 0]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
     /// How ring threads wait for requests [default: adaptive]
     #[arg(long)]
     wait: Option<WaitMode>,
@@ -117,6 +120,7 @@ impl Config {
         set(&mut tuning.split_rings, flags.split_rings);
         set(&mut tuning.data, flags.data);
         set(&mut tuning.direct, flags.direct);
+        set(&mut tuning.threads, flags.threads);
         set(&mut tuning.wait, flags.wait);
         set(&mut tuning.spin_us, flags.spin_us);
         set(&mut tuning.script_timeout_s, flags.script_timeout_s);

@@ -3,6 +3,7 @@
 use crate::device::{self, Context};
 use crate::records::Records;
 use crate::registry::Registry;
+use crate::ring::Threads;
 use crate::sizes::Sizes;
 use crate::tuning::Tuning;
 use std::collections::HashMap;
@@ -66,6 +67,7 @@ impl Daemon {
         let context = Context {
             client: self.client.clone(),
             platform: self.platform.clone(),
+            threads: Threads::new(self.tuning.threads(), self.tuning.waiting()),
             tuning: Arc::new(self.tuning),
             registry: self.registry,
             records: self.records.map(Arc::new),

@@ -2,7 +2,7 @@
 //!
 //! - [`config`], [`tuning`]: what an operator can set.
 //! - [`daemon`]: finds devices in xenstore and gives each a task (tokio, the control plane).
-//! - [`ring`]: a thread a ring, from the event to the response (the data plane).
+//! - [`ring`]: rings and their threads, from the event to the response (the data plane).
 //! - [`records`]: what a ring's next server needs to know of it.
 //! - [`storage`]: what a disk is made of.
 //! - [`stats`], [`registry`], [`metrics`]: what can be seen of all that.

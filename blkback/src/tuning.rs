@@ -32,6 +32,8 @@ pub struct Tuning {
     pub data: DataPath,
     /// Whether files are read past the page cache.
     pub direct: DirectIo,
+    /// Threads that serve rings, at the most; 0 for one a CPU. Rings share them where there are more.
+    pub threads: usize,
     /// How ring threads wait.
     pub wait: WaitMode,
     /// The longest spin of [`WaitMode::Adaptive`], in microseconds.
@@ -51,6 +53,7 @@ impl Default for Tuning {
             split_rings: true,
             data: DataPath::Copy,
             direct: DirectIo::Auto,
+            threads: 0,
             wait: WaitMode::Adaptive,
             spin_us: DEFAULT_SPIN.as_micros() as u64,
             script_timeout_s: DEFAULT_SCRIPT_TIMEOUT.as_secs(),
@@ -88,16 +91,20 @@ pub enum WaitMode {
     Event,
     /// Spin a little first, while that pays.
     Adaptive,
-    /// Never sleep. Takes a CPU a ring.
+    /// Never sleep. Takes a CPU a thread.
     Poll,
+}
+
+/// CPUs that this process may use.
+fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
 }
 
 impl Tuning {
     /// What is written before `InitWait`, with every number brought within its limit.
     pub fn offer(&self) -> BackendOffer {
-        let cpus = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let queues = match self.max_queues {
-            0 => cpus.min(DEFAULT_QUEUES) as u16,
+            0 => cpus().min(DEFAULT_QUEUES) as u16,
             n => n.min(MAX_QUEUES),
         };
         BackendOffer {
@@ -107,6 +114,11 @@ impl Tuning {
             persistent: self.persistent_grants,
             split_ring: self.split_rings,
         }
+    }
+
+    /// How many threads serve rings, at the most.
+    pub fn threads(&self) -> usize {
+        if self.threads == 0 { cpus() } else { self.threads }
     }
 
     /// How ring threads wait.

@@ -4,8 +4,10 @@
 //! A ring's thread in this process, between two domains of a real broker. What it has mapped is read from
 //! the guest's grant table.
 
+mod served;
+
 use anyhow::{Context, Result, bail, ensure};
-use blkback::ring::{self, Exit, Inflight, RingControl, RingSetup, Strategy};
+use blkback::ring::{Inflight, RingSetup, Strategy};
 use blkback::stats::RingStats;
 use blkback::storage::{self, Options};
 use ring_proto::abi::{MAX_INDIRECT_PAGES, PAGE_SIZE, Segment};
@@ -13,10 +15,10 @@ use ring_proto::{
     Abi, Body, DomId, GrantRef, Limits, Port, Request, RequestProducer, ResponseConsumer,
     RingLayout, RingPages, Segments, Status, Transfer, Window, Words, back, encode_segment, front,
 };
+use served::Served;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 use xen_blk_tests::host::{DRIVER_DOMAIN, Host, Programs};
 use xen_platform::embedded::EmbeddedPlatform;
@@ -106,8 +108,7 @@ struct Ring {
     requests: RequestProducer,
     responses: ResponseConsumer,
     near: Box<dyn EventChannel>,
-    control: Arc<RingControl>,
-    thread: JoinHandle<Result<(), Exit>>,
+    served: Served,
 }
 
 impl Ring {
@@ -124,7 +125,6 @@ impl Ring {
         let channel = stor.bind_interdomain(guest.domid(), near.port())?;
         let mapped = stor.domain.map(guest.domid(), ring.refs(), Access::ReadWrite)?;
         let (taker, answerer) = back::attach(RingPages::Union(mapped), layout, 0)?;
-        let control = RingControl::new(SECTORS)?;
         let setup = RingSetup {
             platform: stor.clone(),
             peer: guest.domid(),
@@ -144,9 +144,7 @@ impl Ring {
                 discard: false,
             },
             strategy: Strategy::Persistent,
-            waiting: Waiting::Event,
             stats: Arc::new(RingStats::default()),
-            control: control.clone(),
         };
         Ok(Self {
             table: Words::new(guest.grant_table()),
@@ -158,8 +156,7 @@ impl Ring {
             requests,
             responses,
             near,
-            control,
-            thread: std::thread::spawn(move || ring::run(setup)),
+            served: Served::start(setup, Waiting::Event)?,
         })
     }
 
@@ -212,7 +209,7 @@ impl Ring {
         let mut statuses = vec![Status::Error; ios.len()];
         for _ in ios {
             while self.responses.poll()? == 0 {
-                ensure!(!self.thread.is_finished(), "the ring's thread ended");
+                self.served.check()?;
                 ensure!(self.mapped() <= MAX_PERSISTENT_GRANTS + pages, "{}", self.mapped());
                 std::thread::sleep(LOOK);
             }
@@ -234,8 +231,7 @@ impl Ring {
 
     /// Nothing stays mapped when the ring has ended: the guest can take every page back.
     fn end(self) -> Result<()> {
-        self.control.stop();
-        self.thread.join().map_err(|_| anyhow::anyhow!("the ring's thread panicked"))??;
+        self.served.stop()?;
         for pages in [self.ring, self.data, self.lists, self.read_only] {
             pages.revoke().map_err(|(_, error)| error)?;
         }

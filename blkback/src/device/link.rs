@@ -1,7 +1,7 @@
 //! The rings of a connected device.
 
 use crate::records::{Records, RingName};
-use crate::ring::{self, Inflight, RingControl, RingSetup, Strategy};
+use crate::ring::{Inflight, RingControl, RingSetup, Strategy, Tenant, Threads};
 use crate::stats::RingStats;
 use crate::storage::{Geometry, Storage};
 use crate::tuning::{DataPath, Tuning};
@@ -11,7 +11,6 @@ use ring_proto::{
 };
 use std::convert::Infallible;
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use tokio::sync::mpsc::{self, UnboundedSender};
 use tracing::warn;
@@ -34,7 +33,7 @@ pub(super) enum LinkError {
     Thread { ring: usize, source: io::Error },
 }
 
-/// A ring's thread ended without being told to.
+/// A ring ended without being told to.
 #[derive(Debug)]
 pub(super) struct RingEnded {
     pub(super) ring: usize,
@@ -42,23 +41,24 @@ pub(super) struct RingEnded {
 }
 
 struct Ring {
-    control: Arc<RingControl>,
+    control: RingControl,
     stats: Arc<RingStats>,
 }
 
-/// Ring threads. They are told to stop when this is dropped; [`Link::stop`] also waits for them.
+/// Rings that are served. They are told to stop when this is dropped; [`Link::stop`] also waits for them.
 pub(super) struct Link {
     rings: Vec<Ring>,
     /// What they know of the device's size, in 512-byte sectors.
     sectors: u64,
     strategy: Strategy,
-    /// Each thread holds a sender, until it has let go of everything of the frontend's.
+    /// Each ring has a sender, until everything of the frontend's is let go of.
     alive: mpsc::Receiver<Infallible>,
 }
 
 /// What a link is made from.
 pub(super) struct LinkSetup<'a> {
     pub(super) platform: &'a Arc<dyn Platform>,
+    pub(super) threads: &'a Arc<Threads>,
     pub(super) peer: DomId,
     /// For the names of threads.
     pub(super) name: &'a str,
@@ -121,7 +121,7 @@ impl Link {
     /// Answers what is in flight, then unmaps and unbinds. May be dropped and called again.
     pub(super) async fn stop(&mut self) {
         self.tell();
-        // Nothing is ever sent: this is the end of the last thread.
+        // Nothing is ever sent: this is the end of the last ring.
         let _ = self.alive.recv().await;
     }
 
@@ -180,11 +180,9 @@ fn start_ring(
         // It may have died between a response and its event.
         channel.notify().map_err(refused)?;
     }
-    let started = |source| LinkError::Thread { ring, source };
     let geometry = setup.geometry;
-    let control = RingControl::new(geometry.sectors).map_err(started)?;
     let stats = Arc::new(RingStats::default());
-    let worker = RingSetup {
+    let served = RingSetup {
         platform: platform.clone(),
         peer,
         requests,
@@ -200,25 +198,17 @@ fn start_ring(
             discard: geometry.discard.is_some(),
         },
         strategy,
-        waiting: setup.tuning.waiting(),
         stats: stats.clone(),
-        control: control.clone(),
     };
     let ended = setup.ended.clone();
-    std::thread::Builder::new()
-        .name(format!("{}.{} r{ring}", setup.peer, setup.name))
-        .spawn(move || {
-            let _alive = alive;
-            let why = match catch_unwind(AssertUnwindSafe(|| ring::run(worker))) {
-                Ok(Ok(())) => return,
-                Ok(Err(exit)) => exit.to_string(),
-                // The message was printed by the panic hook; the device stops, the daemon does not.
-                Err(_) => "its thread panicked".to_owned(),
-            };
-            // Nobody listens when the whole device is going away.
-            let _ = ended.send(RingEnded { ring, why });
-        })
-        .map_err(started)?;
+    let tenant = Tenant {
+        name: format!("{}.{} r{ring}", setup.peer, setup.name),
+        // Nobody listens when the whole device is going away.
+        ended: Box::new(move |why| drop(ended.send(RingEnded { ring, why: why.to_string() }))),
+        alive: Box::new(alive),
+    };
+    let control = setup.threads.serve(served, tenant);
+    let control = control.map_err(|source| LinkError::Thread { ring, source })?;
     Ok(Ring { control, stats })
 }
 

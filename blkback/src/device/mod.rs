@@ -2,6 +2,7 @@
 //!
 //! The xenbus machine decides; this task reads xenstore for it and does what it says.
 
+mod connect;
 mod hotplug;
 mod kernel;
 mod link;
@@ -10,13 +11,15 @@ mod throttle;
 
 use crate::records::Records;
 use crate::registry::{DeviceView, Registry};
+use crate::ring::Threads;
 use crate::sizes::Sizes;
-use crate::storage::{Geometry, Storage};
+use crate::storage::Storage;
 use crate::tuning::Tuning;
+use connect::{ConnectError, reissues};
 use hotplug::Script;
-use link::{Link, LinkError, LinkSetup, RingEnded};
+use link::{Link, RingEnded};
 use nodes::{Description, DescriptionError};
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 use throttle::Throttle;
@@ -25,10 +28,7 @@ use tokio::sync::{Notify, watch};
 use tracing::{Instrument, debug, info, info_span, warn};
 use xen_platform::Platform;
 use xenstore_glue::client::{self, Client, Watch};
-use xenstore_glue::vbd::{
-    Agreement, BackendKind, BackendOffer, DevicePaths, DeviceProperties, Discard, FrontendRequest,
-    QueueKeys, Refusal, VirtualDevice,
-};
+use xenstore_glue::vbd::{BackendKind, BackendOffer, DevicePaths, QueueKeys, VirtualDevice};
 use xenstore_glue::wire::Errno;
 use xenstore_glue::xenbus::{BackendAction, BackendEvent, BackendMachine, StalePeer, XenbusState};
 
@@ -50,6 +50,8 @@ pub(crate) struct Context {
     /// Where rings are recorded for a successor, if that is possible.
     pub(crate) records: Option<Arc<Records>>,
     pub(crate) sizes: Sizes,
+    /// What serves the rings.
+    pub(crate) threads: Arc<Threads>,
     /// The daemon is about to exit.
     pub(crate) shutdown: watch::Receiver<bool>,
 }
@@ -144,27 +146,6 @@ async fn read_frontend(client: &Client, path: &str) -> Result<Option<Vec<u8>>, c
         Err(error) if error.errno() == Some(Errno::Eacces) => Ok(None),
         other => other,
     }
-}
-
-/// Whether a frontend issues its requests again, on new rings, when its backend has died.
-async fn reissues(client: &Client, frontend: &str) -> Result<bool, client::Error> {
-    let key = format!("{frontend}/{}", FrontendRequest::REISSUE_KEY);
-    Ok(read_frontend(client, &key).await?.as_deref() == Some(b"1"))
-}
-
-/// Why a connect failed; the frontend is told.
-#[derive(Debug, thiserror::Error)]
-enum ConnectError {
-    #[error("the frontend's keys: {0}")]
-    Refused(#[from] Refusal),
-    #[error(transparent)]
-    Link(#[from] LinkError),
-    #[error("xenstore: {0}")]
-    Store(#[from] client::Error),
-    #[error("the disk could not be looked at: {0}")]
-    Disk(#[from] std::io::Error),
-    #[error("there is no disk")]
-    NoDisk,
 }
 
 async fn run(context: Context, paths: DevicePaths, changed: &Notify) -> Result<End, Abandoned> {
@@ -479,111 +460,5 @@ impl Device {
             (state == XenbusState::Closing && self.link.is_some()).then(tokio::time::Instant::now);
         self.context.registry.update(&self.dir, |view| view.state = state);
         Ok(())
-    }
-
-    /// Reads the frontend's keys, maps its rings, binds its event channels and starts.
-    async fn connect(&mut self) -> Result<(), ConnectError> {
-        let storage = self.storage.clone().ok_or(ConnectError::NoDisk)?;
-        let request = self.frontend_request().await?;
-        let agreement = Agreement::new(&self.offer, request)?;
-        let reissues = reissues(&self.context.client, &self.description.frontend).await?;
-        let geometry = {
-            let storage = storage.clone();
-            let refreshed = tokio::task::spawn_blocking(move || storage.refresh()).await;
-            refreshed.map_err(std::io::Error::other)??
-        };
-        let setup = LinkSetup {
-            platform: &self.context.platform,
-            peer: self.description.frontend_id,
-            name: &self.description.name,
-            agreement: &agreement,
-            storage: &storage,
-            geometry: &geometry,
-            tuning: &self.context.tuning,
-            ended: &self.ended,
-            backend: &self.dir,
-            // Where the frontend does not need it, a record would cost time for nothing.
-            records: self.context.records.as_deref().filter(|_| !reissues),
-            live: self.machine.takes_over(),
-        };
-        let link = Link::start(&mut self.link, &setup)?;
-        if self.log.admits() {
-            info!(
-                rings = agreement.queues.len(),
-                slots = agreement.slots(),
-                layout = ?agreement.layout,
-                data = link.strategy(),
-                "rings attached"
-            );
-        }
-        self.context.registry.update(&self.dir, |view| {
-            view.sectors = geometry.sectors;
-            view.strategy = Some(link.strategy());
-            view.layout = Some(format!("{:?}", agreement.layout));
-            view.rings = link.stats();
-            view.error = None;
-        });
-        self.connected = Some(agreement.queues);
-        if let Some(properties) = self.properties() {
-            for (key, value) in properties.to_keys() {
-                self.context.client.write(&self.node(&key), value).await?;
-            }
-        }
-        Ok(())
-    }
-
-    async fn frontend_request(&self) -> Result<FrontendRequest, ConnectError> {
-        let mut values: HashMap<String, Vec<u8>> = HashMap::new();
-        let names = FrontendRequest::KEYS.iter().map(|&key| key.to_owned()).collect();
-        self.fetch(names, &mut values).await?;
-        let rings = FrontendRequest::ring_keys(&self.offer, &|key: &str| values.get(key).cloned())?;
-        self.fetch(rings, &mut values).await?;
-        Ok(FrontendRequest::from_keys(&self.offer, &|key: &str| values.get(key).cloned())?)
-    }
-
-    async fn fetch(
-        &self,
-        names: Vec<String>,
-        values: &mut HashMap<String, Vec<u8>>,
-    ) -> Result<(), client::Error> {
-        for name in names {
-            let path = format!("{}/{name}", self.description.frontend);
-            if let Some(value) = read_frontend(&self.context.client, &path).await? {
-                values.insert(name, value);
-            }
-        }
-        Ok(())
-    }
-
-    fn properties(&self) -> Option<DeviceProperties> {
-        let Geometry {
-            sectors, sector_size, physical_sector_size, read_only, discard, flush, ..
-        } = self.storage.as_ref()?.geometry();
-        Some(DeviceProperties {
-            sectors,
-            sector_size,
-            physical_sector_size,
-            read_only,
-            cdrom: self.description.cdrom,
-            removable: self.description.removable,
-            flush,
-            barrier: flush,
-            discard: discard.map(|d| Discard {
-                granularity: d.granularity,
-                alignment: d.alignment,
-                secure: d.secure,
-            }),
-        })
-    }
-
-    async fn disconnect(&mut self) {
-        if let Some(link) = &mut self.link {
-            link.stop().await;
-            self.link = None;
-            if self.log.admits() {
-                info!("rings detached");
-            }
-        }
-        self.context.registry.update(&self.dir, |view| view.rings.clear());
     }
 }

@@ -1,4 +1,4 @@
-//! The data plane: one thread a ring, from the event to the response.
+//! The data plane: rings and the threads that serve them, from the event to the response.
 
 mod bounce;
 mod clock;
@@ -6,10 +6,13 @@ mod data;
 mod inflight;
 mod persistent;
 mod setup;
+mod sleep;
+mod thread;
+mod threads;
 mod worker;
 
 pub use clock::TIMED_ROUNDS;
 pub use data::Strategy;
 pub use inflight::{Inflight, Misfit};
-pub use setup::{Exit, RingControl, RingSetup};
-pub use worker::run;
+pub use setup::{Exit, RingSetup, Tenant};
+pub use threads::{RingControl, Threads};

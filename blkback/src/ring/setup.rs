@@ -1,18 +1,16 @@
-//! What a ring's thread starts from, how it is told things, and how it ends.
+//! What a ring is served with, how whoever serves it is told things, and how it ends.
 
 use super::data::Strategy;
 use super::inflight::Inflight;
 use crate::stats::RingStats;
 use crate::storage::Storage;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use ring_proto::{DomId, Limits, RequestConsumer, ResponseProducer, RingError};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use xen_platform::{EventChannel, Platform, Waiting};
+use xen_platform::{EventChannel, Platform};
 
-/// What a ring's thread needs.
+/// What it takes to serve a ring.
 pub struct RingSetup {
     /// The hypervisor.
     pub platform: Arc<dyn Platform>,
@@ -28,46 +26,43 @@ pub struct RingSetup {
     pub channel: Box<dyn EventChannel>,
     /// The disk.
     pub storage: Arc<dyn Storage>,
-    /// What the device takes; its size is read from the control block.
+    /// What the device takes, to begin with.
     pub limits: Limits,
     /// How data is reached.
     pub strategy: Strategy,
-    /// How the thread waits.
-    pub waiting: Waiting,
     /// Counters.
     pub stats: Arc<RingStats>,
-    /// The control plane's hand on the thread.
-    pub control: Arc<RingControl>,
 }
 
-/// What the control plane tells a ring's thread while it runs.
+/// For whom a ring is served.
+pub struct Tenant {
+    /// What its thread is called while that serves no other ring.
+    pub name: String,
+    /// Told why, if the ring ends by itself.
+    pub ended: Box<dyn FnOnce(Exit) + Send>,
+    /// Dropped when nothing of the frontend's is held any more.
+    pub alive: Box<dyn Send>,
+}
+
+/// What a ring's thread is told while it serves it.
 #[derive(Debug)]
-pub struct RingControl {
+pub(super) struct Orders {
     stop: AtomicBool,
     sectors: AtomicU64,
-    wake: EventFd,
 }
 
-impl RingControl {
-    /// For a device of so many 512-byte sectors.
-    ///
-    /// # Errors
-    /// When no descriptor is left.
-    pub fn new(sectors: u64) -> io::Result<Arc<Self>> {
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let wake = EventFd::from_value_and_flags(0, flags)?;
-        Ok(Arc::new(Self { stop: AtomicBool::new(false), sectors: AtomicU64::new(sectors), wake }))
+impl Orders {
+    pub(super) fn new(sectors: u64) -> Self {
+        Self { stop: AtomicBool::new(false), sectors: AtomicU64::new(sectors) }
     }
 
-    /// Lets the thread answer what is in flight and end.
-    pub fn stop(&self) {
+    /// Answer what is in flight and end.
+    pub(super) fn stop(&self) {
         self.stop.store(true, Ordering::Release);
-        // Only a full counter makes this fail, and then the thread is awake already.
-        let _ = self.wake.write(1);
     }
 
     /// The device has a new size, in 512-byte sectors.
-    pub fn resize(&self, sectors: u64) {
+    pub(super) fn resize(&self, sectors: u64) {
         self.sectors.store(sectors, Ordering::Relaxed);
     }
 
@@ -80,14 +75,9 @@ impl RingControl {
     pub(super) fn sectors(&self) -> u64 {
         self.sectors.load(Ordering::Relaxed)
     }
-
-    /// The thread's side: readable once it is to end.
-    pub(super) fn wake(&self) -> BorrowedFd<'_> {
-        self.wake.as_fd()
-    }
 }
 
-/// Why a ring's thread ended on its own.
+/// Why a ring ended by itself.
 #[derive(Debug, thiserror::Error)]
 pub enum Exit {
     /// The frontend broke the ring.
@@ -99,4 +89,7 @@ pub enum Exit {
     /// A grant or event channel operation failed as a whole.
     #[error("the hypervisor refused: {0}")]
     Platform(#[from] xen_platform::Error),
+    /// A bug of ours, of which the log has more.
+    #[error("serving it panicked")]
+    Panicked,
 }

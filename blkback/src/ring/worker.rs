@@ -1,93 +1,32 @@
-//! The thread of a ring.
+//! The service of a ring.
 //!
 //! A round takes some of the requests there are, fetches the data of the writes among them together,
 //! starts them all, takes what the device has completed, delivers the data of the reads among that
-//! together, and answers, a few to a push, with an event where the frontend asked for one. It sleeps
-//! only when a round found nothing, spinning did not pay, and the final check found nothing either.
+//! together, and answers, a few to a push, with an event where the frontend asked for one.
 
 use super::clock::{Clock, Nanos};
 use super::data::{Data, Unreachable};
 use super::inflight::Inflight;
-use super::setup::{Exit, RingControl, RingSetup};
+use super::setup::{Exit, Orders, RingSetup};
+use super::sleep::Sleep;
 use crate::stats::RingStats;
-use crate::storage::{Completion, IoVecs, Op, OpKind, Queue, QueueSetup, Woken};
+use crate::storage::{Completion, IoVecs, Op, OpKind, Queue, QueueSetup};
 use ring_proto::abi::{SECTOR_SIZE, Segment};
 use ring_proto::{
-    Body, Limits, RawRequest, Request, RequestConsumer, Response, ResponseProducer, RingError,
-    Status, Transfer,
+    Body, Limits, RawRequest, Request, RequestConsumer, Response, ResponseProducer, Status,
+    Transfer,
 };
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
-use xen_platform::{EventChannel, Spin};
+use xen_platform::EventChannel;
 
-/// A ring that has been quiet for so long gives up its persistent grants (`xen_blkif_pgrant_timeout`
-/// of Linux's backend).
-const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
-/// So many events in a row without a request are a storm (XSA-332, XSA-391)...
-const STORM_EVENTS: u32 = 16;
-/// ...and from then on events are taken no faster than this, until one brings a request.
-const STORM_PAUSE: Duration = Duration::from_millis(1);
 /// Requests that are taken in a round at the most. The frontend works on their answers while the next
 /// are carried out; one submission to the device for so many is no cost any more.
 const MAX_ROUND: usize = 16;
 /// Responses that are shown at a time, for the same reason; and a frontend that sleeps takes longer
 /// to wake than the rest of a round takes.
 const PUBLISH_EVERY: u32 = 8;
-/// While it ends, a ring looks this often for what the device has completed.
-const DRAIN_PAUSE: Duration = Duration::from_millis(1);
-
-/// Serves the ring until it is told to stop.
-///
-/// # Errors
-/// Why it stopped by itself; requests in flight at the device have ended, and some may not have been answered.
-pub fn run(setup: RingSetup) -> Result<(), Exit> {
-    let slots = setup.requests.slots() as usize;
-    let data = Data::new(
-        setup.platform,
-        setup.peer,
-        setup.strategy,
-        slots,
-        setup.requests.layout().max_direct_segments(),
-        usize::from(setup.limits.max_indirect_segments),
-        setup.stats.clone(),
-    )?;
-    let queue = setup.storage.open_queue(QueueSetup {
-        depth: slots,
-        region: data.region(),
-        wake: vec![setup.control.wake().try_clone_to_owned()?],
-        events: Some(setup.channel.file()?),
-    })?;
-    Worker {
-        requests: setup.requests,
-        responses: setup.responses,
-        inflight: setup.inflight,
-        channel: setup.channel,
-        limits: setup.limits,
-        control: setup.control,
-        stats: setup.stats,
-        queue,
-        data,
-        table: vec![Entry::default(); slots],
-        in_flight: 0,
-        ready: Vec::with_capacity(slots),
-        done: Vec::with_capacity(slots),
-        ended: Vec::with_capacity(slots),
-        spare: (0..slots).map(|_| IoVecs::new()).collect(),
-        buffers: (0..slots).map(|_| IoVecs::new()).collect(),
-        segments: Vec::new(),
-        freed: false,
-        barrier: false,
-        spin: Spin::new(setup.waiting),
-        clock: Clock::new(),
-        spurious: 0,
-        masked: true,
-        quiet: false,
-        woken: None,
-    }
-    .serve()
-}
-
 /// What is known of a request between its taking and its response.
 #[derive(Clone, Copy, Default)]
 struct Entry {
@@ -118,21 +57,21 @@ enum Kind {
     },
 }
 
-struct Worker {
-    requests: RequestConsumer,
+pub(super) struct Worker {
+    pub(super) requests: RequestConsumer,
     responses: ResponseProducer,
-    inflight: Inflight,
-    channel: Box<dyn EventChannel>,
+    pub(super) inflight: Inflight,
+    pub(super) channel: Box<dyn EventChannel>,
     limits: Limits,
-    control: Arc<RingControl>,
-    stats: Arc<RingStats>,
+    orders: Arc<Orders>,
+    pub(super) stats: Arc<RingStats>,
     // Before `data`: a queue that is dropped waits for its operations, which use the memory in `data`.
-    queue: Box<dyn Queue>,
-    data: Data,
+    pub(super) queue: Box<dyn Queue>,
+    pub(super) data: Data,
     /// Requests in flight, by tag.
     table: Vec<Entry>,
     /// Of them, those that were begun and are not answered.
-    in_flight: usize,
+    pub(super) in_flight: usize,
     /// Tags of requests that were prepared in this round.
     ready: Vec<u16>,
     /// Completions of this round.
@@ -148,52 +87,73 @@ struct Worker {
     /// Something has completed since a request was put off: it may start now.
     freed: bool,
     /// A barrier is being carried out; nothing else starts.
-    barrier: bool,
-    spin: Spin,
-    clock: Clock,
-    spurious: u32,
-    /// An event may have been taken here: the next comes only when the channel is unmasked.
-    masked: bool,
-    /// The idle time-out has been seen to.
-    quiet: bool,
+    pub(super) barrier: bool,
+    /// No more requests are taken.
+    pub(super) draining: bool,
+    pub(super) clock: Clock,
+    pub(super) sleep: Sleep,
     /// When the last event came, until the first requests after it are taken.
-    woken: Option<Nanos>,
+    pub(super) woken: Option<Nanos>,
 }
 
 impl Worker {
-    fn serve(mut self) -> Result<(), Exit> {
-        while !self.control.stopped() {
-            if self.round()? {
-                self.spin.found();
-            } else if !self.spin.again() && !self.requests_wait()? {
-                self.sleep()?;
-            }
-        }
-        self.drain()
+    /// Called on the thread that serves the ring; `bell` wakes that while it sleeps here.
+    pub(super) fn new(setup: RingSetup, orders: Arc<Orders>, bell: OwnedFd) -> Result<Self, Exit> {
+        let slots = setup.requests.slots() as usize;
+        let data = Data::new(
+            setup.platform,
+            setup.peer,
+            setup.strategy,
+            slots,
+            setup.requests.layout().max_direct_segments(),
+            usize::from(setup.limits.max_indirect_segments),
+            setup.stats.clone(),
+        )?;
+        let queue = setup.storage.open_queue(QueueSetup {
+            depth: slots,
+            region: data.region(),
+            wake: vec![bell],
+            events: Some(setup.channel.file()?),
+        })?;
+        Ok(Self {
+            requests: setup.requests,
+            responses: setup.responses,
+            inflight: setup.inflight,
+            channel: setup.channel,
+            limits: setup.limits,
+            orders,
+            stats: setup.stats,
+            queue,
+            data,
+            table: vec![Entry::default(); slots],
+            in_flight: 0,
+            ready: Vec::with_capacity(slots),
+            done: Vec::with_capacity(slots),
+            ended: Vec::with_capacity(slots),
+            spare: (0..slots).map(|_| IoVecs::new()).collect(),
+            buffers: (0..slots).map(|_| IoVecs::new()).collect(),
+            segments: Vec::new(),
+            freed: false,
+            barrier: false,
+            draining: false,
+            clock: Clock::new(),
+            sleep: Sleep::default(),
+            woken: None,
+        })
     }
 
-    /// Answers what is in flight. What is still on the ring is left for whoever comes next.
-    fn drain(&mut self) -> Result<(), Exit> {
-        while self.in_flight > 0 {
-            self.queue.poll(&mut self.done)?;
-            self.complete();
-            if self.in_flight > 0 {
-                // Not `queue.wait`: an event, or the wish to stop, would end it at once, each time.
-                std::thread::sleep(DRAIN_PAUSE);
-            }
-        }
-        Ok(())
-    }
-
-    /// One round; whether there was anything to do.
-    fn round(&mut self) -> Result<bool, Exit> {
-        let taken = self.take()?;
+    /// One round; whether there was anything to do. A thread that `sleeps_next` if there was not, and
+    /// has no other ring, submits and waits in one system call.
+    pub(super) fn round(&mut self, sleeps_next: bool) -> Result<bool, Exit> {
+        self.draining |= self.orders.stopped();
+        let taken = if self.draining { 0 } else { self.take()? };
         if !self.ready.is_empty() {
             self.start();
         }
-        // A thread that sleeps next submits and waits in one system call.
-        let sleeps_next =
-            self.spin.is_off() && self.inflight.waiting() == 0 && self.requests.poll()? == 0;
+        let sleeps_next = sleeps_next
+            && !self.draining
+            && self.inflight.waiting() == 0
+            && self.requests.poll()? == 0;
         if sleeps_next {
             self.queue.reap(&mut self.done);
         } else {
@@ -201,6 +161,17 @@ impl Worker {
         }
         let ended = self.complete();
         Ok(ended > 0 || taken > 0 && !sleeps_next)
+    }
+
+    /// Takes no more requests.
+    pub(super) fn stop(&mut self) {
+        self.draining = true;
+    }
+
+    /// Whether it has stopped, and nothing is in flight any more. What is still on the ring is left for
+    /// whoever comes next.
+    pub(super) fn is_drained(&self) -> bool {
+        self.draining && self.in_flight == 0
     }
 
     /// Takes requests from the ring: a round's, until it is empty or until one must wait. Returns how
@@ -220,7 +191,7 @@ impl Worker {
         }
         self.clock.tick();
         let now = self.clock.sample();
-        self.limits.sectors = self.control.sectors();
+        self.limits.sectors = self.orders.sectors();
         self.data.tick();
         let (mut taken, mut raw) = (0, RawRequest::default());
         while !self.barrier && self.ready.len() < MAX_ROUND {
@@ -236,7 +207,7 @@ impl Worker {
             }
         }
         if taken > 0 {
-            self.spurious = 0;
+            self.sleep.used();
             self.stats.batch.record(taken as u64, 1);
             if let (Some(woken), Some(now)) = (self.woken.take(), now) {
                 self.stats.ring_wait.record(now.get().saturating_sub(woken.get()), taken as u64);
@@ -489,7 +460,7 @@ impl Worker {
         if self.responses.unpublished() == 0 {
             return;
         }
-        self.stats.system_calls.set(self.queue.counters().system_calls);
+        self.stats.system_calls.set(self.queue.counters().system_calls + self.sleep.shared_calls);
         let wanted = self.responses.publish();
         self.inflight.published();
         if !wanted {
@@ -500,50 +471,6 @@ impl Worker {
         if let Err(error) = self.channel.notify() {
             tracing::warn!(%error, "could not send an event");
         }
-    }
-
-    /// Asks for an event; whether there are requests after all.
-    fn requests_wait(&mut self) -> Result<bool, RingError> {
-        if self.inflight.waiting() > 0 || self.barrier {
-            // Nothing is taken before the device has completed something: no event is wanted.
-            return Ok(false);
-        }
-        self.requests.final_check()
-    }
-
-    fn sleep(&mut self) -> Result<(), Exit> {
-        if self.spurious >= STORM_EVENTS {
-            std::thread::sleep(STORM_PAUSE);
-        }
-        if std::mem::take(&mut self.masked) {
-            self.channel.unmask()?;
-        }
-        let timeout = (!self.quiet && self.in_flight == 0).then_some(IDLE_TIMEOUT);
-        self.stats.sleeps.add(1);
-        let woken = self.queue.wait(timeout)?;
-        let event = match woken {
-            Woken::Event => true,
-            Woken::Descriptor => {
-                self.masked = true;
-                self.channel.take()?
-            }
-            Woken::Device | Woken::Time => false,
-        };
-        if event {
-            self.stats.events.add(1);
-            self.quiet = false;
-            if self.requests.poll()? == 0 {
-                self.stats.spurious_events.add(1);
-                self.spurious = self.spurious.saturating_add(1);
-            } else {
-                self.woken = self.clock.sample_next();
-            }
-            self.spin.woken();
-        } else if timeout.is_some() && woken == Woken::Time {
-            self.data.purge();
-            self.quiet = true;
-        }
-        Ok(())
     }
 }
 

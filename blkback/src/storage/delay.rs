@@ -3,6 +3,7 @@
 use super::{Completion, Geometry, Op, Queue, QueueCounters, QueueSetup, Storage, Woken};
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -79,7 +80,16 @@ impl Queue for DelayQueue {
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Woken> {
-        self.inner.wait(sooner(timeout, self.held.front().map(|(due, _)| *due)))
+        let left = self.due().map(|due| due.saturating_duration_since(Instant::now()));
+        self.inner.wait(left.into_iter().chain(timeout).min())
+    }
+
+    fn share(&mut self, shared: bool) -> io::Result<Option<BorrowedFd<'_>>> {
+        self.inner.share(shared)
+    }
+
+    fn due(&self) -> Option<Instant> {
+        self.held.front().map(|(due, _)| *due).into_iter().chain(self.inner.due()).min()
     }
 
     fn in_flight(&self) -> usize {
@@ -89,10 +99,4 @@ impl Queue for DelayQueue {
     fn counters(&self) -> QueueCounters {
         self.inner.counters()
     }
-}
-
-/// The time left to whatever comes first.
-pub(super) fn sooner(timeout: Option<Duration>, due: Option<Instant>) -> Option<Duration> {
-    let due = due.map(|due| due.saturating_duration_since(Instant::now()));
-    timeout.into_iter().chain(due).min()
 }

@@ -2,9 +2,10 @@
 
 use super::{Completion, Geometry, Op, OpKind, Queue, QueueCounters, QueueSetup, Storage, Woken};
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use xenstore_glue::disk::Faulty as Kind;
 
 /// Fails some of the operations of another disk with EIO, without starting them. Which ones is
@@ -102,6 +103,14 @@ impl Queue for FaultyQueue {
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Woken> {
         self.inner.wait(timeout)
+    }
+
+    fn share(&mut self, shared: bool) -> io::Result<Option<BorrowedFd<'_>>> {
+        self.inner.share(shared)
+    }
+
+    fn due(&self) -> Option<Instant> {
+        self.inner.due()
     }
 
     fn in_flight(&self) -> usize {

@@ -4,7 +4,7 @@ use super::{Completion, Op, Queue, QueueCounters, QueueSetup, Woken};
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 /// A queue on a disk that `execute` works on; its errors are errnos.
@@ -46,6 +46,10 @@ impl<F: FnMut(&Op) -> Result<(), i32>> Queue for Immediate<F> {
             Err(nix::Error::EINTR) => Ok(Woken::Device),
             Err(e) => Err(e.into()),
         }
+    }
+
+    fn share(&mut self, _shared: bool) -> io::Result<Option<BorrowedFd<'_>>> {
+        Ok(None)
     }
 
     fn in_flight(&self) -> usize {

@@ -1,10 +1,10 @@
 //! A disk that takes only so much a second.
 
-use super::delay::sooner;
 use super::{Completion, Geometry, Op, Queue, QueueCounters, QueueSetup, Storage, Woken};
 use std::collections::VecDeque;
 use std::io;
 use std::num::NonZeroU64;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -120,7 +120,16 @@ impl Queue for LimitedQueue {
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Woken> {
-        self.inner.wait(sooner(timeout, self.held.front().map(|(due, _)| *due)))
+        let left = self.due().map(|due| due.saturating_duration_since(Instant::now()));
+        self.inner.wait(left.into_iter().chain(timeout).min())
+    }
+
+    fn share(&mut self, shared: bool) -> io::Result<Option<BorrowedFd<'_>>> {
+        self.inner.share(shared)
+    }
+
+    fn due(&self) -> Option<Instant> {
+        self.held.front().map(|(due, _)| *due).into_iter().chain(self.inner.due()).min()
     }
 
     fn in_flight(&self) -> usize {

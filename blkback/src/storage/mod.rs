@@ -22,9 +22,9 @@ pub use buffer::{IoVec, IoVecs};
 pub use open::{Direct, OpenError, Options, open};
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use xen_platform::{EventFile, LocalRegion};
 
 /// What a disk tells of itself. It can change while it is in use: see [`Storage::refresh`].
@@ -182,7 +182,7 @@ pub struct QueueCounters {
     pub system_calls: u64,
 }
 
-/// One thread's way to the disk.
+/// A ring's way to the disk, used by one thread.
 pub trait Queue {
     /// Starts an operation. It may be held back until the next [`Queue::poll`], and completes
     /// through `done`, now or from a later call.
@@ -201,6 +201,19 @@ pub trait Queue {
 
     /// Sleeps until an operation has completed, a wake descriptor is readable or the time is up. Also sends what was held back.
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Woken>;
+
+    /// From now on its thread sleeps for other queues too, and elsewhere, or does not any more. While it
+    /// does, [`Queue::wait`] is not called, the event channel is left to the thread, and every completion
+    /// there may be after a [`Queue::poll`] is signalled to an eventfd, which is returned if there are any.
+    ///
+    /// # Errors
+    /// When that cannot be had.
+    fn share(&mut self, shared: bool) -> io::Result<Option<BorrowedFd<'_>>>;
+
+    /// When a wait would end by itself.
+    fn due(&self) -> Option<Instant> {
+        None
+    }
 
     /// Operations submitted and not completed yet.
     fn in_flight(&self) -> usize;

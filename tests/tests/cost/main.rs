@@ -4,6 +4,8 @@
 mod allocations;
 mod callgrind;
 mod rig;
+#[path = "../served/mod.rs"]
+mod served;
 
 use anyhow::{Context, Result, bail, ensure};
 use blkback::ring::Strategy;
@@ -150,7 +152,7 @@ fn an_io_takes_no_more_instructions_than_recorded() -> Result<()> {
         let Some(bound) = bound.instructions else { continue };
         let run = |rounds: u64| {
             let environment = [(NAME, name.as_str()), (COUNT, &rounds.to_string())];
-            callgrind::thread("under_callgrind", &environment, "ring_thread")
+            callgrind::thread("under_callgrind", &environment, "ring::thread::Thread::run")
         };
         let now = (run(MANY)? - run(FEW)?) as f64 / ((MANY - FEW) * DEPTH) as f64;
         excess.check(name, "instructions", now, bound * (1.0 + bounds.slack / 100.0));

@@ -1,14 +1,16 @@
 //! A ring's thread in this process, between two domains of a real broker.
 
 use super::allocations;
+use super::served::Served;
 use anyhow::{Context, Result, ensure};
-use blkback::ring::{self, Exit, Inflight, RingControl, RingSetup, Strategy};
+use blkback::ring::{Inflight, RingSetup, Strategy};
 use blkback::stats::RingStats;
-use blkback::storage::{self, Options};
+use blkback::storage::{self, Geometry, Options, Queue, QueueSetup, Storage};
 use ring_proto::abi::Segment;
 use ring_proto::{
     Abi, Body, Limits, Request, RingLayout, RingPages, Segments, Status, Transfer, back, front,
 };
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use xen_blk_tests::host::{DRIVER_DOMAIN, Host};
@@ -69,11 +71,22 @@ impl Counts {
     }
 }
 
-/// All that callgrind counts: its name is what `callgrind.rs` looks for.
-#[inline(never)]
-fn ring_thread(setup: RingSetup) -> Result<(), Exit> {
-    // Not the last thing that is done, or it would become a jump out of here.
-    std::hint::black_box(ring::run(setup))
+/// A disk by which the ring's thread is found: it opens its queue there.
+struct Counted(Arc<dyn Storage>);
+
+impl Storage for Counted {
+    fn geometry(&self) -> Geometry {
+        self.0.geometry()
+    }
+
+    fn refresh(&self) -> io::Result<Geometry> {
+        self.0.refresh()
+    }
+
+    fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn Queue>> {
+        allocations::count_here();
+        self.0.open_queue(setup)
+    }
 }
 
 /// Runs a ring's thread for the warm-up and `rounds`, in the new domain `name`.
@@ -91,7 +104,6 @@ pub(crate) fn serve(host: &Host, name: &str, work: &Work, rounds: u64) -> Result
     let mapped = stor.map(guest.domid(), ring.refs(), Access::ReadWrite)?;
     let (taker, answerer) = back::attach(RingPages::Union(mapped), layout, 0)?;
     let stats = Arc::new(RingStats::default());
-    let control = RingControl::new(SECTORS)?;
     let setup = RingSetup {
         platform: stor,
         peer: guest.domid(),
@@ -99,7 +111,7 @@ pub(crate) fn serve(host: &Host, name: &str, work: &Work, rounds: u64) -> Result
         requests: taker,
         responses: answerer,
         channel: far,
-        storage: storage::open(&work.target.parse()?, Options::default())?,
+        storage: Arc::new(Counted(storage::open(&work.target.parse()?, Options::default())?)),
         limits: Limits {
             sectors: SECTORS,
             granule: 1,
@@ -108,18 +120,13 @@ pub(crate) fn serve(host: &Host, name: &str, work: &Work, rounds: u64) -> Result
             discard: true,
         },
         strategy: work.strategy,
-        waiting: work.waiting,
         stats: stats.clone(),
-        control: control.clone(),
     };
-    let thread = std::thread::spawn(move || {
-        allocations::count_here();
-        ring_thread(setup)
-    });
+    let served = Served::start(setup, work.waiting)?;
     let sleepy = work.waiting == Waiting::Event;
     let asleep_since = |sleeps: u64| -> Result<()> {
         while sleepy && stats.sleeps.get() <= sleeps {
-            ensure!(!thread.is_finished(), "the ring's thread ended");
+            served.check()?;
             std::thread::sleep(LOOK);
         }
         Ok(())
@@ -147,7 +154,7 @@ pub(crate) fn serve(host: &Host, name: &str, work: &Work, rounds: u64) -> Result
         }
         for _ in 0..depth {
             while responses.poll()? == 0 {
-                ensure!(!thread.is_finished(), "the ring's thread ended");
+                served.check()?;
                 if sleepy { std::thread::sleep(LOOK) } else { std::hint::spin_loop() }
             }
             let response = responses.pop().context("a response")?;
@@ -159,7 +166,6 @@ pub(crate) fn serve(host: &Host, name: &str, work: &Work, rounds: u64) -> Result
         }
     }
     let counts = Counts::now(&stats).since(&before);
-    control.stop();
-    thread.join().map_err(|_| anyhow::anyhow!("the ring's thread panicked"))??;
+    served.stop()?;
     Ok(counts)
 }

@@ -29,7 +29,8 @@ pub(crate) struct Scene {
 impl Scene {
     pub(crate) fn new(options: &[&str]) -> Result<Self> {
         let host = Host::start(Programs::beside_us()?)?;
-        let daemon = host.backend(options)?;
+        // One thread serves both guests, so that whatever the hostile one does is in the way of the other.
+        let daemon = host.backend(&[&["--threads", "1"], options].concat())?;
         let good = Guest::create(&host, "good")?;
         let good_device = good.attach(&host, &format!("vdev=xvda,target=memory:{SMALL_DISK}"))?;
         let transport =

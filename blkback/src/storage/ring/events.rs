@@ -83,11 +83,18 @@ impl Events {
             State::Readable
         } else if u32::try_from(result) == Ok(self.file.event_bytes) {
             State::Taken
+        } else if result == -libc::ECANCELED {
+            State::Idle { masked: false }
         } else {
             // Whoever is woken reads it, and finds out what is wrong.
             self.reads = false;
             State::Readable
         };
+    }
+
+    /// The channel was in other hands, or will be: whoever has it unmasks it.
+    pub(super) fn reset(&mut self) {
+        self.state = State::Idle { masked: false };
     }
 
     /// Whether the kernel may still write to our memory.

@@ -10,11 +10,12 @@ use io_uring::register::Restriction;
 use io_uring::squeue::Flags;
 use io_uring::types::{Fixed, SubmitArgs, Timespec};
 use io_uring::{Builder, IoUring, SubmissionQueue, cqueue, opcode, squeue};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use ring_proto::SharedMemory;
 use slot::{Slot, Step};
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Arc, Once};
 use std::time::Duration;
 use xen_platform::LocalRegion;
@@ -40,8 +41,9 @@ const ALLOWED: [u8; 10] = [
     opcode::AsyncCancel::CODE,
 ];
 
-/// IORING_UNREGISTER_BUFFERS and IORING_UNREGISTER_FILES of linux/io_uring.h.
-const ALLOWED_REGISTER: [u8; 2] = [1, 3];
+/// IORING_UNREGISTER_BUFFERS, IORING_UNREGISTER_FILES, IORING_REGISTER_EVENTFD and
+/// IORING_UNREGISTER_EVENTFD of linux/io_uring.h.
+const ALLOWED_REGISTER: [u8; 4] = [1, 3, 4, 5];
 
 /// User data of the poll of wake descriptor `n` is this plus `n`; that of an operation is its tag.
 const WAKE: u64 = 1 << 32;
@@ -60,6 +62,9 @@ pub(super) struct RingQueue {
     /// second time.
     wake: Vec<bool>,
     events: Option<Events>,
+    /// Signalled when there is something to take, while the thread sleeps for others too. An epoll of
+    /// the ring itself is not told of what we are left to work on (`IORING_SETUP_DEFER_TASKRUN`).
+    signals: Option<EventFd>,
     system_calls: u64,
     /// Registered with the kernel; kept until the ring is gone.
     _region: Option<Arc<LocalRegion>>,
@@ -114,6 +119,7 @@ impl RingQueue {
             ready: Vec::with_capacity(setup.depth),
             wake: vec![false; setup.wake.len()],
             events,
+            signals: None,
             system_calls: 0,
             _region: region,
         })
@@ -143,6 +149,21 @@ impl RingQueue {
         self.take_completions(&mut ready);
         self.ready = ready;
         any
+    }
+
+    /// Takes back what is under way at the event channel, and waits for that and for all of `others`.
+    fn withdraw(&mut self, others: impl Fn(&Self) -> usize) -> io::Result<()> {
+        self.settle();
+        let armed = |queue: &Self| queue.events.as_ref().is_some_and(Events::armed);
+        if armed(self) {
+            let cancel = opcode::AsyncCancel::new(EVENT).build().flags(Flags::FIXED_FILE);
+            push(&mut self.ring.submission(), &cancel.user_data(CANCEL));
+        }
+        while others(self) > 0 || armed(self) {
+            self.enter(1, None)?;
+            self.settle();
+        }
+        Ok(())
     }
 
     /// The one system call there is: submits what was queued and waits for `want` completions. Returns
@@ -219,6 +240,23 @@ impl Queue for RingQueue {
         })
     }
 
+    fn share(&mut self, shared: bool) -> io::Result<Option<BorrowedFd<'_>>> {
+        if !shared {
+            self.signals = None;
+            self.ring.submitter().unregister_eventfd()?;
+            return Ok(None);
+        }
+        self.withdraw(|_| 0)?;
+        if let Some(events) = &mut self.events {
+            events.reset();
+        }
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let signals = EventFd::from_value_and_flags(0, flags)?;
+        self.ring.submitter().register_eventfd(signals.as_raw_fd())?;
+        let signals: &EventFd = self.signals.insert(signals);
+        Ok(Some(signals.as_fd()))
+    }
+
     fn in_flight(&self) -> usize {
         self.flight.busy + self.ready.len()
     }
@@ -233,18 +271,9 @@ impl Drop for RingQueue {
         // The kernel may still be writing into buffers whose owners trust that they are free once
         // this returns.
         self.flight.closing = true;
-        self.settle();
-        let armed = |queue: &Self| queue.events.as_ref().is_some_and(Events::armed);
-        if armed(self) {
-            let cancel = opcode::AsyncCancel::new(EVENT).build().flags(Flags::FIXED_FILE);
-            push(&mut self.ring.submission(), &cancel.user_data(CANCEL));
-        }
-        while self.flight.busy > 0 || armed(self) {
-            if let Err(e) = self.enter(1, None) {
-                tracing::error!("cannot wait for {} operations: {e}", self.flight.busy);
-                std::process::abort();
-            }
-            self.settle();
+        if let Err(e) = self.withdraw(|queue| queue.flight.busy) {
+            tracing::error!("cannot wait for {} operations: {e}", self.flight.busy);
+            std::process::abort();
         }
         // The kernel takes a ring apart some time after it was closed. A device must be free for
         // the next to open, and memory be unpinned, at once. What was never registered cannot be

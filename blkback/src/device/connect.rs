@@ -1,0 +1,142 @@
+//! From a frontend's keys to its rings, and back.
+
+use super::link::{Link, LinkError, LinkSetup};
+use super::{Device, read_frontend};
+use crate::storage::Geometry;
+use std::collections::HashMap;
+use tracing::info;
+use xenstore_glue::client::{self, Client};
+use xenstore_glue::vbd::{Agreement, DeviceProperties, Discard, FrontendRequest, Refusal};
+
+/// Why a connect failed; the frontend is told.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ConnectError {
+    #[error("the frontend's keys: {0}")]
+    Refused(#[from] Refusal),
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error("xenstore: {0}")]
+    Store(#[from] client::Error),
+    #[error("the disk could not be looked at: {0}")]
+    Disk(#[from] std::io::Error),
+    #[error("there is no disk")]
+    NoDisk,
+}
+
+/// Whether a frontend issues its requests again, on new rings, when its backend has died.
+pub(super) async fn reissues(client: &Client, frontend: &str) -> Result<bool, client::Error> {
+    let key = format!("{frontend}/{}", FrontendRequest::REISSUE_KEY);
+    Ok(read_frontend(client, &key).await?.as_deref() == Some(b"1"))
+}
+
+impl Device {
+    /// Reads the frontend's keys, maps its rings, binds its event channels and starts.
+    pub(super) async fn connect(&mut self) -> Result<(), ConnectError> {
+        let storage = self.storage.clone().ok_or(ConnectError::NoDisk)?;
+        let request = self.frontend_request().await?;
+        let agreement = Agreement::new(&self.offer, request)?;
+        let reissues = reissues(&self.context.client, &self.description.frontend).await?;
+        let geometry = {
+            let storage = storage.clone();
+            let refreshed = tokio::task::spawn_blocking(move || storage.refresh()).await;
+            refreshed.map_err(std::io::Error::other)??
+        };
+        let setup = LinkSetup {
+            platform: &self.context.platform,
+            threads: &self.context.threads,
+            peer: self.description.frontend_id,
+            name: &self.description.name,
+            agreement: &agreement,
+            storage: &storage,
+            geometry: &geometry,
+            tuning: &self.context.tuning,
+            ended: &self.ended,
+            backend: &self.dir,
+            // Where the frontend does not need it, a record would cost time for nothing.
+            records: self.context.records.as_deref().filter(|_| !reissues),
+            live: self.machine.takes_over(),
+        };
+        let link = Link::start(&mut self.link, &setup)?;
+        if self.log.admits() {
+            info!(
+                rings = agreement.queues.len(),
+                slots = agreement.slots(),
+                layout = ?agreement.layout,
+                data = link.strategy(),
+                "rings attached"
+            );
+        }
+        self.context.registry.update(&self.dir, |view| {
+            view.sectors = geometry.sectors;
+            view.strategy = Some(link.strategy());
+            view.layout = Some(format!("{:?}", agreement.layout));
+            view.rings = link.stats();
+            view.error = None;
+        });
+        self.connected = Some(agreement.queues);
+        if let Some(properties) = self.properties() {
+            for (key, value) in properties.to_keys() {
+                self.context.client.write(&self.node(&key), value).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What the frontend has written, as far as it is to be read.
+    pub(super) async fn frontend_request(&self) -> Result<FrontendRequest, ConnectError> {
+        let mut values: HashMap<String, Vec<u8>> = HashMap::new();
+        let names = FrontendRequest::KEYS.iter().map(|&key| key.to_owned()).collect();
+        self.fetch(names, &mut values).await?;
+        let rings = FrontendRequest::ring_keys(&self.offer, &|key: &str| values.get(key).cloned())?;
+        self.fetch(rings, &mut values).await?;
+        Ok(FrontendRequest::from_keys(&self.offer, &|key: &str| values.get(key).cloned())?)
+    }
+
+    async fn fetch(
+        &self,
+        names: Vec<String>,
+        values: &mut HashMap<String, Vec<u8>>,
+    ) -> Result<(), client::Error> {
+        for name in names {
+            let path = format!("{}/{name}", self.description.frontend);
+            if let Some(value) = read_frontend(&self.context.client, &path).await? {
+                values.insert(name, value);
+            }
+        }
+        Ok(())
+    }
+
+    /// What the frontend is told of the disk, if there is one.
+    pub(super) fn properties(&self) -> Option<DeviceProperties> {
+        let Geometry {
+            sectors, sector_size, physical_sector_size, read_only, discard, flush, ..
+        } = self.storage.as_ref()?.geometry();
+        Some(DeviceProperties {
+            sectors,
+            sector_size,
+            physical_sector_size,
+            read_only,
+            cdrom: self.description.cdrom,
+            removable: self.description.removable,
+            flush,
+            barrier: flush,
+            discard: discard.map(|d| Discard {
+                granularity: d.granularity,
+                alignment: d.alignment,
+                secure: d.secure,
+            }),
+        })
+    }
+
+    /// Lets go of the rings, when what is in flight is answered.
+    pub(super) async fn disconnect(&mut self) {
+        if let Some(link) = &mut self.link {
+            link.stop().await;
+            self.link = None;
+            if self.log.admits() {
+                info!("rings detached");
+            }
+        }
+        self.context.registry.update(&self.dir, |view| view.rings.clear());
+    }
+}

@@ -1,0 +1,165 @@
+//! How a ring goes to sleep, and what wakes it: alone on its thread in the storage queue's wait, which
+//! is one system call; among others at the thread's epoll.
+
+use super::setup::Exit;
+use super::worker::Worker;
+use crate::storage::Woken;
+use ring_proto::RingError;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+/// A ring that has been quiet for so long gives up its persistent grants (`xen_blkif_pgrant_timeout`
+/// of Linux's backend).
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// So many events in a row without a request are a storm (XSA-332, XSA-391)...
+const STORM_EVENTS: u32 = 16;
+/// ...and from then on events are taken no faster than this, until one brings a request.
+const STORM_PAUSE: Duration = Duration::from_millis(1);
+
+/// What a ring knows of its sleeps.
+pub(super) struct Sleep {
+    /// Events in a row that brought no request.
+    spurious: u32,
+    /// Until when no event is taken, after too many of them.
+    rest: Option<Instant>,
+    /// An event may have been taken here: the next comes only when the channel is unmasked.
+    masked: bool,
+    /// There were requests since the last sleep among others...
+    used: bool,
+    /// ...and none since then.
+    idle_since: Instant,
+    /// The idle time-out has been seen to.
+    quiet: bool,
+    /// System calls that woke this ring and were not its queue's.
+    pub(super) shared_calls: u64,
+}
+
+impl Default for Sleep {
+    fn default() -> Self {
+        Self {
+            spurious: 0,
+            rest: None,
+            masked: true,
+            used: false,
+            idle_since: Instant::now(),
+            quiet: false,
+            shared_calls: 0,
+        }
+    }
+}
+
+impl Sleep {
+    /// There were requests.
+    pub(super) fn used(&mut self) {
+        self.spurious = 0;
+        self.used = true;
+        self.quiet = false;
+    }
+}
+
+impl Worker {
+    /// Asks for an event; whether there are requests after all.
+    pub(super) fn final_check(&mut self) -> Result<bool, RingError> {
+        if self.draining || self.barrier || self.inflight.waiting() > 0 {
+            // Nothing is taken, or not before the device has completed something: no event is wanted.
+            return Ok(false);
+        }
+        self.requests.final_check()
+    }
+
+    /// Sleeps, being the thread's only ring. Returns what ended it: [`Woken::Descriptor`] is not its event.
+    pub(super) fn sleep(&mut self) -> Result<Woken, Exit> {
+        if let Some(rest) = self.sleep.rest.take() {
+            std::thread::sleep(rest.saturating_duration_since(Instant::now()));
+        }
+        self.unmask()?;
+        let timeout = (!self.sleep.quiet && self.in_flight == 0).then_some(IDLE_TIMEOUT);
+        self.stats.sleeps.add(1);
+        let woken = self.queue.wait(timeout)?;
+        if timeout.is_some() && woken == Woken::Time {
+            self.give_up();
+        }
+        self.woke(woken)
+    }
+
+    /// From now on it shares its thread, or does not any more. While it does, an edge-triggered epoll of
+    /// the event channel, and of what the queue signals, tells when there may be something to do.
+    pub(super) fn share(
+        &mut self,
+        shared: bool,
+    ) -> io::Result<(BorrowedFd<'_>, Option<BorrowedFd<'_>>)> {
+        // The queue may have taken an event.
+        self.sleep.masked = true;
+        Ok((self.channel.as_fd(), self.queue.share(shared)?))
+    }
+
+    /// Before a sleep among others: whether an event has come already.
+    pub(super) fn arm(&mut self, now: Instant) -> Result<bool, Exit> {
+        if self.sleep.rest.is_some_and(|rest| rest > now) {
+            return Ok(false);
+        }
+        let rested = self.sleep.rest.take().is_some();
+        self.unmask()?;
+        // Nobody was told of one that came while it rested.
+        Ok(rested && self.woke(Woken::Descriptor)? == Woken::Event)
+    }
+
+    /// The thread was woken for this ring, at its event channel or by its disk. Returns by what.
+    pub(super) fn rouse(&mut self, at_channel: bool) -> Result<Woken, Exit> {
+        self.stats.sleeps.add(1);
+        self.sleep.shared_calls += 1;
+        if at_channel && self.sleep.rest.is_none() {
+            self.woke(Woken::Descriptor)
+        } else {
+            Ok(Woken::Device)
+        }
+    }
+
+    /// When it is to be looked at again without being woken. Sees to the idle time-out first.
+    pub(super) fn due(&mut self, now: Instant) -> Option<Instant> {
+        if std::mem::take(&mut self.sleep.used) {
+            self.sleep.idle_since = now;
+        }
+        let waits = !self.sleep.quiet && self.in_flight == 0;
+        let mut idle = waits.then(|| self.sleep.idle_since + IDLE_TIMEOUT);
+        if idle.take_if(|idle| *idle <= now).is_some() {
+            self.give_up();
+        }
+        idle.into_iter().chain(self.sleep.rest).chain(self.queue.due()).min()
+    }
+
+    fn give_up(&mut self) {
+        self.data.purge();
+        self.sleep.quiet = true;
+    }
+
+    /// Lets the next event through.
+    fn unmask(&mut self) -> Result<(), Exit> {
+        if std::mem::take(&mut self.sleep.masked) {
+            self.channel.unmask()?;
+        }
+        Ok(())
+    }
+
+    fn woke(&mut self, mut woken: Woken) -> Result<Woken, Exit> {
+        if woken == Woken::Descriptor && self.channel.take()? {
+            self.sleep.masked = true;
+            woken = Woken::Event;
+        }
+        if woken == Woken::Event {
+            self.stats.events.add(1);
+            self.sleep.quiet = false;
+            if self.draining || self.requests.poll()? == 0 {
+                self.stats.spurious_events.add(1);
+                self.sleep.spurious = self.sleep.spurious.saturating_add(1);
+                if self.sleep.spurious >= STORM_EVENTS {
+                    self.sleep.rest = Some(Instant::now() + STORM_PAUSE);
+                }
+            } else {
+                self.woken = self.clock.sample_next();
+            }
+        }
+        Ok(woken)
+    }
+}

@@ -1,0 +1,267 @@
+//! A thread and the rings that it serves.
+
+use super::setup::{Exit, Tenant};
+use super::threads::{Arrival, Inbox, Threads};
+use super::worker::Worker;
+use crate::storage::Woken;
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::time::TimeSpec;
+use std::ffi::CString;
+use std::io;
+use std::os::fd::AsFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use xen_platform::{Spin, Waiting};
+
+/// Of an epoll event: the bell. Rings are numbered from 1.
+const BELL: u64 = 0;
+/// Set where the event tells of a ring's event channel, and not of its disk.
+const CHANNEL: u64 = 1 << 63;
+/// Rings that one look at the epoll tells of; the next tells of others.
+const EVENTS: usize = 64;
+
+/// Serves rings, each in turn.
+pub(super) struct Thread {
+    threads: Arc<Threads>,
+    inbox: Arc<Inbox>,
+    rings: Vec<Ring>,
+    /// The last ring's number.
+    number: u64,
+    spin: Spin,
+    /// Where it sleeps while it has several rings. Edge-triggered: a ring that rests wakes it once.
+    epoll: Epoll,
+}
+
+/// A ring and what is to become of it.
+struct Ring {
+    number: u64,
+    worker: Worker,
+    tenant: Tenant,
+    /// Why it takes no more requests, if it was not told to stop. It answers what is in flight...
+    failed: Option<Exit>,
+    /// ...unless it cannot.
+    lost: bool,
+    /// Whether the epoll has it.
+    listed: bool,
+}
+
+impl Thread {
+    /// Starts one that has rings on their way to its inbox.
+    pub(super) fn start(
+        threads: Arc<Threads>,
+        inbox: Arc<Inbox>,
+        waiting: Waiting,
+    ) -> io::Result<()> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(inbox.bell(), EpollEvent::new(EpollFlags::EPOLLIN, BELL))?;
+        let serve = move || {
+            let (rings, spin) = (Vec::new(), Spin::new(waiting));
+            Self { threads, inbox, rings, number: BELL, spin, epoll }.run();
+        };
+        std::thread::Builder::new().spawn(serve).map(drop)
+    }
+
+    /// Serves rings as long as there are any. A frame of its own, for profiles to show.
+    #[inline(never)]
+    fn run(mut self) {
+        loop {
+            self.admit();
+            if self.rings.is_empty() && self.threads.retire(&self.inbox) {
+                return;
+            }
+            let sleeps_next = self.rings.len() == 1 && self.spin.is_off();
+            let (mut found, mut over) = (false, false);
+            for ring in &mut self.rings {
+                found |= ring.attempt(|worker| worker.round(sleeps_next)).unwrap_or(true);
+                over |= ring.is_over();
+            }
+            if over {
+                self.dismiss();
+            } else if found {
+                self.spin.found();
+            } else if !self.spin.again() && !self.final_check() {
+                self.sleep();
+            }
+        }
+    }
+
+    /// Takes up the rings that have arrived.
+    fn admit(&mut self) {
+        let Some(arrivals) = self.inbox.take() else { return };
+        for Arrival { setup, tenant, orders } in arrivals {
+            let new = || Worker::new(setup, orders, self.inbox.bell().try_clone_to_owned()?);
+            match guarded(new) {
+                Ok(worker) => {
+                    self.number += 1;
+                    let (number, failed, lost, listed) = (self.number, None, false, false);
+                    self.rings.push(Ring { number, worker, tenant, failed, lost, listed });
+                }
+                Err(exit) => {
+                    self.threads.left(&self.inbox);
+                    (tenant.ended)(exit);
+                }
+            }
+        }
+        self.regroup();
+    }
+
+    /// Lets go of the rings that are over.
+    fn dismiss(&mut self) {
+        while let Some(place) = self.rings.iter().position(Ring::is_over) {
+            let mut ring = self.rings.remove(place);
+            // It is gone from there with its file if this fails.
+            let _ = ring.list(&self.epoll, false);
+            let Ring { worker, tenant: Tenant { ended, alive, .. }, failed, .. } = ring;
+            if let Some(exit) = failed {
+                ended(exit);
+            }
+            // What becomes of a panic there is in the log.
+            let _ = guarded(|| {
+                drop(worker);
+                Ok(())
+            });
+            drop(alive);
+            self.threads.left(&self.inbox);
+        }
+        self.regroup();
+    }
+
+    /// To be called when there are more or fewer rings.
+    fn regroup(&mut self) {
+        let several = self.rings.len() > 1;
+        for ring in &mut self.rings {
+            if let Err(error) = ring.list(&self.epoll, several) {
+                ring.fail(error.into());
+            }
+        }
+        let name = match &self.rings[..] {
+            [ring] => ring.tenant.name.clone(),
+            rings => format!("{} rings", rings.len()),
+        };
+        // For people to read, who do without if it cannot be.
+        let _ = CString::new(name).map(|name| nix::sys::prctl::set_name(&name));
+    }
+
+    /// Asks for events; whether there are requests after all.
+    fn final_check(&mut self) -> bool {
+        let check = |worker: &mut Worker| Ok(worker.final_check()?);
+        self.rings.iter_mut().any(|ring| ring.attempt(check).unwrap_or(true))
+    }
+
+    fn sleep(&mut self) {
+        let woken = match &mut self.rings[..] {
+            [ring] => ring.attempt(Worker::sleep).unwrap_or(Woken::Device),
+            _ => self.sleep_among(),
+        };
+        match woken {
+            Woken::Event => self.spin.woken(),
+            Woken::Descriptor => self.inbox.hush(),
+            Woken::Device | Woken::Time => {}
+        }
+    }
+
+    /// Sleeps until one of several rings, or the bell, has something.
+    fn sleep_among(&mut self) -> Woken {
+        let now = Instant::now();
+        let mut due = None;
+        for ring in &mut self.rings {
+            match ring.attempt(|worker| worker.arm(now)) {
+                Some(false) => due = due.into_iter().chain(ring.worker.due(now)).min(),
+                Some(true) => return Woken::Event,
+                None => return Woken::Device,
+            }
+        }
+        let left = due.map(|due: Instant| due.saturating_duration_since(now));
+        let mut events = [EpollEvent::empty(); EVENTS];
+        let count = match wait(&self.epoll, &mut events, left) {
+            Ok(count) => count,
+            // Cannot be. The rings go on without sleep rather than not at all.
+            Err(error) => {
+                tracing::error!(%error, "cannot wait for events");
+                0
+            }
+        };
+        let mut woken = Woken::Time;
+        for event in &events[..count] {
+            let (number, at_channel) = (event.data() & !CHANNEL, event.data() & CHANNEL != 0);
+            let outcome = match self.rings.iter_mut().find(|ring| ring.number == number) {
+                Some(ring) => {
+                    ring.attempt(|worker| worker.rouse(at_channel)).unwrap_or(Woken::Device)
+                }
+                None => {
+                    self.inbox.hush();
+                    Woken::Device
+                }
+            };
+            if woken != Woken::Event {
+                woken = outcome;
+            }
+        }
+        woken
+    }
+}
+
+/// Waits at an epoll, which by itself counts in milliseconds.
+fn wait(epoll: &Epoll, events: &mut [EpollEvent], left: Option<Duration>) -> io::Result<usize> {
+    let mut timeout = EpollTimeout::NONE;
+    if let Some(left) = left {
+        let mut polled = [PollFd::new(epoll.0.as_fd(), PollFlags::POLLIN)];
+        match ppoll(&mut polled, Some(TimeSpec::from(left)), None) {
+            Ok(_) | Err(nix::Error::EINTR) => timeout = EpollTimeout::ZERO,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    match epoll.wait(events, timeout) {
+        Err(nix::Error::EINTR) => Ok(0),
+        count => Ok(count?),
+    }
+}
+
+/// Does what must not take the thread, and with it the other rings, down.
+fn guarded<T>(work: impl FnOnce() -> Result<T, Exit>) -> Result<T, Exit> {
+    // The message was printed by the panic hook.
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or(Err(Exit::Panicked))
+}
+
+impl Ring {
+    /// Has the worker do something, or notes that it failed.
+    fn attempt<T>(&mut self, work: impl FnOnce(&mut Worker) -> Result<T, Exit>) -> Option<T> {
+        if self.lost {
+            return None;
+        }
+        let worker = &mut self.worker;
+        guarded(|| work(worker)).map_err(|exit| self.fail(exit)).ok()
+    }
+
+    fn fail(&mut self, exit: Exit) {
+        let drains = matches!(exit, Exit::Ring(_) | Exit::Platform(_));
+        self.lost = self.failed.is_some() || !drains;
+        self.failed.get_or_insert(exit);
+        self.worker.stop();
+    }
+
+    fn is_over(&self) -> bool {
+        self.lost || self.worker.is_drained()
+    }
+
+    /// Has the epoll watch it, or not.
+    fn list(&mut self, epoll: &Epoll, listed: bool) -> io::Result<()> {
+        if std::mem::replace(&mut self.listed, listed) == listed {
+            return Ok(());
+        }
+        let (channel, device) = self.worker.share(listed)?;
+        if !listed {
+            // What the disk signals to is gone from there already.
+            epoll.delete(channel)?;
+            return Ok(());
+        }
+        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+        epoll.add(channel, EpollEvent::new(flags, self.number | CHANNEL))?;
+        if let Some(device) = device {
+            epoll.add(device, EpollEvent::new(flags, self.number))?;
+        }
+        Ok(())
+    }
+}
