@@ -156,9 +156,10 @@ impl Thread {
             _ => self.sleep_among(),
         };
         match woken {
-            Woken::Event => self.spin.woken(),
+            // Whoever it was that took its time.
+            Woken::Event | Woken::Device => self.spin.woken(),
             Woken::Descriptor => self.inbox.hush(),
-            Woken::Device | Woken::Time => {}
+            Woken::Time => {}
         }
     }
 
