@@ -2,11 +2,11 @@
 //! when the frontend connects.
 
 use super::bounce::BouncePool;
-use super::persistent::{PersistentGrants, Pin};
+use super::persistent::{Page, PersistentGrants, Pin};
 use crate::stats::RingStats;
 use crate::storage::{IoVec, IoVecs};
 use ring_proto::abi::{MAX_INDIRECT_PAGES, PAGE_SIZE, Segment};
-use ring_proto::{DomId, GrantRef, Window, decode_segments};
+use ring_proto::{DomId, GrantRef, SharedMemory, Window, decode_segments};
 use std::ops::Range;
 use std::sync::Arc;
 use xen_platform::{
@@ -49,8 +49,9 @@ struct Held {
     segments: Vec<Segment>,
     bounce: Option<Range<usize>>,
     pins: Vec<Pin>,
-    /// [`Via::Map`]'s.
-    map: Option<Arc<dyn MappedGrants>>,
+    maps: Vec<Arc<dyn MappedGrants>>,
+    /// Pages in `maps`.
+    mapped: usize,
     refused: bool,
 }
 
@@ -69,7 +70,7 @@ pub(super) struct Data {
     via: Via,
     /// By tag.
     held: Vec<Held>,
-    /// Pages that all of them have mapped for themselves ([`Via::Map`]).
+    /// Pages that all of them have mapped.
     mapped: usize,
     /// Grant copies to be made together, and the tag that each is for.
     copies: Vec<CopySegment>,
@@ -164,33 +165,43 @@ impl Data {
 
     /// Copies the start of a granted page to `self.page`.
     fn fetch_page(&mut self, gref: GrantRef, bytes: usize) -> Result<(), Unreachable> {
-        if let Via::Persistent(pool) = &mut self.via {
-            let nothing_else = std::iter::empty();
-            let page = pool
-                .page(&*self.platform, self.peer, gref, nothing_else)
-                .map_err(|_| Unreachable::Refused)?;
-            self.stats.grant_maps.add(page.mapped as u64);
-            let window = pool.window(page.pin, bytes).ok_or(Unreachable::Refused)?;
-            window.read(&mut self.page[..bytes]);
-            drop(window);
-            pool.unpin(page.pin);
-            return Ok(());
+        let page = match &mut self.via {
+            Via::Persistent(pool) => Some(pool.page(&*self.platform, self.peer, gref)),
+            Via::Copy(_) | Via::Map | Via::Nothing => None,
+        };
+        if let Some(Ok(Page::Pinned { new: true, .. } | Page::Transient(_))) = page {
+            self.stats.grant_maps.add(1);
         }
-        self.stats.grant_copies.add(1);
-        let mut copy = [CopySegment {
-            gref,
-            offset: 0,
-            len: bytes as u16,
-            local: 0,
-            direction: CopyDirection::FromPeer,
-            status: Err(GrantStatus::NotAttempted),
-        }];
-        let whole = self.copier.copy(&self.scratch, &mut copy);
-        if whole.is_err() || copy[0].status.is_err() {
-            return Err(Unreachable::Refused);
-        }
-        let window = Window::new(self.scratch.clone(), 0, bytes).ok_or(Unreachable::Refused)?;
+        let (pin, memory): (_, Arc<dyn SharedMemory>) = match page {
+            Some(Ok(Page::Pinned { pin, .. })) => {
+                let Via::Persistent(pool) = &self.via else { return Err(Unreachable::Refused) };
+                let Some(page) = pool.memory(pin) else { return Err(Unreachable::Refused) };
+                (Some(pin), page.clone())
+            }
+            Some(Ok(Page::Transient(page))) => (None, page),
+            Some(Err(_)) => return Err(Unreachable::Refused),
+            None => {
+                self.stats.grant_copies.add(1);
+                let mut copy = [CopySegment {
+                    gref,
+                    offset: 0,
+                    len: bytes as u16,
+                    local: 0,
+                    direction: CopyDirection::FromPeer,
+                    status: Err(GrantStatus::NotAttempted),
+                }];
+                let whole = self.copier.copy(&self.scratch, &mut copy);
+                if whole.is_err() || copy[0].status.is_err() {
+                    return Err(Unreachable::Refused);
+                }
+                (None, self.scratch.clone())
+            }
+        };
+        let window = Window::new(memory, 0, bytes).ok_or(Unreachable::Refused)?;
         window.read(&mut self.page[..bytes]);
+        if let (Via::Persistent(pool), Some(pin)) = (&mut self.via, pin) {
+            pool.unpin(pin);
+        }
         Ok(())
     }
 
@@ -205,11 +216,7 @@ impl Data {
         buffers: &mut IoVecs,
     ) -> Result<(), Unreachable> {
         // A request of its own always fits.
-        let mapped = match &self.via {
-            Via::Persistent(pool) => pool.transient(),
-            Via::Copy(_) | Via::Map | Via::Nothing => self.mapped,
-        };
-        if mapped > 0 && mapped + segments.len() > MAX_MAPPED_PAGES {
+        if self.mapped > 0 && self.mapped + segments.len() > MAX_MAPPED_PAGES {
             return Err(Unreachable::Busy);
         }
         let held = &mut self.held[usize::from(tag)];
@@ -237,26 +244,39 @@ impl Data {
                 held.bounce = Some(range);
             }
             Via::Persistent(pool) => {
-                let mut maps = 0;
-                for (k, segment) in segments.iter().enumerate() {
-                    let rest = segments[k + 1..].iter().map(|s| s.gref);
-                    let Ok(page) = pool.page(&*self.platform, self.peer, segment.gref, rest) else {
-                        buffers.clear();
-                        self.release(tag);
-                        return Err(Unreachable::Refused);
+                let (mut hits, mut maps) = (0, 0);
+                for segment in segments {
+                    let page = pool.page(&*self.platform, self.peer, segment.gref);
+                    let address = match page {
+                        Ok(Page::Pinned { pin, base, new }) => {
+                            hits += u64::from(!new);
+                            maps += u64::from(new);
+                            held.pins.push(pin);
+                            base.as_ptr()
+                        }
+                        Ok(Page::Transient(page)) => {
+                            maps += 1;
+                            let address = page.base().as_ptr();
+                            held.maps.push(page);
+                            held.mapped += 1;
+                            self.mapped += 1;
+                            address
+                        }
+                        Err(_) => {
+                            buffers.clear();
+                            self.release(tag);
+                            return Err(Unreachable::Refused);
+                        }
                     };
-                    maps += page.mapped;
-                    let same_map =
-                        held.pins.last().is_some_and(|last| last.group == page.pin.group);
-                    held.pins.push(page.pin);
-                    let address = page.address.wrapping_add(segment.offset());
-                    // SAFETY: the page stays mapped until `release` gives the pin back, and validation
-                    // keeps the segment within it.
-                    append(buffers, unsafe { IoVec::new(address, segment.bytes()) }, same_map);
+                    // SAFETY: the page stays mapped until `release` gives the pin or map back, and
+                    // validation keeps the segment within it.
+                    buffers.push(unsafe {
+                        IoVec::new(address.wrapping_add(segment.offset()), segment.bytes())
+                    });
                 }
-                self.stats.persistent_hits.add((segments.len() - maps) as u64);
+                self.stats.persistent_hits.add(hits);
                 if maps > 0 {
-                    self.stats.grant_maps.add(maps as u64);
+                    self.stats.grant_maps.add(maps);
                     self.stats.persistent_held.set(pool.held() as u64);
                     self.stats.persistent_evictions.set(pool.evictions);
                 }
@@ -272,11 +292,21 @@ impl Data {
                 let base = map.base().as_ptr();
                 for (k, segment) in segments.iter().enumerate() {
                     let address = base.wrapping_add(k * PAGE_SIZE + segment.offset());
+                    // Whole pages follow one another: the fewer pieces, the less for the kernel to look up.
+                    let (address, bytes) = match buffers.last() {
+                        Some(last) if last.base().wrapping_add(last.len()) == address => {
+                            let joined = (last.base(), last.len() + segment.bytes());
+                            buffers.pop();
+                            joined
+                        }
+                        _ => (address, segment.bytes()),
+                    };
                     // SAFETY: within the mapping, which `held` keeps until `release`.
-                    append(buffers, unsafe { IoVec::new(address, segment.bytes()) }, true);
+                    buffers.push(unsafe { IoVec::new(address, bytes) });
                 }
-                held.map = Some(map);
-                self.mapped += segments.len();
+                held.maps.push(map);
+                held.mapped = segments.len();
+                self.mapped += held.mapped;
                 self.stats.grant_maps.add(segments.len() as u64);
             }
             Via::Nothing => {}
@@ -339,21 +369,10 @@ impl Data {
                     pool.unpin(pin);
                 }
             }
-            Via::Map => {
-                if let Some(map) = held.map.take() {
-                    self.mapped -= map.len() / PAGE_SIZE;
-                }
-            }
-            Via::Nothing => {}
+            Via::Map | Via::Nothing => {}
         }
-    }
-}
-
-/// Adds a piece; to the last one, where it is of the same mapping and follows that: the fewer pieces, the
-/// less for the kernel to look up.
-fn append(buffers: &mut IoVecs, piece: IoVec, same_map: bool) {
-    if !same_map || !buffers.last_mut().is_some_and(|last| last.join(piece)) {
-        buffers.push(piece);
+        held.maps.clear();
+        self.mapped -= std::mem::take(&mut held.mapped);
     }
 }
 

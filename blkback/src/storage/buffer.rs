@@ -38,15 +38,6 @@ impl IoVec {
         self.0.iov_base.cast()
     }
 
-    /// Takes in `next` if it begins where this ends; whether it did. Both must be of one mapping.
-    pub(crate) fn join(&mut self, next: Self) -> bool {
-        let follows = self.base().wrapping_add(self.len()) == next.base();
-        if follows {
-            self.0.iov_len += next.len();
-        }
-        follows
-    }
-
     /// What is left after the first `bytes`.
     ///
     /// # Panics

@@ -4,7 +4,6 @@
 mod allocations;
 mod callgrind;
 mod rig;
-#[path = "../served/mod.rs"]
 mod served;
 
 use anyhow::{Context, Result, bail, ensure};
