@@ -27,6 +27,7 @@ const MAX_ROUND: usize = 16;
 /// Responses that are shown at a time, for the same reason; and a frontend that sleeps takes longer
 /// to wake than the rest of a round takes.
 const PUBLISH_EVERY: u32 = 8;
+
 /// What is known of a request between its taking and its response.
 #[derive(Clone, Copy, Default)]
 struct Entry {

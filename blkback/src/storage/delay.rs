@@ -80,8 +80,7 @@ impl Queue for DelayQueue {
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Woken> {
-        let left = self.due().map(|due| due.saturating_duration_since(Instant::now()));
-        self.inner.wait(left.into_iter().chain(timeout).min())
+        self.inner.wait(sooner(timeout, self.due()))
     }
 
     fn share(&mut self, shared: bool) -> io::Result<Option<BorrowedFd<'_>>> {
@@ -89,7 +88,7 @@ impl Queue for DelayQueue {
     }
 
     fn due(&self) -> Option<Instant> {
-        self.held.front().map(|(due, _)| *due).into_iter().chain(self.inner.due()).min()
+        earliest(&self.held, self.inner.due())
     }
 
     fn in_flight(&self) -> usize {
@@ -99,4 +98,18 @@ impl Queue for DelayQueue {
     fn counters(&self) -> QueueCounters {
         self.inner.counters()
     }
+}
+
+/// The time left to whatever comes first.
+pub(super) fn sooner(timeout: Option<Duration>, due: Option<Instant>) -> Option<Duration> {
+    let due = due.map(|due| due.saturating_duration_since(Instant::now()));
+    timeout.into_iter().chain(due).min()
+}
+
+/// When the first of what is held, soonest first, or what is behind it is due.
+pub(super) fn earliest<T>(
+    held: &VecDeque<(Instant, T)>,
+    behind: Option<Instant>,
+) -> Option<Instant> {
+    held.front().map(|(due, _)| *due).into_iter().chain(behind).min()
 }

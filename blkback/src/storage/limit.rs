@@ -1,5 +1,6 @@
 //! A disk that takes only so much a second.
 
+use super::delay::{earliest, sooner};
 use super::{Completion, Geometry, Op, Queue, QueueCounters, QueueSetup, Storage, Woken};
 use std::collections::VecDeque;
 use std::io;
@@ -120,8 +121,7 @@ impl Queue for LimitedQueue {
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Woken> {
-        let left = self.due().map(|due| due.saturating_duration_since(Instant::now()));
-        self.inner.wait(left.into_iter().chain(timeout).min())
+        self.inner.wait(sooner(timeout, self.due()))
     }
 
     fn share(&mut self, shared: bool) -> io::Result<Option<BorrowedFd<'_>>> {
@@ -129,7 +129,7 @@ impl Queue for LimitedQueue {
     }
 
     fn due(&self) -> Option<Instant> {
-        self.held.front().map(|(due, _)| *due).into_iter().chain(self.inner.due()).min()
+        earliest(&self.held, self.inner.due())
     }
 
     fn in_flight(&self) -> usize {
