@@ -89,7 +89,7 @@ pub struct Flags {
     /// Use of O_DIRECT [default: auto]
     #[arg(long)]
     direct: Option<DirectIo>,
-    /// Threads that serve rings, at the most; 0 for one a ring. With more rings they share [default: 0]
+    /// Threads that serve rings, at the most; 0 for one a CPU. With more rings they share [default: 0]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
     /// How ring threads wait for requests [default: adaptive]

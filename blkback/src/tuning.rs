@@ -32,7 +32,7 @@ pub struct Tuning {
     pub data: DataPath,
     /// Whether files are read past the page cache.
     pub direct: DirectIo,
-    /// Threads that serve rings, at the most; 0 for one a ring. Rings share them where there are more.
+    /// Threads that serve rings, at the most; 0 for one a CPU. Rings share them where there are more.
     pub threads: usize,
     /// How ring threads wait.
     pub wait: WaitMode,
@@ -118,7 +118,7 @@ impl Tuning {
 
     /// How many threads serve rings, at the most.
     pub fn threads(&self) -> usize {
-        if self.threads == 0 { usize::MAX } else { self.threads }
+        if self.threads == 0 { cpus() } else { self.threads }
     }
 
     /// How ring threads wait.

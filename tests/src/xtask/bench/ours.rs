@@ -76,7 +76,7 @@ impl Contender for Ours {
 }
 
 fn backend_options(case: &Case) -> Vec<&'static str> {
-    let mut options = vec!["--max-queues", "8", "--threads", "1", "--wait", case.backend.option()];
+    let mut options = vec!["--max-queues", "8", "--wait", case.backend.option()];
     options
         .extend(["--direct", if matches!(case.disk, Disk::CachedFile) { "off" } else { "auto" }]);
     match case.data {
