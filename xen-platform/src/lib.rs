@@ -145,7 +145,9 @@ pub trait GrantCopier: Send + Debug {
 
 /// One end of an event channel, owned by the thread that waits on it. Closed when dropped.
 ///
-/// The descriptor is readable while an event waits and the channel is unmasked.
+/// The descriptor is readable while an event waits and the channel is unmasked. To be waited for
+/// level-triggered, unless each event is taken before the channel is unmasked: otherwise there may be
+/// two, and the kernel does not signal a further one before both are taken.
 pub trait EventChannel: Send + AsFd + Debug {
     /// Our port, which the peer learns through xenstore.
     fn port(&self) -> Port;

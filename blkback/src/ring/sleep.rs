@@ -83,37 +83,29 @@ impl Worker {
         self.woke(woken)
     }
 
-    /// From now on it shares its thread, or does not any more. While it does, an edge-triggered epoll of
-    /// the event channel, and of what the queue signals, tells when there may be something to do.
-    pub(super) fn share(
-        &mut self,
-        shared: bool,
-    ) -> io::Result<(BorrowedFd<'_>, Option<BorrowedFd<'_>>)> {
+    /// From now on it shares its thread, or does not any more. While it does, what its disk signals to
+    /// (given out here) and its event channel tell when there may be something to do.
+    pub(super) fn share(&mut self, shared: bool) -> io::Result<Option<BorrowedFd<'_>>> {
         // The queue may have taken an event.
         self.sleep.masked = true;
-        Ok((self.channel.as_fd(), self.queue.share(shared)?))
+        self.queue.share(shared)
     }
 
-    /// Before a sleep among others: whether an event has come already.
+    /// Before a sleep among others: whether it is to be woken by events.
     pub(super) fn arm(&mut self, now: Instant) -> Result<bool, Exit> {
         if self.sleep.rest.is_some_and(|rest| rest > now) {
             return Ok(false);
         }
-        let rested = self.sleep.rest.take().is_some();
+        self.sleep.rest = None;
         self.unmask()?;
-        // Nobody was told of one that came while it rested.
-        Ok(rested && self.woke(Woken::Descriptor)? == Woken::Event)
+        Ok(true)
     }
 
     /// The thread was woken for this ring, at its event channel or by its disk. Returns by what.
     pub(super) fn rouse(&mut self, at_channel: bool) -> Result<Woken, Exit> {
         self.stats.sleeps.add(1);
         self.sleep.shared_calls += 1;
-        if at_channel && self.sleep.rest.is_none() {
-            self.woke(Woken::Descriptor)
-        } else {
-            Ok(Woken::Device)
-        }
+        self.woke(if at_channel { Woken::Descriptor } else { Woken::Device })
     }
 
     /// When it is to be looked at again without being woken. Sees to the idle time-out first.

@@ -30,7 +30,7 @@ pub(super) struct Thread {
     /// The last ring's number.
     number: u64,
     spin: Spin,
-    /// Where it sleeps while it has several rings. Edge-triggered: a ring that rests wakes it once.
+    /// Where it sleeps while it has several rings.
     epoll: Epoll,
 }
 
@@ -43,8 +43,9 @@ struct Ring {
     failed: Option<Exit>,
     /// ...unless it cannot.
     lost: bool,
-    /// Whether the epoll has it.
+    /// Whether the epoll watches its disk, and its event channel.
     listed: bool,
+    heard: bool,
 }
 
 impl Thread {
@@ -95,8 +96,7 @@ impl Thread {
             match guarded(new) {
                 Ok(worker) => {
                     self.number += 1;
-                    let (number, failed, lost, listed) = (self.number, None, false, false);
-                    self.rings.push(Ring { number, worker, tenant, failed, lost, listed });
+                    self.rings.push(Ring::new(self.number, worker, tenant));
                 }
                 Err(exit) => {
                     self.threads.left(&self.inbox);
@@ -168,11 +168,10 @@ impl Thread {
         let now = Instant::now();
         let mut due = None;
         for ring in &mut self.rings {
-            match ring.attempt(|worker| worker.arm(now)) {
-                Some(false) => due = due.into_iter().chain(ring.worker.due(now)).min(),
-                Some(true) => return Woken::Event,
-                None => return Woken::Device,
+            if !ring.arm(now, &self.epoll) {
+                return Woken::Device;
             }
+            due = due.into_iter().chain(ring.worker.due(now)).min();
         }
         let left = due.map(|due: Instant| due.saturating_duration_since(now));
         let mut events = [EpollEvent::empty(); EVENTS];
@@ -227,6 +226,11 @@ fn guarded<T>(work: impl FnOnce() -> Result<T, Exit>) -> Result<T, Exit> {
 }
 
 impl Ring {
+    fn new(number: u64, worker: Worker, tenant: Tenant) -> Self {
+        let (failed, lost, listed, heard) = (None, false, false, false);
+        Self { number, worker, tenant, failed, lost, listed, heard }
+    }
+
     /// Has the worker do something, or notes that it failed.
     fn attempt<T>(&mut self, work: impl FnOnce(&mut Worker) -> Result<T, Exit>) -> Option<T> {
         if self.lost {
@@ -247,21 +251,46 @@ impl Ring {
         self.lost || self.worker.is_drained()
     }
 
-    /// Has the epoll watch it, or not.
+    /// Has the epoll watch it, or not; its event channel from the next [`Ring::arm`] on.
     fn list(&mut self, epoll: &Epoll, listed: bool) -> io::Result<()> {
         if std::mem::replace(&mut self.listed, listed) == listed {
             return Ok(());
         }
-        let (channel, device) = self.worker.share(listed)?;
         if !listed {
-            // What the disk signals to is gone from there already.
-            epoll.delete(channel)?;
+            self.hear(epoll, false)?;
+        }
+        // Edge-triggered, for nobody reads it. It is gone from the epoll once it is not shared.
+        if let Some(device) = self.worker.share(listed)? {
+            let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+            epoll.add(device, EpollEvent::new(flags, self.number))?;
+        }
+        Ok(())
+    }
+
+    /// Before a sleep among others; `false` if the ring failed.
+    fn arm(&mut self, now: Instant, epoll: &Epoll) -> bool {
+        let Some(hears) = self.attempt(|worker| worker.arm(now)) else { return false };
+        match self.hear(epoll, hears) {
+            Ok(()) => true,
+            Err(error) => {
+                self.fail(error.into());
+                false
+            }
+        }
+    }
+
+    /// Has the epoll watch its event channel, or not. Not edge-triggered: a channel that was unmasked
+    /// with an event unread holds two, and Linux's (`evtchn_interrupt`) says nothing of further ones
+    /// before both are read.
+    fn hear(&mut self, epoll: &Epoll, heard: bool) -> io::Result<()> {
+        if std::mem::replace(&mut self.heard, heard) == heard {
             return Ok(());
         }
-        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
-        epoll.add(channel, EpollEvent::new(flags, self.number | CHANNEL))?;
-        if let Some(device) = device {
-            epoll.add(device, EpollEvent::new(flags, self.number))?;
+        let channel = self.worker.channel.as_fd();
+        if heard {
+            epoll.add(channel, EpollEvent::new(EpollFlags::EPOLLIN, self.number | CHANNEL))?;
+        } else {
+            epoll.delete(channel)?;
         }
         Ok(())
     }

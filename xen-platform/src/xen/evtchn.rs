@@ -84,7 +84,7 @@ impl EventChannel for Channel {
     }
 
     fn take(&mut self) -> Result<bool> {
-        // Only this one port can come out of this file, and only once until it is written back.
+        // Only this one port can come out of this file, and only once for each time it was unmasked.
         let mut port = [0; size_of::<u32>()];
         let failed = |error| Error::io(format!("read {}", self.port), error);
         match (&self.file).read(&mut port) {
