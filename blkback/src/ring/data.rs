@@ -132,12 +132,21 @@ impl Data {
         }
     }
 
-    /// Gives up what a quiet ring does not need.
-    pub(super) fn purge(&mut self) {
-        if let Via::Persistent(pool) = &mut self.via {
-            pool.purge();
-            self.stats.persistent_evictions.set(pool.evictions);
-            self.stats.persistent_held.set(pool.held() as u64);
+    /// Hands out the mappings that a quiet ring does not need.
+    pub(super) fn purge(&mut self) -> Vec<Arc<dyn MappedGrants>> {
+        let Via::Persistent(pool) = &mut self.via else { return Vec::new() };
+        let pages = pool.purge();
+        self.stats.persistent_evictions.set(pool.evictions);
+        self.stats.persistent_held.set(pool.held() as u64);
+        pages
+    }
+
+    /// All mappings, when no request uses them any more.
+    pub(super) fn into_mappings(self) -> Vec<Arc<dyn MappedGrants>> {
+        let held = self.held.into_iter().flat_map(|held| held.maps);
+        match self.via {
+            Via::Persistent(pool) => held.chain(pool.into_pages()).collect(),
+            Via::Copy(_) | Via::Map | Via::Nothing => held.collect(),
         }
     }
 

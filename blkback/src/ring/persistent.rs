@@ -142,24 +142,32 @@ impl PersistentGrants {
             .collect();
         idle.sort_unstable_by(|a, b| b.cmp(a));
         for (_, place) in idle.into_iter().take(MAX_PERSISTENT_GRANTS / EVICT_SHARE) {
-            self.give_up(place);
+            drop(self.give_up(place, |_| true));
         }
     }
 
-    /// Unmaps every page that no request uses, for a ring that has gone quiet.
-    pub(super) fn purge(&mut self) {
-        for place in 0..self.entries.len() as u32 {
-            if self.entries[place as usize].as_ref().is_some_and(|entry| entry.pins == 0) {
-                self.give_up(place);
-            }
-        }
+    /// Hands out every page that no request uses, for a ring that has gone quiet.
+    pub(super) fn purge(&mut self) -> Vec<Arc<dyn MappedGrants>> {
+        let unused = |entry: &Entry| entry.pins == 0;
+        let places = 0..self.entries.len() as u32;
+        places.filter_map(|place| self.give_up(place, unused)).collect()
     }
 
-    fn give_up(&mut self, place: u32) {
-        if let Some(entry) = self.entries[place as usize].take() {
-            self.places.remove(&entry.gref);
-            self.free.push(place);
-            self.evictions += 1;
-        }
+    /// All of its pages.
+    pub(super) fn into_pages(self) -> impl Iterator<Item = Arc<dyn MappedGrants>> {
+        self.entries.into_iter().flatten().map(|entry| entry.page)
+    }
+
+    /// Takes a page out, if it is such a one.
+    fn give_up(
+        &mut self,
+        place: u32,
+        which: impl Fn(&Entry) -> bool,
+    ) -> Option<Arc<dyn MappedGrants>> {
+        let entry = self.entries[place as usize].take_if(|entry| which(entry))?;
+        self.places.remove(&entry.gref);
+        self.free.push(place);
+        self.evictions += 1;
+        Some(entry.page)
     }
 }

@@ -2,6 +2,7 @@
 //! is one system call; among others at the thread's epoll.
 
 use super::setup::Exit;
+use super::thread::unmap;
 use super::worker::Worker;
 use crate::storage::Woken;
 use ring_proto::RingError;
@@ -122,7 +123,7 @@ impl Worker {
     }
 
     fn give_up(&mut self) {
-        self.data.purge();
+        unmap(self.data.purge(), ());
         self.sleep.quiet = true;
     }
 

@@ -13,7 +13,7 @@ use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use xen_platform::{Spin, Waiting};
+use xen_platform::{MappedGrants, Spin, Waiting};
 
 /// Of an epoll event: the bell. Rings are numbered from 1.
 const BELL: u64 = 0;
@@ -118,11 +118,9 @@ impl Thread {
                 ended(exit);
             }
             // What becomes of a panic there is in the log.
-            let _ = guarded(|| {
-                drop(worker);
-                Ok(())
-            });
-            drop(alive);
+            if let Ok(pages) = guarded(|| Ok(worker.close())) {
+                unmap(pages, alive);
+            }
             self.threads.left(&self.inbox);
         }
         self.regroup();
@@ -217,6 +215,17 @@ fn wait(epoll: &Epoll, events: &mut [EpollEvent], left: Option<Duration>) -> io:
         Err(nix::Error::EINTR) => Ok(0),
         count => Ok(count?),
     }
+}
+
+/// Unmaps pages, and then drops `alive`, on a thread of its own: a system call for each of a thousand
+/// pages takes milliseconds, which the rings that stay would wait for.
+pub(super) fn unmap(pages: Vec<Arc<dyn MappedGrants>>, alive: impl Send + 'static) {
+    if pages.is_empty() {
+        return;
+    }
+    // Where there can be no thread it is done here.
+    let unmap = move || drop((pages, alive));
+    let _ = std::thread::Builder::new().name("unmapping".into()).spawn(unmap);
 }
 
 /// Does what must not take the thread, and with it the other rings, down.

@@ -19,7 +19,7 @@ use ring_proto::{
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use xen_platform::EventChannel;
+use xen_platform::{EventChannel, MappedGrants};
 
 /// Requests that are taken in a round at the most. The frontend works on their answers while the next
 /// are carried out; one submission to the device for so many is no cost any more.
@@ -167,6 +167,13 @@ impl Worker {
     /// Takes no more requests.
     pub(super) fn stop(&mut self) {
         self.draining = true;
+    }
+
+    /// Ends it. What it has mapped of the frontend's data is the caller's to unmap.
+    pub(super) fn close(self) -> Vec<Arc<dyn MappedGrants>> {
+        // The queue waits for its operations, which use the memory.
+        drop(self.queue);
+        self.data.into_mappings()
     }
 
     /// Whether it has stopped, and nothing is in flight any more. What is still on the ring is left for
