@@ -34,6 +34,16 @@ trace_blocks 2 /dev/nullb0
 ask guest 'trace_blocks 2 /dev/xvda'
 show 30 "blkback stats" blkback stats
 ask guest unload
+
+# Large requests, of 32 pages each.
+ask guest 'load sequential'
+sample 6 /run/large.data
+show 4 "sequential: blkback stats --watch" sh -c 'blkback stats --watch 3 | head -n 4'
+ask guest unload
+show 60 "sequential: ring threads" sampled /run/large.data --children --percentage relative --comms "$rings" --sort comm,symbol --percent-limit 3
+show 40 "sequential: ring threads, themselves" sampled /run/large.data --no-children --percentage relative --comms "$rings" --sort comm,dso,symbol --percent-limit 0.8
+result file "{\"name\":\"sequential.folded\",\"text\":$(quoted "$(folded /run/large.data)")}"
+
 show 12 "dom0: who" sampled /run/many.data --no-children --sort comm
 show 40 "dom0: ring threads" sampled /run/many.data --children --percentage relative --comms "$rings" --sort comm,symbol --percent-limit 3
 ask guest 'show 30 "guest" sampled /run/many.data --no-children --sort comm,dso,symbol --percent-limit 0.8 >&3'
