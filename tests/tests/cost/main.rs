@@ -3,12 +3,13 @@
 
 mod allocations;
 mod callgrind;
+mod frontend;
 mod rig;
 mod served;
 
 use anyhow::{Context, Result, bail, ensure};
 use blkback::ring::Strategy;
-use rig::{Counts, SECTORS, Work};
+use rig::{Counts, SECTORS};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -34,11 +35,19 @@ const DEPTH: u64 = 32;
 struct Bounds {
     /// How far instructions may be above what is recorded, in per cent.
     slack: f64,
-    /// By name.
+    /// Of a ring's thread, by name.
     backend: BTreeMap<String, Bound>,
+    /// Of a vCPU, by name.
+    frontend: BTreeMap<String, Bound>,
 }
 
-/// What a request may cost a ring's thread.
+impl Bounds {
+    fn all(&self) -> impl Iterator<Item = (&String, &Bound)> {
+        self.backend.iter().chain(&self.frontend)
+    }
+}
+
+/// What a request may cost.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct Bound {
@@ -57,18 +66,39 @@ fn bounds() -> Result<Bounds> {
     toml::from_str(&text).context(path)
 }
 
+/// Whose cost is counted, and at what.
+enum Work {
+    Backend(rig::Work),
+    Frontend(frontend::Work),
+}
+
+impl Work {
+    fn run(&self, host: &Host, name: &str, rounds: u64) -> Result<Counts> {
+        match self {
+            Self::Backend(work) => rig::serve(host, name, work, rounds),
+            Self::Frontend(work) => frontend::drive(host, name, *work, rounds),
+        }
+    }
+
+    /// What of it callgrind counts.
+    fn functions(&self) -> &'static [&'static str] {
+        match self {
+            Self::Backend(_) => &["ring::thread::Thread::run"],
+            Self::Frontend(_) => &["frontend::submit", "frontend::take"],
+        }
+    }
+}
+
 /// The work of each name in the file.
 fn works(host: &Host) -> Result<Vec<(&'static str, Work)>> {
     let file = host.dir().join("disk.raw");
     std::fs::write(&file, vec![0; SECTORS as usize * 512])?;
     let file = file.display().to_string();
     let (null, memory) = ("null:1G".to_owned(), format!("memory:{}", SECTORS * 512));
-    let work = |target: &String, strategy, waiting, writes| Work {
-        target: target.clone(),
-        strategy,
-        waiting,
-        writes,
+    let work = |target: &String, strategy, waiting, writes| {
+        Work::Backend(rig::Work { target: target.clone(), strategy, waiting, writes })
     };
+    let front = |vcpus, waiting| Work::Frontend(frontend::Work { vcpus, waiting });
     let (poll, event) = (Waiting::Poll, Waiting::Event);
     Ok(vec![
         ("null-poll", work(&null, Strategy::Nothing, poll, true)),
@@ -83,6 +113,10 @@ fn works(host: &Host) -> Result<Vec<(&'static str, Work)>> {
         // Valgrind lets no other thread run while one waits in io_uring: no instructions of files.
         // What is cached is read in the call that asks for it; a write may be put off.
         ("file-persistent-event", work(&file, Strategy::Persistent, event, false)),
+        ("own-ring-poll", front(1, poll)),
+        ("own-ring-event", front(1, event)),
+        ("shared-ring-poll", front(2, poll)),
+        ("shared-ring-event", front(2, event)),
     ])
 }
 
@@ -115,23 +149,20 @@ fn an_io_costs_no_more_calls_events_and_allocations_than_recorded() -> Result<()
     let bounds = bounds()?;
     let host = Host::start(Programs::beside_us()?)?;
     let works = works(&host)?;
-    ensure!(works.len() == bounds.backend.len(), "tests/cost.toml has other names than the test");
+    ensure!(works.len() == bounds.all().count(), "tests/cost.toml has other names than the test");
     let mut excess = Excess::default();
     for (name, work) in works {
-        let bound = bounds
-            .backend
-            .get(name)
-            .with_context(|| format!("{name} is not in tests/cost.toml"))?;
-        let counts = rig::serve(&host, name, &work, ROUNDS)?;
+        let bound = match work {
+            Work::Backend(_) => bounds.backend.get(name),
+            Work::Frontend(_) => bounds.frontend.get(name),
+        };
+        let bound = bound.with_context(|| format!("{name} is not in tests/cost.toml"))?;
+        let counts = work.run(&host, name, ROUNDS)?;
         let Counts { requests, allocations, system_calls, events, kicks, sleeps } = counts;
         ensure!(requests >= ROUNDS, "{name}: {counts:?}");
         for (what, count, bound) in [
             ("allocations", allocations, bound.allocations),
-            (
-                "system calls of the storage queue",
-                system_calls,
-                bound.system_calls.unwrap_or(f64::INFINITY),
-            ),
+            ("system calls", system_calls, bound.system_calls.unwrap_or(f64::INFINITY)),
             ("events", events, bound.events),
             ("kicks", kicks, bound.kicks),
             ("sleeps", sleeps, bound.sleeps),
@@ -146,12 +177,15 @@ fn an_io_costs_no_more_calls_events_and_allocations_than_recorded() -> Result<()
 #[cfg_attr(not(debug_assertions), ignore = "the bounds are those of `cargo test`'s build")]
 fn an_io_takes_no_more_instructions_than_recorded() -> Result<()> {
     let bounds = bounds()?;
+    let host = Host::start(Programs::beside_us()?)?;
+    let works = works(&host)?;
     let mut excess = Excess::default();
-    for (name, bound) in &bounds.backend {
+    for (name, bound) in bounds.all() {
         let Some(bound) = bound.instructions else { continue };
+        let work = works.iter().find(|(other, _)| other == name).context("no such work")?;
         let run = |rounds: u64| {
             let environment = [(NAME, name.as_str()), (COUNT, &rounds.to_string())];
-            callgrind::thread("under_callgrind", &environment, "ring::thread::Thread::run")
+            callgrind::thread("under_callgrind", &environment, work.1.functions())
         };
         let now = (run(MANY)? - run(FEW)?) as f64 / ((MANY - FEW) * DEPTH) as f64;
         excess.check(name, "instructions", now, bound * (1.0 + bounds.slack / 100.0));
@@ -167,6 +201,6 @@ fn under_callgrind() -> Result<()> {
     let rounds = std::env::var(COUNT).context(COUNT)?.parse()?;
     let host = Host::start(Programs::beside_us()?)?;
     let work = works(&host)?.into_iter().find(|(other, _)| *other == name);
-    rig::serve(&host, "guest", &work.context("no such work")?.1, rounds)?;
+    work.context("no such work")?.1.run(&host, "guest", rounds)?;
     Ok(())
 }
