@@ -1,6 +1,6 @@
 //! Raw files and block devices.
 
-use super::device::{self, Device};
+use super::device::{self, AtOnce, Device};
 use super::ring::RingQueue;
 use super::{Direct, DiscardLimits, Geometry, OpenError, Options, Queue, QueueSetup, Storage};
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
@@ -31,6 +31,8 @@ pub(super) struct Backing {
     /// Bytes that belong to the disk now. Queues look at every operation against it.
     bytes: AtomicU64,
     is_device: bool,
+    /// How much to ask for at a time.
+    pub(super) at_once: AtOnce,
     /// Reads and writes go through the page cache.
     cached: bool,
     /// What the page cache held may be lost: see [`Backing::synced`].
@@ -90,6 +92,7 @@ impl FileDisk {
             file,
             bytes: AtomicU64::new(bytes),
             is_device,
+            at_once: device.filter(|_| direct).map_or(AtOnce::ANY, |device| device.at_once),
             cached: !direct,
             lost: AtomicBool::new(false),
             geometry: Mutex::new(geometry),

@@ -40,11 +40,14 @@ impl Loop {
         parse(&self.device.display().to_string())
     }
 
+    /// A file that says something of it.
+    fn attribute(&self, name: &str) -> PathBuf {
+        Path::new("/sys/block").join(self.device.file_name().expect("a name")).join(name)
+    }
+
     /// Flushes that reached the device: field 16 of its statistics.
     fn flushes(&self) -> u64 {
-        let name = self.device.file_name().expect("a name");
-        let stat = Path::new("/sys/block").join(name).join("stat");
-        let stat = std::fs::read_to_string(stat).expect("statistics");
+        let stat = std::fs::read_to_string(self.attribute("stat")).expect("statistics");
         stat.split_whitespace().nth(15).and_then(|field| field.parse().ok()).expect("field 16")
     }
 }
@@ -93,6 +96,31 @@ fn flush_and_fua_reach_the_device() {
     rig.run(OpKind::Write { fua: true }, 0, vec![piece]).expect("write with FUA");
     // Loop devices have no FUA of their own: the kernel flushes after the write.
     assert!(device.flushes() > flushed, "FUA is passed on");
+}
+
+/// What a device does not take as one request is not left to the kernel to split, which gives it to a
+/// worker thread.
+#[test]
+fn long_requests_are_split_without_the_help_of_worker_threads() {
+    const BYTES: usize = 200 << 10;
+    let Some(device) = Loop::new(1 << 20, "512") else { return };
+    std::fs::write(device.attribute("queue/max_sectors_kb"), "60").expect("lower the limit");
+    let data: Vec<u8> = (0..BYTES).map(|n| (n / 251) as u8).collect();
+    for register in [false, true] {
+        let storage = open(&device.target(), Options::default()).expect("open");
+        let mut rig = Rig::on(storage, register);
+        rig.write(512, &data).expect("write");
+        let pieces = (0..BYTES / 4096).map(|n| rig.piece(1, 2 * n * 4096, 4096)).collect();
+        rig.run(OpKind::Read, 512, pieces).expect("read");
+        let read = (0..BYTES / 4096).flat_map(|n| rig.bytes_at(1, 2 * n * 4096, 4096));
+        assert!(read.eq(data.iter().copied()), "what was written is not what was read");
+        assert!(rig.read(512, BYTES).expect("read") == data);
+        let helper = format!("iou-wrk-{}", nix::unistd::gettid());
+        for task in std::fs::read_dir("/proc/self/task").expect("threads") {
+            let name = task.and_then(|task| std::fs::read_to_string(task.path().join("comm")));
+            assert_ne!(name.unwrap_or_default().trim_end(), helper, "registered: {register}");
+        }
+    }
 }
 
 /// A daemon that was killed holds its devices until its last request has landed.

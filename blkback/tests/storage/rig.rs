@@ -58,8 +58,12 @@ impl Rig {
     }
 
     pub(crate) fn bytes(&self, tag: u16, len: usize) -> Vec<u8> {
+        self.bytes_at(tag, 0, len)
+    }
+
+    pub(crate) fn bytes_at(&self, tag: u16, at: usize, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        self.piece(tag, 0, len).copy_to(&mut bytes);
+        self.piece(tag, at, len).copy_to(&mut bytes);
         bytes
     }
 

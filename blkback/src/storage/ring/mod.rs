@@ -312,7 +312,11 @@ impl Flight {
 
     /// Queues what is left of an operation.
     fn queue(&mut self, tag: u16, to: &mut SubmissionQueue<'_>, done: &mut Vec<Completion>) {
-        let Some(entry) = self.slots[usize::from(tag)].entry(&self.registered) else { return };
+        let Some(entry) =
+            self.slots[usize::from(tag)].entry(self.backing.at_once, &self.registered)
+        else {
+            return;
+        };
         if !push(to, &entry.user_data(u64::from(tag))) {
             // Cannot be: the ring has an entry for each tag.
             self.end(tag, Err(libc::EBUSY), done);

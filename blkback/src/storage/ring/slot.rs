@@ -1,6 +1,7 @@
 //! An operation on its way: what is left of it, and the entry that does that.
 
 use super::{DISK, REGION};
+use crate::storage::device::AtOnce;
 use crate::storage::file::punch_hole;
 use crate::storage::{IoVec, Op, OpKind};
 use io_uring::types::FsyncFlags;
@@ -34,15 +35,19 @@ pub(super) enum Step {
 }
 
 impl Slot {
-    /// The entry for what is left.
-    pub(super) fn entry(&self, registered: &Range<usize>) -> Option<squeue::Entry> {
+    /// The entry for what is left, or for as much of it as is done `at_once`.
+    pub(super) fn entry(
+        &self,
+        at_once: AtOnce,
+        registered: &Range<usize>,
+    ) -> Option<squeue::Entry> {
         let op = self.op.as_ref()?;
-        let pieces = &op.buffers[self.head.min(op.buffers.len())..];
+        let pieces = first(&op.buffers[self.head.min(op.buffers.len())..], at_once);
         let vector = pieces.as_ptr().cast::<libc::iovec>();
-        let count = pieces.len().min(MAX_PIECES) as u32;
+        let count = pieces.len() as u32;
         // No piece is longer than an indirect request: the length fits.
         let single = match pieces {
-            [piece] => Some((piece.base(), piece.len() as u32)),
+            [piece] => Some((piece.base(), piece.len().min(at_once.bytes) as u32)),
             _ => None,
         };
         let is_registered = single.is_some_and(|(base, length)| {
@@ -128,6 +133,18 @@ impl Slot {
     }
 }
 
+/// The first pieces, those that are done at once. If the first is too long by itself, that.
+fn first(pieces: &[IoVec], at_once: AtOnce) -> &[IoVec] {
+    let mut bytes = 0;
+    let fits = |piece: &&IoVec| {
+        bytes += piece.len();
+        bytes <= at_once.bytes
+    };
+    let most = at_once.segments.min(MAX_PIECES);
+    let count = pieces.iter().take(most).take_while(fits).count().max(1);
+    &pieces[..count.min(pieces.len())]
+}
+
 /// Flags of pwritev2(2).
 fn durable(fua: bool) -> i32 {
     if fua { libc::RWF_DSYNC } else { 0 }
@@ -136,6 +153,7 @@ fn durable(fua: bool) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::ptr;
 
     /// The kernel moves a few bytes at a time, from within one piece to across several.
     #[test]
@@ -158,7 +176,7 @@ mod tests {
                 assert_eq!(slot.offset, 4096 + at as u64);
                 assert_eq!(pieces.iter().map(IoVec::len).sum::<usize>(), total - at);
                 assert_eq!(pieces.first().map(|piece| piece.base().addr()), Some(at));
-                assert!(slot.entry(&(0..0)).is_some());
+                assert!(slot.entry(AtOnce::ANY, &(0..0)).is_some());
             }
             assert!(at + moved >= total && slot.left == 0);
             // Cut pieces that were stepped over are whole again.
@@ -166,6 +184,16 @@ mod tests {
             let whole = pieces[..slot.head].iter().map(IoVec::len);
             assert!(whole.eq(lengths[..slot.head].iter().copied()));
         }
+    }
+
+    #[test]
+    fn no_more_is_asked_for_than_is_done_at_once() {
+        // SAFETY: nothing is done with the memory: the pieces are only counted.
+        let pieces = [4096, 512, 4096, 8192].map(|len| unsafe { IoVec::new(ptr::null_mut(), len) });
+        let count = |bytes, segments| first(&pieces, AtOnce { bytes, segments }).len();
+        assert_eq!([4096, 4607, 4608, 16895, 16896].map(|bytes| count(bytes, 9)), [1, 1, 2, 3, 4]);
+        assert_eq!([1, 3, 9].map(|segments| count(1 << 20, segments)), [1, 3, 4]);
+        assert_eq!((count(1, 9), first(&[], AtOnce::ANY).len()), (1, 0));
     }
 
     #[test]
