@@ -77,6 +77,9 @@ pub struct Flags {
     /// log2 of the pages of a ring, at the most [default: 4]
     #[arg(long, value_name = "N")]
     max_ring_page_order: Option<u8>,
+    /// Segments of an indirect request, at the most; 0 for no indirect requests [default: 256]
+    #[arg(long, value_name = "N")]
+    max_indirect_segments: Option<u16>,
     /// Offer persistent grants or not [default: true]
     #[arg(long, value_name = "BOOL")]
     persistent_grants: Option<bool>,
@@ -86,7 +89,7 @@ pub struct Flags {
     /// How data is reached where grants are not persistent [default: copy]
     #[arg(long)]
     data: Option<DataPath>,
-    /// Use of O_DIRECT [default: auto]
+    /// Use of O_DIRECT: by auto on devices, and on files where 512-byte sectors work [default: auto]
     #[arg(long)]
     direct: Option<DirectIo>,
     /// Threads that serve rings, at the most; 0 for one a CPU. With more rings they share [default: 0]
@@ -116,6 +119,7 @@ impl Config {
         let mut tuning = file.tuning;
         set(&mut tuning.max_queues, flags.max_queues);
         set(&mut tuning.max_ring_page_order, flags.max_ring_page_order);
+        set(&mut tuning.max_indirect_segments, flags.max_indirect_segments);
         set(&mut tuning.persistent_grants, flags.persistent_grants);
         set(&mut tuning.split_rings, flags.split_rings);
         set(&mut tuning.data, flags.data);

@@ -100,8 +100,7 @@ pub struct RingStats {
     pub kicks_saved: Counter,
     /// Times the thread went to sleep.
     pub sleeps: Counter,
-    /// System calls of the storage queue, waits included. On top is one for each event sent, and for a
-    /// disk without a file behind it two for each received.
+    /// System calls for the disk, for sleeping and for events received. On top is one for each event sent.
     pub system_calls: Counter,
     /// Pages moved by grant copy.
     pub grant_copies: Counter,

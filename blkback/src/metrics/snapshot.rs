@@ -102,7 +102,7 @@ counts! {
     kicks: "Events sent.",
     kicks_saved: "Batches of responses for which the frontend wanted no event.",
     sleeps: "Times the ring's thread went to sleep.",
-    system_calls: "System calls of the storage queue, waits included; events are not.",
+    system_calls: "System calls for the disk, for sleeping and for events received.",
     grant_copies: "Pages moved by grant copy.",
     grant_maps: "Pages mapped.",
     persistent_hits: "Segments whose page was mapped already.",
@@ -145,7 +145,7 @@ pub struct Derived {
     pub kicks_per_request: Option<f64>,
     /// Sleeps, per request.
     pub sleeps_per_request: Option<f64>,
-    /// System calls of the storage queue and one for each event either way, per request.
+    /// System calls, those that send events included, per request.
     pub system_calls_per_request: Option<f64>,
     /// Requests taken at a time, on average.
     pub mean_batch: Option<f64>,
@@ -272,9 +272,7 @@ impl Ring {
             events_per_request: each(events),
             kicks_per_request: each(kicks),
             sleeps_per_request: each(sleeps),
-            system_calls_per_request: each(
-                system_calls.saturating_add(events).saturating_add(kicks),
-            ),
+            system_calls_per_request: each(system_calls.saturating_add(kicks)),
             mean_batch: self.batch.mean(),
             ring_wait_ns: (&self.ring_wait_ns).into(),
             device_ns: (&self.device_ns).into(),

@@ -108,7 +108,7 @@ fn readings_add_up_and_differ() {
     assert_eq!(total.persistent_held, 14);
     assert_eq!(total.refused["misaligned"], 3);
     assert_eq!(total.derived.requests, 24);
-    assert_eq!(total.derived.system_calls_per_request, Some(1.0), "(15 + 6 + 3) / 24");
+    assert_eq!(total.derived.system_calls_per_request, Some(0.75), "(15 + 3) / 24");
     assert_eq!(total.derived.mean_batch, Some(4.0));
     assert_eq!(total.derived.device_ns.p50, Some(1023));
     assert_eq!(total.derived.device_ns.p99, None);

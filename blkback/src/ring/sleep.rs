@@ -32,8 +32,8 @@ pub(super) struct Sleep {
     idle_since: Instant,
     /// The idle time-out has been seen to.
     quiet: bool,
-    /// System calls that woke this ring and were not its queue's.
-    pub(super) shared_calls: u64,
+    /// System calls of its sleeps that were not its queue's.
+    pub(super) calls: u64,
 }
 
 impl Default for Sleep {
@@ -45,7 +45,7 @@ impl Default for Sleep {
             used: false,
             idle_since: Instant::now(),
             quiet: false,
-            shared_calls: 0,
+            calls: 0,
         }
     }
 }
@@ -105,7 +105,7 @@ impl Worker {
     /// The thread was woken for this ring, at its event channel or by its disk. Returns by what.
     pub(super) fn rouse(&mut self, at_channel: bool) -> Result<Woken, Exit> {
         self.stats.sleeps.add(1);
-        self.sleep.shared_calls += 1;
+        self.sleep.calls += 1;
         self.woke(if at_channel { Woken::Descriptor } else { Woken::Device })
     }
 
@@ -130,15 +130,19 @@ impl Worker {
     /// Lets the next event through.
     fn unmask(&mut self) -> Result<(), Exit> {
         if std::mem::take(&mut self.sleep.masked) {
+            self.sleep.calls += 1;
             self.channel.unmask()?;
         }
         Ok(())
     }
 
     fn woke(&mut self, mut woken: Woken) -> Result<Woken, Exit> {
-        if woken == Woken::Descriptor && self.channel.take()? {
-            self.sleep.masked = true;
-            woken = Woken::Event;
+        if woken == Woken::Descriptor {
+            self.sleep.calls += 1;
+            if self.channel.take()? {
+                self.sleep.masked = true;
+                woken = Woken::Event;
+            }
         }
         if woken == Woken::Event {
             self.stats.events.add(1);

@@ -468,7 +468,7 @@ impl Worker {
         if self.responses.unpublished() == 0 {
             return;
         }
-        self.stats.system_calls.set(self.queue.counters().system_calls + self.sleep.shared_calls);
+        self.stats.system_calls.set(self.queue.counters().system_calls + self.sleep.calls);
         let wanted = self.responses.publish();
         self.inflight.published();
         if !wanted {

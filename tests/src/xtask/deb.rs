@@ -21,8 +21,6 @@ const FILES: &[(&str, &str, u32)] = &[
     ("blkback/dist/modprobe.conf", "usr/lib/modprobe.d/blkback.conf", 0o644),
     ("blkback/debian/copyright", "usr/share/doc/xen-blk/copyright", 0o644),
     ("README.md", "usr/share/doc/xen-blk/README.md", 0o644),
-    ("docs/deployment.md", "usr/share/doc/xen-blk/deployment.md", 0o644),
-    ("docs/threat-model.md", "usr/share/doc/xen-blk/threat-model.md", 0o644),
     ("blkback/debian/postinst", "DEBIAN/postinst", 0o755),
     ("blkback/debian/prerm", "DEBIAN/prerm", 0o755),
     ("blkback/debian/postrm", "DEBIAN/postrm", 0o755),
@@ -31,6 +29,8 @@ const FILES: &[(&str, &str, u32)] = &[
 const CONFIGURATION: &str = "/etc/blkback.toml\n/etc/xen/scripts/block-blkback\n";
 const CHANGELOG: &str = "blkback/debian/changelog";
 const DOC: &str = "usr/share/doc/xen-blk";
+/// What README.md points to, and where from.
+const DOCS: &[&str] = &["docs", "docs/performance"];
 
 /// Options of `cargo xtask deb`.
 #[derive(clap::Args)]
@@ -80,6 +80,15 @@ pub(crate) fn build(no_build: bool) -> Result<PathBuf> {
     }
     for (from, to, mode) in FILES {
         install(&tree.join(to), &fs::read(root().join(from)).context(*from)?, *mode)?;
+    }
+    for directory in DOCS {
+        for entry in fs::read_dir(root().join(directory)).context(*directory)? {
+            let entry = entry?;
+            if entry.file_type()?.is_file() {
+                let to = tree.join(DOC).join(directory).join(entry.file_name());
+                install(&to, &fs::read(entry.path())?, 0o644)?;
+            }
+        }
     }
     let blkback = target().join("release/blkback");
     compressed(&tree.join("usr/share/man/man8/blkback.8"), &manual::page(&blkback, 8)?)?;

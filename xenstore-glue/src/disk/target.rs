@@ -6,7 +6,7 @@
 //! wrapper  = "delay:" number ("ns" | "us" | "ms" | "s")  every request takes that much longer
 //!          | "limit:" number "iops" | "limit:" size "/s" requests or bytes a second
 //!          | "error:" [ operation "@" ] percent "%"    that part of the requests fails
-//! store    = "null:" size                             accepts writes, reads zeroes
+//! store    = "null:" size                             accepts writes; reads leave buffers as they are
 //!          | "memory:" size                           gone when the device closes
 //!          | "file:" path | path                      file or block device
 //! operation= "read" | "write" | "flush" | "discard"
@@ -33,7 +33,7 @@ pub struct Target {
 /// Where requests end.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Store {
-    /// Accepts writes, reads zeroes; the size in bytes.
+    /// Accepts writes, and leaves the buffers of reads as they are; the size in bytes.
     Null(u64),
     /// Memory of the backend; the size in bytes.
     Memory(u64),

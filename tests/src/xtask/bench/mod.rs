@@ -49,7 +49,7 @@ pub(crate) struct Options {
     /// Leave out the round in which perf counts system calls and instructions
     #[arg(long)]
     no_perf: bool,
-    /// Put tables and plots into docs/performance.md
+    /// Put tables and plots into docs/performance.md, or for other profiles than goals into docs/performance
     #[arg(long)]
     write: bool,
     /// Say what would be measured, and do nothing

@@ -140,12 +140,7 @@ impl Counts {
             "a device was not connected all the time that it was measured: is the machine too busy?"
         );
         let (kicks, sleeps) = (sum("/total/kicks"), sum("/total/sleeps"));
-        Ok(Self {
-            devices: requests,
-            kicks,
-            sleeps,
-            calls: sum("/total/system_calls") + sum("/total/events") + kicks,
-        })
+        Ok(Self { devices: requests, kicks, sleeps, calls: sum("/total/system_calls") + kicks })
     }
 
     /// Where perf has counted calls, its count stands.

@@ -1,4 +1,5 @@
-//! Figures and plots into `docs/performance.md`, in a section of each profile's own.
+//! Figures and plots into docs: of the goals into a section of `docs/performance.md`, of other profiles
+//! into pages of their own.
 
 use super::Options;
 use super::case::Case;
@@ -13,31 +14,44 @@ use std::process::Command;
 use xen_blk_tests::process::run as output;
 
 const PAGE: &str = "docs/performance.md";
-const PLOTS: &str = "docs/performance";
+/// Pages and plots.
+const PAGES: &str = "docs/performance";
+/// The profile that is on the page itself, between these lines.
+const GOALS: &str = "goals";
+const BEGIN: &str = "<!-- bench goals -->\n";
+const END: &str = "<!-- end of bench goals -->\n";
 /// A line needs that many points.
 const POINTS: usize = 3;
 
-/// Replaces the section of these profiles, or adds one at the end of the page.
+/// Replaces the section of the goals, or the page of other profiles.
 pub(super) fn write(options: &Options, results: &Results, text: &str) -> Result<()> {
     let names = options.profile.iter().filter_map(ValueEnum::to_possible_value);
     let name = names.map(|name| name.get_name().to_owned()).collect::<Vec<_>>().join("+");
-    let mut section = format!("{}\n{text}", conditions(options)?);
-    for plot in plots(results, &name)? {
-        section += &format!("\n![{plot}](performance/{plot})\n");
-    }
-    let path = root().join(PAGE);
-    let page = std::fs::read_to_string(&path)?;
-    let (begin, end) =
-        (format!("<!-- bench {name} -->\n"), format!("<!-- end of bench {name} -->\n"));
-    let page = match (page.find(&begin), page.find(&end)) {
-        (Some(from), Some(to)) if from < to => {
-            format!("{}{begin}{section}{}", &page[..from], &page[to..])
-        }
-        _ => format!("{page}\n## Measured: {name}\n\n{begin}{section}{end}"),
+    let plots = plots(results, &name)?;
+    let conditions = conditions(options)?;
+    let written = if name == GOALS {
+        let page = std::fs::read_to_string(root().join(PAGE))?;
+        let from = page.find(BEGIN).context(BEGIN)?;
+        let to = page.find(END).context(END)?;
+        let plots = shown(&plots, "performance/");
+        let page = format!("{}{BEGIN}{conditions}\n{text}{plots}{}", &page[..from], &page[to..]);
+        std::fs::write(root().join(PAGE), page)?;
+        PAGE.to_owned()
+    } else {
+        let path = format!("{PAGES}/{name}.md");
+        let title = format!("# Measured: {name}\n\nBy `cargo xtask bench --profile {name}`, as");
+        let how = "[performance](../performance.md) says.";
+        let page = format!("{title} {how}\n\n{conditions}\n{text}{}", shown(&plots, ""));
+        std::fs::write(root().join(&path), page)?;
+        path
     };
-    std::fs::write(&path, page)?;
-    println!("Written: {PAGE}");
+    println!("Written: {written}");
     Ok(())
+}
+
+/// Plots, as a page shows them.
+fn shown(plots: &[String], directory: &str) -> String {
+    plots.iter().map(|plot| format!("\n![{plot}]({directory}{plot})\n")).collect()
 }
 
 /// Where, when and how.
@@ -68,7 +82,7 @@ const AXES: [Axis; 3] = [
 
 /// A plot for each disk and job that was measured at several values of an axis. Returns their names.
 fn plots(results: &Results, name: &str) -> Result<Vec<String>> {
-    std::fs::create_dir_all(root().join(PLOTS))?;
+    std::fs::create_dir_all(root().join(PAGES))?;
     let mut plots = Vec::new();
     for (axis, field) in AXES {
         let mut titles: BTreeMap<String, Vec<Series>> = BTreeMap::new();
@@ -99,7 +113,7 @@ fn plots(results: &Results, name: &str) -> Result<Vec<String>> {
             let file: String =
                 format!("{name} {title} {axis}").replace(|c: char| !c.is_ascii_alphanumeric(), "-");
             let file = format!("{}.svg", file.to_lowercase());
-            plot::lines(&root().join(PLOTS).join(Path::new(&file)), &title, axis, &series)?;
+            plot::lines(&root().join(PAGES).join(Path::new(&file)), &title, axis, &series)?;
             plots.push(file);
         }
     }
