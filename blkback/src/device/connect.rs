@@ -56,7 +56,7 @@ impl Device {
             records: self.context.records.as_deref().filter(|_| !reissues),
             live: self.machine.takes_over(),
         };
-        let link = Link::start(&mut self.link, &setup)?;
+        let link = Link::start(&mut self.link, &setup).await?;
         if self.log.admits() {
             info!(
                 rings = agreement.queues.len(),

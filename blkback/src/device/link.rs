@@ -7,18 +7,25 @@ use crate::storage::{Geometry, Storage};
 use crate::tuning::{DataPath, Tuning};
 use ring_proto::abi::SECTOR_SIZE;
 use ring_proto::{
-    DomId, GrantRef, Limits, RequestConsumer, RingLayout, RingPages, SetupError, SharedMemory, back,
+    DomId, GrantRef, Limits, Port, RequestConsumer, RingLayout, RingPages, SetupError,
+    SharedMemory, back,
 };
 use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{self, UnboundedSender};
 use tracing::warn;
-use xen_platform::{Access, Platform};
+use xen_platform::{Access, EventChannel, Platform};
 use xenstore_glue::vbd::{Agreement, QueueKeys};
 
 /// Sectors of more than a page cannot be addressed by segments.
 const MAX_SECTOR_SIZE: u32 = 4096;
+
+/// How long a predecessor that was killed may hold its end of an event channel.
+const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(5);
+/// How often to look meanwhile.
+const PREDECESSOR_LOOK: Duration = Duration::from_millis(10);
 
 /// Why the rings of a frontend could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -78,7 +85,7 @@ pub(super) struct LinkSetup<'a> {
 impl Link {
     /// Maps, binds and starts every ring, and leaves the link in `place`. After an error it holds
     /// the rings until the one that failed, which are to be [stopped](Self::stop).
-    pub(super) fn start<'a>(
+    pub(super) async fn start<'a>(
         place: &'a mut Option<Self>,
         setup: &LinkSetup<'_>,
     ) -> Result<&'a Self, LinkError> {
@@ -92,7 +99,7 @@ impl Link {
         let link =
             place.insert(Self { rings: Vec::new(), sectors: geometry.sectors, strategy, alive });
         for (ring, keys) in setup.agreement.queues.iter().enumerate() {
-            link.rings.push(start_ring(setup, strategy, ring, keys, ours.clone())?);
+            link.rings.push(start_ring(setup, strategy, ring, keys, ours.clone()).await?);
         }
         Ok(link)
     }
@@ -152,7 +159,7 @@ fn strategy(setup: &LinkSetup<'_>) -> Strategy {
     }
 }
 
-fn start_ring(
+async fn start_ring(
     setup: &LinkSetup<'_>,
     strategy: Strategy,
     ring: usize,
@@ -171,7 +178,7 @@ fn start_ring(
     };
     // First of all: while a predecessor lives this is refused, and from here on nobody but us touches
     // the ring and its record.
-    let channel = platform.bind_interdomain(peer, keys.port).map_err(refused)?;
+    let channel = bind(setup, keys.port).await.map_err(refused)?;
     let (mut requests, responses) =
         back::attach(pages, setup.agreement.layout, setup.agreement.order)
             .map_err(|source| LinkError::Layout { ring, source })?;
@@ -210,6 +217,22 @@ fn start_ring(
     let control = setup.threads.serve(served, tenant);
     let control = control.map_err(|source| LinkError::Thread { ring, source })?;
     Ok(Ring { control, stats })
+}
+
+/// Our end of a ring's event channel.
+async fn bind(setup: &LinkSetup<'_>, port: Port) -> xen_platform::Result<Box<dyn EventChannel>> {
+    let since = Instant::now();
+    loop {
+        match setup.platform.bind_interdomain(setup.peer, port) {
+            // A predecessor's has it as long as the kernel takes to take its io_uring apart.
+            Err(xen_platform::Error::Port { .. })
+                if setup.live && since.elapsed() < PREDECESSOR_PATIENCE =>
+            {
+                tokio::time::sleep(PREDECESSOR_LOOK).await;
+            }
+            outcome => return outcome,
+        }
+    }
 }
 
 /// What is in flight on a ring, in memory that outlives us if the frontend needs that.

@@ -147,7 +147,7 @@ impl Worker {
     /// has no other ring, submits and waits in one system call.
     pub(super) fn round(&mut self, sleeps_next: bool) -> Result<bool, Exit> {
         self.draining |= self.orders.stopped();
-        let taken = if self.draining { 0 } else { self.take()? };
+        let handled = if self.draining { 0 } else { self.take()? };
         if !self.ready.is_empty() {
             self.start();
         }
@@ -161,7 +161,7 @@ impl Worker {
             self.queue.poll(&mut self.done)?;
         }
         let ended = self.complete();
-        Ok(ended > 0 || taken > 0 && !sleeps_next)
+        Ok(ended > 0 || handled > 0 && !sleeps_next)
     }
 
     /// Takes no more requests.
@@ -183,7 +183,7 @@ impl Worker {
     }
 
     /// Takes requests from the ring: a round's, until it is empty or until one must wait. Returns how
-    /// many were taken.
+    /// many were begun or answered.
     fn take(&mut self) -> Result<usize, Exit> {
         if self.barrier {
             return Ok(0);
@@ -201,8 +201,8 @@ impl Worker {
         let now = self.clock.sample();
         self.limits.sectors = self.orders.sectors();
         self.data.tick();
-        let (mut taken, mut raw) = (0, RawRequest::default());
-        while !self.barrier && self.ready.len() < MAX_ROUND {
+        let (mut taken, mut handled, mut raw) = (0, 0, RawRequest::default());
+        while !self.barrier && handled < MAX_ROUND {
             // None is taken while another waits.
             let next = match self.inflight.resume(&mut raw) {
                 None => self.inflight.take(&mut self.requests, &mut raw).inspect(|_| taken += 1),
@@ -213,15 +213,16 @@ impl Worker {
                 self.inflight.put_off(tag);
                 break;
             }
+            handled += 1;
         }
         if taken > 0 {
             self.sleep.used();
-            self.stats.batch.record(taken as u64, 1);
+            self.stats.batch.record(taken, 1);
             if let (Some(woken), Some(now)) = (self.woken.take(), now) {
-                self.stats.ring_wait.record(now.get().saturating_sub(woken.get()), taken as u64);
+                self.stats.ring_wait.record(now.get().saturating_sub(woken.get()), taken);
             }
         }
-        Ok(taken)
+        Ok(handled)
     }
 
     /// Prepares a request, or answers it at once; `false` if it must wait.

@@ -80,14 +80,14 @@ impl Queue for DelayQueue {
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Woken> {
-        self.inner.wait(sooner(timeout, self.due()))
+        self.inner.wait(sooner(timeout, &self.held))
     }
 
     fn share(&mut self, shared: bool) -> io::Result<Option<BorrowedFd<'_>>> {
         self.inner.share(shared)
     }
 
-    fn due(&self) -> Option<Instant> {
+    fn due(&mut self) -> Option<Instant> {
         earliest(&self.held, self.inner.due())
     }
 
@@ -100,16 +100,16 @@ impl Queue for DelayQueue {
     }
 }
 
-/// The time left to whatever comes first.
-pub(super) fn sooner(timeout: Option<Duration>, due: Option<Instant>) -> Option<Duration> {
-    let due = due.map(|due| due.saturating_duration_since(Instant::now()));
-    timeout.into_iter().chain(due).min()
+/// What is held, soonest first.
+type Held<T> = VecDeque<(Instant, T)>;
+
+/// The time that is left, or less if the first of what is held is due before.
+pub(super) fn sooner<T>(timeout: Option<Duration>, held: &Held<T>) -> Option<Duration> {
+    let left = |(due, _): &(Instant, T)| due.saturating_duration_since(Instant::now());
+    timeout.into_iter().chain(held.front().map(left)).min()
 }
 
-/// When the first of what is held, soonest first, or what is behind it is due.
-pub(super) fn earliest<T>(
-    held: &VecDeque<(Instant, T)>,
-    behind: Option<Instant>,
-) -> Option<Instant> {
+/// When the first of what is held, or what is behind it, is due.
+pub(super) fn earliest<T>(held: &Held<T>, behind: Option<Instant>) -> Option<Instant> {
     held.front().map(|(due, _)| *due).into_iter().chain(behind).min()
 }

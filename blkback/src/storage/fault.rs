@@ -109,7 +109,7 @@ impl Queue for FaultyQueue {
         self.inner.share(shared)
     }
 
-    fn due(&self) -> Option<Instant> {
+    fn due(&mut self) -> Option<Instant> {
         self.inner.due()
     }
 

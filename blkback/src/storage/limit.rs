@@ -110,6 +110,9 @@ impl Queue for LimitedQueue {
     }
 
     fn reap(&mut self, done: &mut Vec<Completion>) {
+        if !self.held.is_empty() {
+            self.release(Instant::now(), done);
+        }
         self.inner.reap(done);
     }
 
@@ -121,14 +124,14 @@ impl Queue for LimitedQueue {
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Woken> {
-        self.inner.wait(sooner(timeout, self.due()))
+        self.inner.wait(sooner(timeout, &self.held))
     }
 
     fn share(&mut self, shared: bool) -> io::Result<Option<BorrowedFd<'_>>> {
         self.inner.share(shared)
     }
 
-    fn due(&self) -> Option<Instant> {
+    fn due(&mut self) -> Option<Instant> {
         earliest(&self.held, self.inner.due())
     }
 

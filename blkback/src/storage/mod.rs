@@ -190,7 +190,8 @@ pub trait Queue {
     /// The caller checked `offset` and length against the geometry; a disk that has shrunk since completes with an error.
     fn submit(&mut self, op: Op, done: &mut Vec<Completion>);
 
-    /// Takes what the device has completed, as far as that needs no system call. What is held back stays so.
+    /// Takes what the device has completed, as far as that needs no system call. What is held back stays so,
+    /// for the [`Queue::wait`] that is to follow.
     fn reap(&mut self, done: &mut Vec<Completion>);
 
     /// Sends what was held back to the device and takes what it has completed, without waiting.
@@ -210,8 +211,8 @@ pub trait Queue {
     /// When that cannot be had.
     fn share(&mut self, shared: bool) -> io::Result<Option<BorrowedFd<'_>>>;
 
-    /// When a wait would end by itself.
-    fn due(&self) -> Option<Instant> {
+    /// When to [poll](Queue::poll) again without having been signalled, while it is shared.
+    fn due(&mut self) -> Option<Instant> {
         None
     }
 

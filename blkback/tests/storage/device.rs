@@ -2,7 +2,7 @@
 
 use crate::model;
 use crate::rig::{Rig, SECTOR, TestFile, parse};
-use blkback::storage::{Direct, OpKind, OpenError, Options, open};
+use blkback::storage::{Completion, Direct, OpKind, OpenError, Options, open};
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -115,6 +115,13 @@ fn long_requests_are_split_without_the_help_of_worker_threads() {
         let read = (0..BYTES / 4096).flat_map(|n| rig.bytes_at(1, 2 * n * 4096, 4096));
         assert!(read.eq(data.iter().copied()), "what was written is not what was read");
         assert!(rig.read(512, BYTES).expect("read") == data);
+        let whole = rig.piece(2, 0, BYTES);
+        rig.submit(2, OpKind::Read, 512, vec![whole]);
+        let (done, dues) = rig.finish_among_others();
+        assert!(
+            matches!(done[..], [Completion { result: Ok(()), .. }]) && rig.bytes(2, BYTES) == data
+        );
+        assert!(dues > 0, "nobody signals that another part is to be sent");
         let helper = format!("iou-wrk-{}", nix::unistd::gettid());
         for task in std::fs::read_dir("/proc/self/task").expect("threads") {
             let name = task.and_then(|task| std::fs::read_to_string(task.path().join("comm")));

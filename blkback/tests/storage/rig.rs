@@ -1,9 +1,10 @@
 //! A queue on a disk, with memory to read into and write from.
 
 use blkback::storage::{Completion, IoVec, Op, OpKind, Options, Queue, QueueSetup, Storage, open};
+use nix::poll::{PollFd, PollFlags, ppoll};
 use ring_proto::SharedMemory;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -85,6 +86,29 @@ impl Rig {
             }
             self.queue.wait(Some(HUNG)).expect("wait");
             assert!(start.elapsed() < HUNG, "{} operations hang", self.queue.in_flight());
+        }
+    }
+
+    /// As [`Rig::finish`], by a thread that sleeps for other queues, too. Also returns how often the queue
+    /// was due without having been signalled.
+    pub(crate) fn finish_among_others(&mut self) -> (Vec<Completion>, u32) {
+        let mut dues = 0;
+        let signals = self.queue.share(true).expect("share").expect("an eventfd");
+        let signals = signals.try_clone_to_owned().expect("a descriptor");
+        loop {
+            self.queue.poll(&mut self.done).expect("poll");
+            if self.queue.in_flight() == 0 {
+                self.queue.share(false).expect("share no more");
+                return (std::mem::take(&mut self.done), dues);
+            }
+            let due = self.queue.due();
+            dues += u32::from(due.is_some());
+            let left = due.map_or(HUNG, |due| due.saturating_duration_since(Instant::now()));
+            let mut polled = [PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+            let woken = ppoll(&mut polled, Some(left.into()), None).expect("wait");
+            assert!(woken > 0 || due.is_some(), "{} operations hang", self.queue.in_flight());
+            // There is nothing to be read where it was only due.
+            let _ = nix::unistd::read(&signals, &mut [0; 8]);
         }
     }
 

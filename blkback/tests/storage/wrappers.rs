@@ -1,6 +1,6 @@
 //! Disks that are slow, limited and broken on purpose.
 
-use crate::rig::{DEPTH, Rig, SECTOR, TestFile, parse};
+use crate::rig::{DEPTH, HUNG, Rig, SECTOR, TestFile, parse};
 use blkback::storage::{OpKind, Options, open};
 use std::time::{Duration, Instant};
 
@@ -92,5 +92,31 @@ fn a_limit_is_shared_by_the_queues_of_a_disk() {
         let taken = start.elapsed();
         assert!(taken >= Duration::from_millis(185), "2000 at 10000 a second took {taken:?}");
         assert!(taken < Duration::from_secs(5), "2000 at 10000 a second took {taken:?}");
+    }
+}
+
+/// A thread that sleeps at once takes what it finds without a system call, and else waits.
+#[test]
+fn what_is_held_back_starts_when_its_time_has_come() {
+    let file = TestFile::on_disk(1 << 20);
+    for store in ["null:1M".to_owned(), file.0.display().to_string()] {
+        for wrapper in ["limit:1000iops", "delay:1ms", "limit:1000iops,delay:1ms"] {
+            let mut rig = Rig::new(&parse(&format!("{wrapper},{store}")), Options::default());
+            let start = Instant::now();
+            for n in 0..4 * DEPTH {
+                let tag = (n % DEPTH) as u16;
+                let piece = rig.piece(tag, 0, SECTOR);
+                rig.submit(tag, OpKind::Read, 0, vec![piece]);
+                let mut done = Vec::new();
+                while tag as usize + 1 == DEPTH && rig.queue().in_flight() > 0 {
+                    rig.queue().reap(&mut done);
+                    if done.is_empty() {
+                        rig.queue().wait(Some(HUNG)).expect("wait");
+                    }
+                    assert!(start.elapsed() < HUNG, "{wrapper},{store} hangs");
+                    done.clear();
+                }
+            }
+        }
     }
 }

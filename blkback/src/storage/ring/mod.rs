@@ -17,7 +17,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Arc, Once};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use xen_platform::LocalRegion;
 
 /// The disk among the registered files. Wake descriptors come after it, then the event channel.
@@ -62,6 +62,8 @@ pub(super) struct RingQueue {
     /// second time.
     wake: Vec<bool>,
     events: Option<Events>,
+    /// What is under way at the event channel is being cancelled.
+    cancels: bool,
     /// Signalled when there is something to take, while the thread sleeps for others too. An epoll of
     /// the ring itself is not told of what we are left to work on (`IORING_SETUP_DEFER_TASKRUN`).
     signals: Option<EventFd>,
@@ -119,6 +121,7 @@ impl RingQueue {
             ready: Vec::with_capacity(setup.depth),
             wake: vec![false; setup.wake.len()],
             events,
+            cancels: false,
             signals: None,
             system_calls: 0,
             _region: region,
@@ -137,7 +140,7 @@ impl RingQueue {
                         events.complete(entry.result());
                     }
                 }
-                CANCEL.. => {}
+                CANCEL.. => self.cancels = false,
             }
         }
     }
@@ -155,11 +158,12 @@ impl RingQueue {
     fn withdraw(&mut self, others: impl Fn(&Self) -> usize) -> io::Result<()> {
         self.settle();
         let armed = |queue: &Self| queue.events.as_ref().is_some_and(Events::armed);
-        if armed(self) {
-            let cancel = opcode::AsyncCancel::new(EVENT).build().flags(Flags::FIXED_FILE);
-            push(&mut self.ring.submission(), &cancel.user_data(CANCEL));
-        }
         while others(self) > 0 || armed(self) {
+            if armed(self) && !self.cancels {
+                // A chain of which a part is on its way is not found: then once more.
+                let cancel = opcode::AsyncCancel::new(EVENT).build().flags(Flags::FIXED_FILE);
+                self.cancels = push(&mut self.ring.submission(), &cancel.user_data(CANCEL));
+            }
             self.enter(1, None)?;
             self.settle();
         }
@@ -255,6 +259,11 @@ impl Queue for RingQueue {
         self.ring.submitter().register_eventfd(signals.as_raw_fd())?;
         let signals: &EventFd = self.signals.insert(signals);
         Ok(Some(signals.as_fd()))
+    }
+
+    fn due(&mut self) -> Option<Instant> {
+        // What follows on something that was completed waits for the next poll to submit it.
+        (!self.ring.submission().is_empty()).then(Instant::now)
     }
 
     fn in_flight(&self) -> usize {
