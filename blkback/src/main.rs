@@ -53,12 +53,14 @@ fn main() -> anyhow::Result<ExitCode> {
         .with_writer(std::io::stderr)
         .init();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    match cli.command {
-        Command::Serve(flags) => runtime.block_on(serve(Config::load(flags)?))?,
-        Command::Stats(args) => runtime.block_on(stats_cli::run(args))?,
+    let outcome = match cli.command {
+        Command::Serve(flags) => runtime.block_on(serve(Config::load(flags)?)),
+        Command::Stats(args) => runtime.block_on(stats_cli::run(args)),
         Command::Doctor(args) => return doctor::run(&args),
-    }
-    Ok(ExitCode::SUCCESS)
+    };
+    // A disk that hangs as it is opened must not keep a successor from the others.
+    runtime.shutdown_background();
+    outcome.map(|()| ExitCode::SUCCESS)
 }
 
 async fn serve(config: Config) -> anyhow::Result<()> {

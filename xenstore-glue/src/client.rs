@@ -34,9 +34,10 @@ mod watch;
 
 use std::ops::Deref;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::{fmt, io};
 
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use crate::wire::{BadPath, Errno, MessageType, Path, Reply, Request, WireError};
 use connection::{Command, Connection};
@@ -53,6 +54,9 @@ pub const MAX_UNDRAINED_PATHS: usize = 1024;
 /// How often [`Client::transact`] tries before it gives up with [`Error::Conflict`]. libxl has no
 /// bound; a conflict that lasts this long is a fight that should be seen.
 pub const TRANSACTION_ATTEMPTS: u32 = 32;
+/// Transactions of [`Client::transact`] that are open at a time; more of them wait. xenstored lets a
+/// domain have ten (`quota_max_transaction`), and there may be others in it, `xl devd` for one.
+pub const MOST_TRANSACTIONS: usize = 5;
 
 /// Where xenstore is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -176,6 +180,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Clone, Debug)]
 pub struct Client {
     nodes: Nodes,
+    /// Of those that may be open.
+    transactions: Arc<Semaphore>,
 }
 
 impl Deref for Client {
@@ -196,7 +202,7 @@ impl Client {
         let (commands, queue) = mpsc::unbounded_channel();
         let nodes = Nodes::new(commands, &endpoint);
         Connection::start(endpoint, queue, nodes.commands().downgrade()).await?;
-        Ok(Self { nodes })
+        Ok(Self { nodes, transactions: Arc::new(Semaphore::new(MOST_TRANSACTIONS)) })
     }
 
     /// Watches a node, which need not exist, and all below it, or a special watch
@@ -231,6 +237,8 @@ impl Client {
     /// [`transaction`](Self::transaction) and [`Transaction::commit`] return;
     /// [`Error::Conflict`].
     pub async fn transact<T>(&self, body: impl AsyncFn(&Transaction) -> Result<T>) -> Result<T> {
+        // It is never closed.
+        let _permit = self.transactions.acquire().await;
         let mut may_be_done = false;
         for _ in 0..TRANSACTION_ATTEMPTS {
             let mut transaction = self.transaction().await?;

@@ -75,9 +75,8 @@ impl Device {
         });
         self.connected = Some(agreement.queues);
         if let Some(properties) = self.properties() {
-            for (key, value) in properties.to_keys() {
-                self.context.client.write(&self.node(&key), value).await?;
-            }
+            // Of a directory that is gone the frontend's state tells next.
+            self.write(&properties.to_keys()).await?;
         }
         Ok(())
     }

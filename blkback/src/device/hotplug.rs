@@ -1,6 +1,6 @@
 //! Making a disk ready to be connected, and the toolstack's hotplug script, which may have a say.
 
-use super::{Abandoned, Device, nodes};
+use super::{Abandoned, Device, error_node, nodes};
 use ring_proto::DomId;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -76,8 +76,7 @@ impl Device {
                     self.context.sizes.watch(&storage, &self.resized);
                 }
                 self.storage = Some(storage);
-                // One that is there already is of a daemon before us, or of its script.
-                if self.description.script && self.hotplug_status().await?.is_none() {
+                if self.description.script && !self.has_consent().await? {
                     self.script = Script::Awaited(None);
                     return Ok(());
                 }
@@ -87,6 +86,20 @@ impl Device {
             Ok(Err(error)) => self.refused(&error).await,
             Err(error) => self.refused(&error).await,
         }
+    }
+
+    /// Whether a daemon before us was told by the script that the disk may be used, or refused it by
+    /// itself and nobody else did.
+    async fn has_consent(&self) -> Result<bool, client::Error> {
+        let client = &self.context.client;
+        Ok(match self.hotplug_status().await?.as_deref() {
+            None => false,
+            Some(b"connected") => true,
+            Some(_) => {
+                let said = client.read_optional(&self.node("hotplug-error")).await?;
+                said.is_some() && said == client.read_optional(&error_node(&self.dir)).await?
+            }
+        })
     }
 
     async fn hotplug_status(&self) -> Result<Option<Vec<u8>>, client::Error> {
@@ -99,7 +112,7 @@ impl Device {
         if self.storage.is_none() {
             return self.feed(BackendEvent::StorageFailed).await;
         }
-        self.context.client.write(&self.node("hotplug-status"), "connected").await?;
+        self.write(&[("hotplug-status".to_owned(), "connected".to_owned())]).await?;
         self.feed(BackendEvent::StorageReady).await
     }
 
@@ -107,8 +120,8 @@ impl Device {
         self.fail(&error.to_string()).await?;
         // One that is there already is of a daemon before us: nobody is told by a script any more.
         let is_new = self.hotplug_status().await?.is_none();
-        self.context.client.write(&self.node("hotplug-error"), error.to_string()).await?;
-        self.context.client.write(&self.node("hotplug-status"), "error").await?;
+        let status = ("hotplug-status".to_owned(), "error".to_owned());
+        self.write(&[("hotplug-error".to_owned(), error.to_string()), status]).await?;
         // libxl looks for `InitWait` and nothing else, then at what the script says: without the former
         // it would wait in vain and not say why. Our script tells it; others know nothing of us.
         if is_new && self.description.own_script && self.context.platform.domid() == DomId(0) {

@@ -37,8 +37,6 @@ use xenstore_glue::xenbus::{BackendAction, BackendEvent, BackendMachine, StalePe
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
 /// The same where a quota is used up: it takes an administrator. libxl waits 10 s for a disk that it detaches.
 const QUOTA_PAUSE: Duration = Duration::from_secs(5);
-/// A frontend that is asked to close and does not is left to itself after this long.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What every device of a daemon shares.
 #[derive(Clone)]
@@ -74,6 +72,11 @@ pub(crate) async fn serve(context: Context, paths: DevicePaths, changed: Arc<Not
                 Err(error @ Abandoned::Description(_)) => {
                     debug!(%error, "not a device (yet)");
                     unless_stopped(&context.shutdown, tokio::time::sleep(RETRY_PAUSE)).await;
+                    let look = context.client.exists(&path);
+                    // It may have been given up before, and detached since then.
+                    if let Some(Ok(false)) = unless_stopped(&context.shutdown, look).await {
+                        forget(&context, &path).await;
+                    }
                     return;
                 }
                 // Tried again here, and not by who finds devices: it may be detached meanwhile.
@@ -139,6 +142,10 @@ fn error_dir(backend: &str) -> String {
     backend.replacen("/backend/", "/error/backend/", 1)
 }
 
+fn error_node(backend: &str) -> String {
+    format!("{}/error", error_dir(backend))
+}
+
 /// Reads a node of the frontend's. One that we may not read is as good as missing: its permissions
 /// are the frontend's to set.
 async fn read_frontend(client: &Client, path: &str) -> Result<Option<Vec<u8>>, client::Error> {
@@ -150,10 +157,14 @@ async fn read_frontend(client: &Client, path: &str) -> Result<Option<Vec<u8>>, c
 
 async fn run(context: Context, paths: DevicePaths, changed: &Notify) -> Result<End, Abandoned> {
     let shutdown = context.shutdown.clone();
-    if paths.kind == BackendKind::Vbd
-        && unless_stopped(&shutdown, kernel::wait_until_gone()).await.is_none()
-    {
-        return Ok(End::Stopped);
+    if paths.kind == BackendKind::Vbd {
+        let path = paths.backend();
+        match unless_stopped(&shutdown, kernel::wait_until_gone(&context.client, &path)).await {
+            Some(Ok(true)) => {}
+            Some(Ok(false)) => return Ok(End::Gone),
+            Some(Err(error)) => return Err(error.into()),
+            None => return Ok(End::Stopped),
+        }
     }
     let (ended, ring_ended) = mpsc::unbounded_channel();
     let (mut device, frontend) =
@@ -214,8 +225,6 @@ struct Device {
     /// The frontend's keys that `link` was made from.
     connected: Option<Vec<QueueKeys>>,
     ended: mpsc::UnboundedSender<RingEnded>,
-    /// When the frontend was asked to close.
-    closing_since: Option<tokio::time::Instant>,
     script: Script,
     /// The state that the log has last.
     told: Option<XenbusState>,
@@ -269,7 +278,6 @@ impl Device {
             link: None,
             connected: None,
             ended,
-            closing_since: None,
             script: Script::None,
             told: None,
             log: Throttle::new(),
@@ -287,7 +295,6 @@ impl Device {
         let resized = self.resized.clone();
         self.observe().await?;
         while !self.machine.has_ended() {
-            let give_up = self.closing_since.map(|since| since + CLOSE_TIMEOUT);
             let script = self.script.deadline();
             tokio::select! {
                 moved = next(&mut frontend) => { moved?; self.observe().await? }
@@ -295,13 +302,6 @@ impl Device {
                 () = resized.notified() => self.resize().await?,
                 Some(RingEnded { ring, why }) = ring_ended.recv() => {
                     self.fail(&format!("ring {ring}: {why}")).await?;
-                    self.feed(BackendEvent::GiveUp).await?;
-                }
-                () = sleep_until(give_up) => {
-                    self.closing_since = None;
-                    if self.log.admits() {
-                        warn!("the frontend does not close");
-                    }
                     self.feed(BackendEvent::GiveUp).await?;
                 }
                 () = sleep_until(script) => {
@@ -324,8 +324,7 @@ impl Device {
             warn!("{what}");
         }
         self.context.registry.update(&self.dir, |view| view.error = Some(what.to_owned()));
-        let node = format!("{}/error", error_dir(&self.dir));
-        match self.context.client.write(&node, what).await {
+        match self.context.client.write(&error_node(&self.dir), what).await {
             // A quota, most likely: the device does not suffer from what cannot be said about it.
             Err(error) if error.errno().is_some() => {
                 if admitted {
@@ -344,14 +343,15 @@ impl Device {
             return self.feed(BackendEvent::DirectoryRemoved).await;
         }
         let online = client.read_optional(&self.node("online")).await?.as_deref() == Some(b"1");
-        // Not for one that is being detached: it only has to close.
-        if online && !std::mem::replace(&mut self.opened, true) {
+        let state = read_frontend(&client, &self.state_node).await?;
+        let state = state.as_deref().and_then(XenbusState::parse);
+        // One that is being detached may be in use until it closes.
+        let used = matches!(state, Some(XenbusState::Connected | XenbusState::Closing));
+        if (online || used) && !std::mem::replace(&mut self.opened, true) {
             self.open_storage().await?;
         }
         self.look_for_script().await?;
         self.feed(BackendEvent::Online(online)).await?;
-        let state = read_frontend(&client, &self.state_node).await?;
-        let state = state.as_deref().and_then(XenbusState::parse);
         self.feed(BackendEvent::Frontend(state)).await?;
         // A watch does not show the states in between: a frontend that started over and is connected
         // again is told by its keys.
@@ -429,26 +429,31 @@ impl Device {
         }
     }
 
-    /// Writes `nodes` and then `state`, together.
-    async fn publish(
-        &mut self,
-        nodes: Vec<(String, String)>,
-        state: XenbusState,
-    ) -> Result<(), Abandoned> {
+    /// Writes nodes of the backend directory, together; `false` if that is gone.
+    async fn write(&self, nodes: &[(String, String)]) -> Result<bool, client::Error> {
         let (client, dir) = (&self.context.client, &self.dir);
-        let written = client
+        client
             .transact(async |transaction| {
                 // Writing would bring a directory back that the toolstack has removed.
                 if !transaction.exists(dir).await? {
                     return Ok(false);
                 }
-                for (key, value) in &nodes {
+                for (key, value) in nodes {
                     transaction.write(&format!("{dir}/{key}"), value).await?;
                 }
-                transaction.write(&format!("{dir}/state"), state.value()).await?;
                 Ok(true)
             })
-            .await?;
+            .await
+    }
+
+    /// Writes `nodes` and then `state`, together.
+    async fn publish(
+        &mut self,
+        mut nodes: Vec<(String, String)>,
+        state: XenbusState,
+    ) -> Result<(), Abandoned> {
+        nodes.push(("state".to_owned(), state.value()));
+        let written = self.write(&nodes).await?;
         // The same one is written again where the toolstack has written over it.
         if written && self.told.replace(state) != Some(state) && self.log.admits() {
             info!(%state);
@@ -456,8 +461,6 @@ impl Device {
         if state == XenbusState::InitWait {
             self.script.start(self.context.platform.domid(), self.context.tuning.script_timeout());
         }
-        self.closing_since =
-            (state == XenbusState::Closing && self.link.is_some()).then(tokio::time::Instant::now);
         self.context.registry.update(&self.dir, |view| view.state = state);
         Ok(())
     }

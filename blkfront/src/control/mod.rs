@@ -280,7 +280,8 @@ impl Control {
         written.await.map_err(xenstore(format!("write {frontend}/state")))
     }
 
-    async fn drain(&self) {
+    async fn drain(&mut self) {
+        self.expect_return();
         let Some(fabric) = &self.fabric else { return };
         fabric.post(|| Notice::Hold);
         let end = Instant::now() + DRAIN;
@@ -294,8 +295,16 @@ impl Control {
         let Some(fabric) = &self.fabric else { return };
         fabric.post(|| Notice::Down);
         let mut state = locked(&self.state);
-        if std::mem::take(&mut state.connected) && self.deadline.is_none() {
+        if std::mem::take(&mut state.connected) {
             tracing::warn!(device = self.frontend, "the backend went away");
+            drop(state);
+            self.expect_return();
+        }
+    }
+
+    /// From now on I/O is held; not for longer than it may be.
+    fn expect_return(&mut self) {
+        if self.deadline.is_none() {
             self.deadline =
                 self.config.reconnect_timeout.map(|limit| Until::Back(Instant::now() + limit));
         }

@@ -8,6 +8,7 @@ use crate::limits::Limits;
 use crate::link::locked;
 use crate::{Cause, Features, Geometry, Protocol, rings};
 use ring_proto::RingLayout;
+use ring_proto::abi::PAGE_SIZE;
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use xenstore_glue::client;
@@ -116,6 +117,10 @@ impl Control {
         let keys = self.read_backend(&keys).await?;
         let device = DeviceProperties::from_keys(&|key: &str| keys.get(key).cloned())
             .map_err(|refusal| self.refuse(refusal))?;
+        if device.sector_size as usize > PAGE_SIZE {
+            // Segments address sectors of a page.
+            return Err(self.refuse(format!("sectors of {} bytes", device.sector_size)));
+        }
         let (Some(fabric), Some(mut offered)) = (&self.fabric, self.offered.take()) else {
             return Ok(FrontendEvent::Failed);
         };
@@ -123,7 +128,7 @@ impl Control {
         offered.agreement.persistent = kept && self.config.persistent;
         let limits = Limits::new(&self.config, &offered.agreement, &device);
         let features = Features::new(&limits, &offered.agreement, &device);
-        fabric.link.sectors.store(device.sectors, Ordering::Relaxed);
+        let before = fabric.link.sectors.swap(device.sectors, Ordering::Relaxed);
         self.connection += 1;
         fabric.connect(self.connection, limits, offered.rings);
         self.deadline = None;
@@ -134,6 +139,9 @@ impl Control {
             state.geometry = Geometry::new(&device);
             state.features = features;
             state.limits = limits;
+        }
+        if self.connection > 1 && before != device.sectors {
+            self.news.ring();
         }
         tracing::info!(device = self.frontend, backend = self.backend, "connected");
         if let Some(ready) = self.ready.take() {

@@ -194,6 +194,7 @@ impl Connection {
         let Some(socket) = &self.socket else { return };
         self.bytes.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.end - self.start);
+        let writes = self.writes && !matches!(self.input, Input::Unwanted { .. });
         let mut receive = Receive::new();
         let mut payload = 0;
         let mut all = true;
@@ -202,7 +203,7 @@ impl Connection {
             payload = receive.len();
         }
         // After a write comes another one, more often than not: its data should not end up here.
-        let room = if self.writes { HEADER_BYTES } else { INPUT_BYTES };
+        let room = if writes { HEADER_BYTES } else { INPUT_BYTES };
         if let Some(bytes) = self.bytes.get_mut(self.end..room.max(self.end)).filter(|_| all) {
             receive.fill_slice(bytes);
         }

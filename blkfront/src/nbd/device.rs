@@ -3,8 +3,8 @@
 use super::crew::{Crew, Desks};
 use super::ioctl::{MAJOR, Request, ask};
 use super::{Error, Options, system};
-use crate::Disk;
 use crate::local::{sync, wait_for_news};
+use crate::{Disk, InvalidOption};
 use nix::sys::stat::major;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -18,6 +18,9 @@ use std::time::Duration;
 /// With several connections, the kernel drops one that does not answer in 30 seconds, and when it has
 /// none left, it fails. A backend may be away for longer; that is not the connection's fault.
 const PATIENCE_SECONDS: u64 = 7 * 24 * 3600;
+/// Bytes of the longest request of the kernel's, unless somebody has raised `max_sectors_kb`: it does not
+/// ask how much may be in flight (`nbd_dev_add` of drivers/block/nbd.c).
+const KERNEL_REQUEST: usize = 128 << 10;
 /// How often it is looked at whether the device is there: it takes the kernel milliseconds.
 const LOOK: Duration = Duration::from_millis(2);
 
@@ -40,6 +43,12 @@ impl<'a> BlockDevice<'a> {
     pub fn attach(path: impl AsRef<Path>, disk: &'a Disk, options: Options) -> Result<Self, Error> {
         let path = path.as_ref().to_owned();
         let file = open(&path)?;
+        InvalidOption::unless(
+            options.in_flight >= KERNEL_REQUEST,
+            "in_flight",
+            options.in_flight,
+            || format!("at least {KERNEL_REQUEST} for a block device, whose requests are as long"),
+        )?;
         let options = Options { max_connections: disk.vcpus() as usize, ..options };
         let crew = Crew::new(disk, options)?;
         let mut sockets = Vec::new();

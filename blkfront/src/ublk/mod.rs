@@ -30,7 +30,6 @@ use abi::{DeviceInfo, Parameters};
 use control::Registered;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use queue::{Shared, Worker};
-
 use ring_proto::abi::{PAGE_SIZE, SECTOR_SIZE};
 use std::fs::File;
 use std::io;
@@ -39,14 +38,18 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// Requests a queue holds, unless [`Options::depth`] says otherwise: as many as a ring of one page.
 pub const DEFAULT_DEPTH: u16 = 32;
 /// Bytes of the longest request, unless [`Options::max_io`] says otherwise: with [`DEFAULT_DEPTH`], two
 /// mebibytes a vCPU, which xen-gntalloc grants without being told to (1024 pages).
 pub const DEFAULT_MAX_IO: usize = 64 << 10;
+
+/// How long a backend may take for what is in flight when the device is removed.
+const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How to make a device of a disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -180,7 +183,7 @@ impl<'a> BlockDevice<'a> {
         if result.is_err() {
             tell(&threads, |shared| &shared.give_up);
         }
-        result = result.and(self.device.stop());
+        result = result.and(self.stop(&threads));
         // A device that was never started aborts no tags.
         tell(&threads, |shared| &shared.leave);
         for Thread { thread, .. } in threads {
@@ -189,6 +192,22 @@ impl<'a> BlockDevice<'a> {
             result = ended.map_err(failed("serve a queue")).and(result);
         }
         result
+    }
+
+    /// Removes the block device. The kernel waits for all requests, a backend may never answer them: after a
+    /// while they are given up.
+    fn stop(&mut self, threads: &[Thread]) -> Result<(), Error> {
+        std::thread::scope(|scope| {
+            let (stopped, waits) = channel::<()>();
+            scope.spawn(move || {
+                if waits.recv_timeout(STOP_PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                    tell(threads, |shared| &shared.give_up);
+                }
+            });
+            let result = self.device.stop();
+            drop(stopped);
+            result
+        })
     }
 
     /// Starts the threads, and returns what is readable when one of them has ended.

@@ -5,7 +5,7 @@
 //! be fetched.
 
 use super::abi::{self, Descriptor, IoCommand};
-use crate::{Completed, Io, IoBuffer, Op, Queue};
+use crate::{Completed, Io, IoBuffer, IoError, Op, Queue};
 use io_uring::{IoUring, opcode, types};
 use nix::sys::eventfd::EventFd;
 use ring_proto::SharedMemory;
@@ -15,7 +15,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use xen_platform::{Access, Mapping};
+use xen_platform::{Access, LocalRegion, Mapping};
 
 /// What completions are called that are no tag's.
 const QUEUE: u64 = u64::MAX;
@@ -54,6 +54,8 @@ pub(super) struct Worker {
     live: usize,
     /// Nothing goes to the queue any more.
     given_up: bool,
+    /// What the kernel copies from and to then: a backend may still be at work on the tags' buffers.
+    scratch: LocalRegion,
 }
 
 impl Worker {
@@ -79,7 +81,8 @@ impl Worker {
             tags.push(Tag { buffer, addr, asked: None });
         }
         let live = depth.into();
-        Ok(Self { number, file, shared, descriptors, queue, tags, live, given_up: false })
+        let scratch = LocalRegion::new(max_io.div_ceil(PAGE_SIZE)).map_err(io::Error::other)?;
+        Ok(Self { number, file, shared, descriptors, queue, tags, live, given_up: false, scratch })
     }
 
     /// Fetches, says so, and serves until it is to leave, or the kernel has aborted all tags.
@@ -122,7 +125,7 @@ impl Worker {
             }
             self.queue.unplug();
             if !self.given_up && self.shared.give_up.load(Ordering::Relaxed) {
-                self.give_up(&mut ring)?;
+                self.answer_all(&mut ring)?;
             }
             if self.live == 0 || self.shared.leave.load(Ordering::Relaxed) {
                 return Ok(());
@@ -191,6 +194,10 @@ impl Worker {
     /// Answers what the queue has completed.
     fn finish(&mut self, ring: &mut IoUring, done: &mut Vec<Completed>) -> io::Result<()> {
         for Completed { cookie, result, buffer } in done.drain(..) {
+            if matches!(result, Err(IoError::Gone)) {
+                // The backend may not know, and be at work on the buffer still.
+                self.give_up();
+            }
             let Some(slot) = self.tags.get_mut(cookie as usize) else { continue };
             if buffer.is_some() {
                 slot.buffer = buffer;
@@ -203,9 +210,16 @@ impl Worker {
         Ok(())
     }
 
-    /// Answers everything with an error: the backend may take for ever.
-    fn give_up(&mut self, ring: &mut IoUring) -> io::Result<()> {
+    /// From now on nothing goes to the backend, and nothing of the kernel's to where it may be at work.
+    fn give_up(&mut self) {
         self.given_up = true;
+        let addr = self.scratch.base().addr().get() as u64;
+        self.tags.iter_mut().for_each(|tag| tag.addr = addr);
+    }
+
+    /// Answers everything with an error: the backend may take for ever.
+    fn answer_all(&mut self, ring: &mut IoUring) -> io::Result<()> {
+        self.give_up();
         for tag in 0..self.descriptors.depth {
             let slot = self.tags.get_mut(usize::from(tag));
             if slot.and_then(|slot| slot.asked.take()).is_some() {
@@ -224,8 +238,9 @@ impl Worker {
             .build()
             .user_data(tag.into());
         // SAFETY: the kernel reads and writes the tag's buffer, granted pages of which there are no
-        // references. They outlive the command: buffers keep them, and all are kept until every tag is
-        // aborted, or the ring is gone that the kernel would do it for.
+        // references, or the scratch memory, of which there are none either. They outlive the command:
+        // buffers keep them, and all are kept until every tag is aborted, or the ring is gone that the
+        // kernel would do it for.
         let pushed = unsafe { ring.submission().push(&command) };
         // There is room for all tags.
         pushed.map_err(|_| io::ErrorKind::ResourceBusy.into())

@@ -42,7 +42,7 @@ pub enum BackendEvent {
     /// Close the device for good but leave its directory. A daemon that means to be replaced does not
     /// ask for this: it drains, exits, and leaves `state` for its successor to find.
     Shutdown,
-    /// The frontend was given time to close and did not.
+    /// The device cannot be served any more, whatever the frontend does.
     GiveUp,
 }
 
@@ -87,7 +87,9 @@ enum Storage {
 /// - A frontend seen at `Initialising` is never connected before it was seen at `Initialised`, so
 ///   `InitWait` stands for at least the frontend's answer.
 /// - `Connect` is never repeated without a `Disconnect` between (XSA-350).
-/// - The link stays up while the frontend is `Closing`: Linux goes on with I/O until the last user closes.
+/// - The link stays up while the frontend is `Closing`, for as long as it likes, and is taken over from a
+///   predecessor then, too: Linux goes on with I/O until the last user closes. Nor has Linux's backend a
+///   time-out; the toolstack has one, and can remove the directory by force.
 /// - After `Retire` or `Forget` it answers nothing.
 #[derive(Clone, Debug)]
 pub struct BackendMachine {
@@ -98,6 +100,8 @@ pub struct BackendMachine {
     storage: Storage,
     link: Link,
     published: XenbusState,
+    /// Something was asked for already: rings that stand in xenstore are no predecessor's any more.
+    begun: bool,
     /// We gave up on this frontend until it starts over.
     refused: bool,
     shutdown: bool,
@@ -114,6 +118,7 @@ impl BackendMachine {
             storage: Storage::Opening,
             link: Link::Down,
             published: Initialising,
+            begun: false,
             refused: false,
             shutdown: false,
             ended: false,
@@ -207,6 +212,8 @@ impl BackendMachine {
             Closed => self.close(actions),
             // A frontend that never began has nothing to finish.
             Initialising | InitWait if stop => self.close(actions),
+            // A predecessor's, which goes on until it is closed, detached or not.
+            Connected | Closing if self.takes_up() => self.attach(actions),
             _ if stop || frontend == Closing => {
                 if self.published != Closed {
                     self.publish(Closing, actions);
@@ -223,12 +230,20 @@ impl BackendMachine {
                 Link::Down if frontend == Initialised || rekeyed => self.connect(actions),
                 // Connected, but not to us.
                 Link::Down if self.published == Closing => {}
-                Link::Down if self.stale == StalePeer::Attach && self.published == Initialising => {
-                    self.attach(actions);
-                }
                 Link::Down => self.advertise(actions),
             },
         }
+    }
+
+    /// Whether the rings of a frontend that is connected are to be taken over as they stand, now or when
+    /// the storage is ready.
+    fn takes_up(&self) -> bool {
+        let begins = !self.begun || self.link == Link::Connecting && self.takes_over();
+        begins
+            && !self.refused
+            && !self.shutdown
+            && self.stale == StalePeer::Attach
+            && self.storage != Storage::Failed
     }
 
     fn connect(&mut self, actions: &mut Vec<BackendAction>) {
@@ -237,8 +252,9 @@ impl BackendMachine {
     }
 
     fn attach(&mut self, actions: &mut Vec<BackendAction>) {
-        if self.storage == Storage::Ready {
+        if self.storage == Storage::Ready && self.link == Link::Down {
             self.link = Link::Connecting;
+            self.begun = true;
             actions.push(BackendAction::Connect);
         }
     }
@@ -246,6 +262,7 @@ impl BackendMachine {
     fn advertise(&mut self, actions: &mut Vec<BackendAction>) {
         if self.published != InitWait {
             self.published = InitWait;
+            self.begun = true;
             actions.push(BackendAction::Advertise);
         }
     }
@@ -253,6 +270,7 @@ impl BackendMachine {
     fn publish(&mut self, state: XenbusState, actions: &mut Vec<BackendAction>) {
         if self.published != state {
             self.published = state;
+            self.begun = true;
             actions.push(BackendAction::Publish(state));
         }
     }
