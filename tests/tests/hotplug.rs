@@ -11,7 +11,7 @@ use std::fs::File;
 use std::process::Command;
 use std::time::Duration;
 use xen_blk_tests::host::{Host, Programs};
-use xen_blk_tests::process::wait_until;
+use xen_blk_tests::process::{Process, wait_until};
 
 const PLAIN: Transport =
     Transport { layout: RingLayout::Union(Abi::X86_64), order: 0, persistent: false };
@@ -29,7 +29,7 @@ fn offered(host: &Host, guest: &Guest, vdev: &str) -> Result<(Device, Link)> {
 #[test]
 fn the_disk_is_connected_when_its_script_has_run_or_nobody_runs_it() -> Result<()> {
     let host = Host::start(Programs::beside_us()?)?;
-    let daemon = host.backend(&[])?;
+    let mut daemon = host.backend(&[])?;
     let guest = Guest::create(&host, "guest")?;
     let admin = Store::connect(&host.platform_dir().join("xenstored.sock"))?;
     let state_of = |device: &Device| admin.read(&format!("{}/state", device.back));
@@ -38,7 +38,8 @@ fn the_disk_is_connected_when_its_script_has_run_or_nobody_runs_it() -> Result<(
     admin.write(&format!("{}/hotplug-status", refused.back), "error")?;
     let (scripted, link) = offered(&host, &guest, "xvdb")?;
     let unscripted = guest.attach(&host, "vdev=xvdc,target=memory:16M")?;
-    WellBehaved::connect(&guest, &unscripted, PLAIN)?.round_trip(0)?;
+    let mut used = WellBehaved::connect(&guest, &unscripted, PLAIN)?;
+    used.round_trip(0)?;
     // The backend takes events in their order, so it has seen the others' frontends.
     let waiting = state_of(&scripted)?;
     ensure!(waiting.as_deref() == Some(state::INIT_WAIT), "{waiting:?}: {}", daemon.log());
@@ -54,16 +55,29 @@ fn the_disk_is_connected_when_its_script_has_run_or_nobody_runs_it() -> Result<(
     abandoned.set_state(&guest, state::CONNECTED)?;
     WellBehaved::on(&guest, link)?.round_trip(0)?;
     // Later than the other's time was up, had its script not said no.
-    let waiting = state_of(&refused)?;
-    ensure!(waiting.as_deref() == Some(state::INIT_WAIT), "{waiting:?}: {}", daemon.log());
-    Ok(())
+    let still_refused = |daemon: &Process| -> Result<()> {
+        let waiting = state_of(&refused)?;
+        ensure!(waiting.as_deref() == Some(state::INIT_WAIT), "{waiting:?}: {}", daemon.log());
+        let said = admin.read(&format!("{}/hotplug-status", refused.back))?;
+        ensure!(said.as_deref() == Some("error"), "{said:?}: {}", daemon.log());
+        Ok(())
+    };
+    still_refused(&daemon)?;
+    // A daemon that comes after it takes no for an answer, too.
+    daemon.kill()?;
+    let daemon = host.backend(&[])?;
+    used.round_trip(0)?;
+    // Longer than a script is waited for that nobody may run.
+    std::thread::sleep(Duration::from_secs(4));
+    still_refused(&daemon)
 }
 
 /// What removes a script's work needs the directory, and the one who runs it removes that.
 #[test]
 fn the_directory_stays_for_who_runs_the_script() -> Result<()> {
     let host = Host::start(Programs::beside_us()?)?;
-    let daemon = host.backend(&["--script-timeout-s", "3600"])?;
+    let options = ["--script-timeout-s", "3600"];
+    let mut daemon = host.backend(&options)?;
     let guest = Guest::create(&host, "guest")?;
     let admin = Store::connect(&host.platform_dir().join("xenstored.sock"))?;
     let (disk, link) = offered(&host, &guest, "xvda")?;
@@ -78,6 +92,11 @@ fn the_directory_stays_for_who_runs_the_script() -> Result<()> {
     std::thread::scope(|scope| {
         let toolstack = scope.spawn(|| host.detach("guest", "xvda"));
         disk.wait_backend(&guest, &[state::CLOSING])?;
+        // It is mounted, say: it is served on, also by a daemon that comes after this one.
+        used.round_trip(0)?;
+        daemon.kill()?;
+        daemon = host.backend(&options)?;
+        used.round_trip(0)?;
         used.disconnect(&guest, &disk)?;
         wait_until("the device to be removed", || Ok(daemon.log().contains("device removed")))?;
         // Longer than it is left where there is no script.
