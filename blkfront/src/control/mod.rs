@@ -295,7 +295,9 @@ impl Control {
         let Some(fabric) = &self.fabric else { return };
         fabric.post(|| Notice::Down);
         let mut state = locked(&self.state);
-        if std::mem::take(&mut state.connected) {
+        // Unless it is we who close.
+        let closes = matches!(self.deadline, Some(Until::Closed(_)));
+        if std::mem::take(&mut state.connected) && !closes {
             tracing::warn!(device = self.frontend, "the backend went away");
             drop(state);
             self.expect_return();
