@@ -142,15 +142,14 @@ impl PersistentGrants {
             .collect();
         idle.sort_unstable_by(|a, b| b.cmp(a));
         for (_, place) in idle.into_iter().take(MAX_PERSISTENT_GRANTS / EVICT_SHARE) {
-            drop(self.give_up(place, |_| true));
+            drop(self.give_up(place));
         }
     }
 
     /// Hands out every page that no request uses, for a ring that has gone quiet.
     pub(super) fn purge(&mut self) -> Vec<Arc<dyn MappedGrants>> {
-        let unused = |entry: &Entry| entry.pins == 0;
         let places = 0..self.entries.len() as u32;
-        places.filter_map(|place| self.give_up(place, unused)).collect()
+        places.filter_map(|place| self.give_up(place)).collect()
     }
 
     /// All of its pages.
@@ -158,13 +157,9 @@ impl PersistentGrants {
         self.entries.into_iter().flatten().map(|entry| entry.page)
     }
 
-    /// Takes a page out, if it is such a one.
-    fn give_up(
-        &mut self,
-        place: u32,
-        which: impl Fn(&Entry) -> bool,
-    ) -> Option<Arc<dyn MappedGrants>> {
-        let entry = self.entries[place as usize].take_if(|entry| which(entry))?;
+    /// Takes a page out, unless a request uses it.
+    fn give_up(&mut self, place: u32) -> Option<Arc<dyn MappedGrants>> {
+        let entry = self.entries[place as usize].take_if(|entry| entry.pins == 0)?;
         self.places.remove(&entry.gref);
         self.free.push(place);
         self.evictions += 1;

@@ -1,15 +1,13 @@
 //! A vCPU's queue in this process, beside a backend in another.
 
-use super::allocations;
 use super::rig::{Counts, WARM_UP};
+use super::{DEPTH, allocations};
 use anyhow::{Context, Result};
 use blkfront::{Completed, Config, Disk, Io, Queue, Stats};
 use std::time::Duration;
 use xen_blk_tests::host::{DRIVER_DOMAIN, Host};
 use xen_platform::{Choice, End, Waiting};
 
-/// Requests a round: what a ring of one page holds.
-const DEPTH: u64 = 32;
 /// By then a backend that polls has answered a round.
 const ANSWERED: Duration = Duration::from_millis(2);
 
