@@ -49,27 +49,55 @@ struct Flying {
 }
 
 /// A part of an I/O that starts at a page of its buffer.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 struct Piece {
     io: u32,
     page: u32,
     sectors: u32,
     /// The piece behind it in its request.
     next: u32,
+    /// Of the first piece of a request, which goes by that piece's number.
+    request: Request,
+    /// The request's page of segments, while the backend has it.
+    indirect: Option<IoBuffer>,
 }
 
-#[derive(Debug)]
-struct Assembled {
+#[derive(Clone, Copy, Debug)]
+struct Request {
     kind: Kind,
     sector: u64,
     sectors: u32,
     segments: u32,
-    first: u32,
+    /// Its last piece, if there are several.
     last: u32,
-    /// The page of segments, while the backend has it.
-    indirect: Option<IoBuffer>,
     /// Counted as waiting for a slot.
     waited: bool,
+}
+
+/// Where the requests that came to wait last begin and end: what touches none of them, as most of a
+/// random stream does not, is told without a look at the requests.
+#[derive(Debug)]
+struct Edges {
+    starts: [u64; MERGE_WINDOW],
+    ends: [u64; MERGE_WINDOW],
+    newest: usize,
+}
+
+impl Edges {
+    fn push(&mut self, start: u64, end: u64) {
+        self.newest = (self.newest + 1) % MERGE_WINDOW;
+        self.set(0, start, end);
+    }
+
+    /// Of the request that came `back` before the newest.
+    fn set(&mut self, back: usize, start: u64, end: u64) {
+        let place = self.newest.wrapping_sub(back) % MERGE_WINDOW;
+        (self.starts[place], self.ends[place]) = (start, end);
+    }
+
+    fn touch(&self, start: u64, end: u64) -> bool {
+        (0..MERGE_WINDOW).any(|place| self.ends[place] == start || self.starts[place] == end)
+    }
 }
 
 /// A vCPU's I/Os.
@@ -79,9 +107,9 @@ pub(crate) struct Flight {
     merge: bool,
     ios: Slab<Flying>,
     pieces: Slab<Piece>,
-    requests: Slab<Assembled>,
-    /// Held back by a plug, or waiting for a slot.
+    /// Requests held back by a plug, or waiting for a slot.
     waiting: VecDeque<u32>,
+    edges: Edges,
     /// Of the direct request that [`Flight::body`] made last.
     segments: Segments,
 }
@@ -94,8 +122,8 @@ impl Flight {
             merge,
             ios: Slab::new(depth),
             pieces: Slab::new(depth + pages),
-            requests: Slab::new(depth + pages),
             waiting: VecDeque::with_capacity(depth + pages),
+            edges: Edges { starts: [0; MERGE_WINDOW], ends: [0; MERGE_WINDOW], newest: 0 },
             segments: Segments::EMPTY,
         }
     }
@@ -166,7 +194,7 @@ impl Flight {
         let most = self.limits.segments() * PAGE_SECTORS;
         loop {
             let part = sectors.min(most);
-            self.add_piece(Piece { io, page, sectors: part, next: NONE }, kind, sector, counters);
+            self.add_piece(io, page, kind, sector, part, counters);
             sectors -= part;
             if sectors == 0 {
                 return;
@@ -179,57 +207,64 @@ impl Flight {
         }
     }
 
-    fn add_piece(&mut self, piece: Piece, kind: Kind, sector: u64, counters: &Counters) {
-        let sectors = piece.sectors;
+    fn add_piece(
+        &mut self,
+        io: u32,
+        page: u32,
+        kind: Kind,
+        sector: u64,
+        sectors: u32,
+        counters: &Counters,
+    ) {
         let segments = sectors.div_ceil(PAGE_SECTORS);
+        let request = Request { kind, sector, sectors, segments, last: NONE, waited: false };
+        let piece = Piece { io, page, sectors, next: NONE, request, indirect: None };
         // Cannot fail: `new` made room for every page and every I/O.
         let Some(key) = self.pieces.insert(piece) else { return };
-        if let Some(flying) = self.ios.get_mut(piece.io) {
+        if let Some(flying) = self.ios.get_mut(io) {
             flying.left += 1;
         }
-        if self.merge && kind.merges() && self.join(key, kind, sector, sectors, segments) {
+        if self.merge && kind.merges() && self.join(key, &request) {
             counters.merges.add(1);
             return;
         }
-        let request = Assembled {
-            kind,
-            sector,
-            sectors,
-            segments,
-            first: key,
-            last: key,
-            indirect: None,
-            waited: false,
-        };
-        if let Some(request) = self.requests.insert(request) {
-            self.waiting.push_back(request);
-        }
+        self.waiting.push_back(key);
+        self.edges.push(sector, sector + u64::from(sectors));
     }
 
-    /// Back or front merge with one of the last requests that wait.
-    fn join(&mut self, key: u32, kind: Kind, sector: u64, sectors: u32, segments: u32) -> bool {
-        let (most, end) = (self.limits.segments(), sector + u64::from(sectors));
-        for &candidate in self.waiting.iter().rev().take(MERGE_WINDOW) {
-            let Some(request) = self.requests.get_mut(candidate) else { continue };
-            let behind = request.sector + u64::from(request.sectors) == sector;
-            let neighbour = behind || request.sector == end;
-            if !neighbour || request.kind != kind || request.segments + segments > most {
+    /// Back or front merge of the piece `key`, a request by itself, with one of the last requests that wait.
+    fn join(&mut self, key: u32, new: &Request) -> bool {
+        let (most, end) = (self.limits.segments(), new.sector + u64::from(new.sectors));
+        if !self.edges.touch(new.sector, end) {
+            return false;
+        }
+        for back in 0..MERGE_WINDOW.min(self.waiting.len()) {
+            let Some(place) = self.waiting.get_mut(self.waiting.len() - 1 - back) else { continue };
+            let Some(first) = self.pieces.get_mut(*place) else { continue };
+            let old = first.request;
+            let behind = old.sector + u64::from(old.sectors) == new.sector;
+            let touches = behind || old.sector == end;
+            if !touches || old.kind != new.kind || old.segments + new.segments > most {
                 continue;
             }
+            let last = if old.last == NONE { *place } else { old.last };
+            let joined = Request {
+                sector: old.sector.min(new.sector),
+                sectors: old.sectors + new.sectors,
+                segments: old.segments + new.segments,
+                last: if behind { key } else { last },
+                ..old
+            };
             if behind {
-                let last = std::mem::replace(&mut request.last, key);
+                first.request = joined;
                 if let Some(last) = self.pieces.get_mut(last) {
                     last.next = key;
                 }
-            } else {
-                let first = std::mem::replace(&mut request.first, key);
-                request.sector = sector;
-                if let Some(piece) = self.pieces.get_mut(key) {
-                    piece.next = first;
-                }
+            } else if let Some(piece) = self.pieces.get_mut(key) {
+                piece.request = joined;
+                piece.next = std::mem::replace(place, key);
             }
-            request.sectors += sectors;
-            request.segments += segments;
+            self.edges.set(back, joined.sector, joined.sector + u64::from(joined.sectors));
             return true;
         }
         false
@@ -247,8 +282,8 @@ impl Flight {
 
     /// [`Flight::front`] found no slot: says whether for the first time.
     pub(crate) fn blocked(&mut self) -> bool {
-        let request = self.front().and_then(|key| self.requests.get_mut(key));
-        request.is_some_and(|request| !std::mem::replace(&mut request.waited, true))
+        let first = self.front().and_then(|key| self.pieces.get_mut(key));
+        first.is_some_and(|first| !std::mem::replace(&mut first.request.waited, true))
     }
 
     /// What goes on the ring for a request; `None` while there is no page for its segments.
@@ -258,7 +293,7 @@ impl Flight {
         pool: &Pool,
         lists: &mut Pool,
     ) -> Option<Body<&[Segment]>> {
-        let request = self.requests.get_mut(key)?;
+        let request = self.pieces.get(key)?.request;
         let transfer = match request.kind {
             Kind::Read => Transfer::Read,
             Kind::Write => Transfer::Write,
@@ -273,7 +308,7 @@ impl Flight {
         let sector = request.sector;
         if request.segments <= u32::from(self.limits.direct) {
             self.segments.clear();
-            each_segment(&self.pieces, request.first, pool, |segment| {
+            each_segment(&self.pieces, key, pool, |segment| {
                 self.segments.push(segment);
             });
             return Some(Body::Direct { transfer, sector, segments: &self.segments });
@@ -281,7 +316,7 @@ impl Flight {
         let mut list = lists.alloc(SEGMENT_LIST_BYTES)?;
         let mut bytes = [0; SEGMENT_LIST_BYTES];
         let mut used = 0;
-        each_segment(&self.pieces, request.first, pool, |segment| {
+        each_segment(&self.pieces, key, pool, |segment| {
             let encoded = encode_segment(&segment);
             if let Some(place) = bytes.get_mut(used..used + encoded.len()) {
                 place.copy_from_slice(&encoded);
@@ -292,7 +327,7 @@ impl Flight {
         let mut pages = [GrantRef(0); MAX_INDIRECT_PAGES];
         pages[0] = lists.gref(list.page_at(0));
         let nr_segments = request.segments as u16;
-        request.indirect = Some(list);
+        self.pieces.get_mut(key)?.indirect = Some(list);
         Some(Body::Indirect { transfer, sector, nr_segments, pages })
     }
 
@@ -305,8 +340,8 @@ impl Flight {
         counters: &Counters,
         done: &mut Vec<Completed>,
     ) {
-        let Some(request) = self.requests.remove(key) else { return };
-        let result = match (status, request.kind) {
+        let Some(kind) = self.pieces.get(key).map(|first| first.request.kind) else { return };
+        let result = match (status, kind) {
             (Status::Okay, _) => Ok(()),
             // As in Linux: there is nothing to flush, then.
             (Status::NotSupported, Kind::Flush) => {
@@ -316,7 +351,7 @@ impl Flight {
             // Here Linux calls it done. It was not written.
             (Status::NotSupported, Kind::Barrier) => {
                 self.limits.flush = FlushMode::None;
-                return self.reassemble(request, pool, counters);
+                return self.reassemble(key, pool, counters);
             }
             (Status::NotSupported, kind) => {
                 if matches!(kind, Kind::Discard { .. }) {
@@ -326,7 +361,7 @@ impl Flight {
             }
             (Status::Error, _) => Err(IoError::Backend),
         };
-        let mut next = request.first;
+        let mut next = key;
         while let Some(piece) = self.pieces.remove(next) {
             next = piece.next;
             let Some(flying) = self.ios.get_mut(piece.io) else { continue };
@@ -363,19 +398,18 @@ impl Flight {
         let waiting = std::mem::take(&mut self.waiting);
         self.waiting.reserve(waiting.capacity());
         for &key in unanswered.iter().chain(&waiting) {
-            if let Some(request) = self.requests.remove(key) {
-                self.reassemble(request, pool, counters);
-            }
+            self.reassemble(key, pool, counters);
         }
     }
 
-    fn reassemble(&mut self, request: Assembled, pool: &Pool, counters: &Counters) {
+    fn reassemble(&mut self, key: u32, pool: &Pool, counters: &Counters) {
+        let Some(request) = self.pieces.get(key).map(|first| first.request) else { return };
         // There may be no barriers now, or none that take so much, or flushes where none were needed.
         let (kind, flush) = match request.kind {
             Kind::Barrier | Kind::Write => (Kind::Write, self.limits.flush != FlushMode::None),
             kind => (kind, false),
         };
-        let (mut next, mut sector) = (request.first, request.sector);
+        let (mut next, mut sector) = (key, request.sector);
         while let Some(piece) = self.pieces.remove(next) {
             if let Some(flying) = self.ios.get_mut(piece.io) {
                 flying.left -= 1;
@@ -390,7 +424,6 @@ impl Flight {
     /// Fails everything.
     pub(crate) fn abandon(&mut self, done: &mut Vec<Completed>) {
         self.waiting.clear();
-        self.requests.drain().for_each(drop);
         self.pieces.drain().for_each(drop);
         let gone = |flying: Flying| Completed {
             cookie: flying.cookie,

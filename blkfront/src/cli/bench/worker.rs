@@ -43,11 +43,11 @@ impl Default for Side {
 }
 
 impl Side {
-    fn record(&mut self, bytes: u64, ns: u64) {
-        self.ios += 1;
-        self.bytes += bytes;
+    fn record(&mut self, ios: u64, bytes: u64, ns: u64) {
+        self.ios += ios;
+        self.bytes += ios * bytes;
         if let Some(latency) = &mut self.latency {
-            latency.saturating_record(ns);
+            latency.saturating_record_n(ns, ios);
         }
     }
 
@@ -87,6 +87,14 @@ pub(crate) struct Outcome {
 impl Outcome {
     pub(crate) fn ios(&self) -> u64 {
         self.reads.ios + self.writes.ios
+    }
+
+    /// `count` I/Os, all writes or all reads of `len` bytes begun at the same time, are over.
+    fn record(&mut self, (write, len, since): (bool, u64, u64), count: u64, now: u64) {
+        if count > 0 {
+            let side = if write { &mut self.writes } else { &mut self.reads };
+            side.record(count, len, now.saturating_sub(since));
+        }
     }
 }
 
@@ -291,6 +299,8 @@ impl Worker {
 
     fn reap(&mut self, now: u64) {
         let completed = self.done.len() as u64;
+        // What was submitted together and completes together is recorded together.
+        let (mut alike, mut count) = ((false, 0, 0), 0);
         for Completed { cookie, result, buffer } in self.done.drain(..) {
             let n = cookie as usize;
             let Some(slot) = self.slots.get_mut(n) else { continue };
@@ -304,11 +314,19 @@ impl Worker {
                 _ => {}
             }
             if result.is_ok() {
-                let side = if slot.write { &mut outcome.writes } else { &mut outcome.reads };
-                side.record(slot.len, now.saturating_sub(slot.since));
+                let this = (slot.write, slot.len, slot.since);
+                if this != alike {
+                    outcome.record(
+                        std::mem::replace(&mut alike, this),
+                        std::mem::take(&mut count),
+                        now,
+                    );
+                }
+                count += 1;
             }
             slot.buffer = buffer.filter(|_| self.keep);
         }
+        self.outcome.record(alike, count, now);
         if let Some(done) = self.shared.done.get(self.n) {
             done.store(done.load(Ordering::Relaxed) + completed, Ordering::Relaxed);
         }
