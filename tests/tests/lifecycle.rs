@@ -131,6 +131,54 @@ fn disks_that_cannot_be_served_are_refused_with_a_reason() -> Result<()> {
     Ok(())
 }
 
+/// A directory that is removed and made anew, and nobody saw that it was gone, is another disk's: first because the
+/// disk takes its time to be opened, then because the daemon does.
+#[test]
+fn a_directory_made_anew_is_another_disks() -> Result<()> {
+    let host = host()?;
+    let daemon = host.backend(&[])?;
+    let guest = Guest::create(&host, "guest")?;
+    let admin = Store::connect(&host.platform_dir().join("xenstored.sock"))?;
+    let path = image(&host, "disk.img", DISK)?;
+    let held = File::options().write(true).open(&path)?;
+    held.lock()?;
+    let attach = |target: &str| {
+        let line = format!("backend=stor,backendtype=tap,format=raw,vdev=xvda,target={target}");
+        host.attach("guest", &line)
+    };
+    let device = guest.device(51712);
+    let replace = |target: &str, go_on: &dyn Fn() -> Result<()>| -> Result<()> {
+        // To the toolstack there is none then, and it makes the directories, as always, after removing
+        // what there may be, in one transaction.
+        admin.rm(&format!("/libxl/{}/device/vbd/51712", guest.domid.0))?;
+        std::thread::scope(|scope| -> Result<()> {
+            let attached = scope.spawn(|| attach(target));
+            let params = format!("aio:{target}");
+            admin.wait_for(&format!("{}/params", device.back), &[&params])?;
+            go_on()?;
+            attached.join().map_err(|_| anyhow::anyhow!("the toolstack panicked"))?.map(drop)
+        })
+    };
+    let sectors = |mib: u64| -> Result<()> {
+        let link = device.connect(&guest, PLAIN)?;
+        let told = device.property(&guest, "sectors")?;
+        ensure!(told == Some((mib << 11).to_string()), "{told:?}: {}", daemon.log());
+        device.disconnect(&guest, link)
+    };
+    std::thread::scope(|scope| -> Result<()> {
+        // What becomes of it is the other disk's.
+        scope.spawn(|| attach(&path.display().to_string()).is_ok());
+        wait_until("the daemon to know of the disk", || {
+            Ok(host.snapshot()?["devices"].as_array().is_some_and(|devices| !devices.is_empty()))
+        })?;
+        replace("memory:32M", &|| Ok(held.unlock()?))
+    })?;
+    sectors(32)?;
+    daemon.signal(Signal::SIGSTOP)?;
+    replace("memory:64M", &|| daemon.signal(Signal::SIGCONT))?;
+    sectors(64)
+}
+
 #[test]
 fn twenty_attachments_leave_nothing() -> Result<()> {
     let host = host()?;

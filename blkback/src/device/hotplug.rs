@@ -63,6 +63,10 @@ impl Device {
     pub(super) async fn open_storage(&mut self) -> Result<(), Abandoned> {
         let (description, direct) = (self.description.clone(), self.context.tuning.direct());
         let opened = tokio::task::spawn_blocking(move || description.open(direct)).await;
+        // That may have taken long.
+        if self.is_another().await? {
+            return self.feed(BackendEvent::DirectoryRemoved).await;
+        }
         match opened {
             Ok(Ok(storage)) => {
                 let geometry = storage.geometry();

@@ -210,6 +210,7 @@ async fn sleep_until(when: Option<tokio::time::Instant>) {
 struct Device {
     machine: BackendMachine,
     context: Context,
+    paths: DevicePaths,
     /// The backend directory.
     dir: String,
     /// The frontend's `state`.
@@ -268,6 +269,7 @@ impl Device {
         let device = Self {
             machine: BackendMachine::new(stale),
             context,
+            paths,
             dir,
             state_node,
             description,
@@ -339,7 +341,7 @@ impl Device {
     /// Reads what the machine needs to know and feeds it.
     async fn observe(&mut self) -> Result<(), Abandoned> {
         let client = self.context.client.clone();
-        if !client.exists(&self.dir).await? {
+        if !client.exists(&self.dir).await? || self.is_anew().await? {
             return self.feed(BackendEvent::DirectoryRemoved).await;
         }
         let online = client.read_optional(&self.node("online")).await?.as_deref() == Some(b"1");
@@ -364,6 +366,23 @@ impl Device {
             }
         }
         Ok(())
+    }
+
+    /// Whether the directory was removed and made anew since we wrote to it: nobody else writes that it is
+    /// at its beginning.
+    async fn is_anew(&self) -> Result<bool, Abandoned> {
+        let state = self.context.client.read_optional(&self.node("state")).await?;
+        let state = state.as_deref().and_then(XenbusState::parse);
+        Ok(self.told.is_some() && state == Some(XenbusState::Initialising))
+    }
+
+    /// Whether the directory is not that of the disk that we know any more.
+    async fn is_another(&self) -> Result<bool, Abandoned> {
+        match Description::read(&self.context.client, &self.paths).await {
+            Ok(now) => Ok(now != self.description),
+            Err(DescriptionError::Store(error)) => Err(error.into()),
+            Err(_) => Ok(true),
+        }
     }
 
     /// Tells the rings and the frontend of the disk's size, where that is not what they were told.

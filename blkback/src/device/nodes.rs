@@ -11,7 +11,7 @@ use xenstore_glue::vbd::DevicePaths;
 const OWN_SCRIPT: &str = "block-blkback";
 
 /// A device's backend directory, as libxl fills it.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Description {
     /// The frontend's directory.
     pub(super) frontend: String,

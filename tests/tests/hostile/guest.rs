@@ -111,6 +111,15 @@ impl Guest {
         Ok(Device { front, back: back.to_owned() })
     }
 
+    /// The directories that a disk with this number has.
+    pub(crate) fn device(&self, devid: u32) -> Device {
+        let (guest, backend) = (self.domid.0, self.backend.0);
+        Device {
+            front: format!("/local/domain/{guest}/device/vbd/{devid}"),
+            back: format!("/local/domain/{backend}/backend/vbd3/{guest}/{devid}"),
+        }
+    }
+
     pub(crate) fn grant(&self, pages: usize, access: Access) -> Result<Box<dyn GrantedPages>> {
         Ok(self.platform.grant(self.backend, pages, access)?)
     }
