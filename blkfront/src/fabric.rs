@@ -187,20 +187,22 @@ impl Fabric {
         let (Some(mailbox), Some(counters)) = (self.vcpus.get(n), self.vcpu_counters.get(n)) else {
             return Ok(None);
         };
-        let Some(path) = locked(&self.seats).get_mut(n).and_then(Option::take) else {
-            return Ok(None);
-        };
         let ring = self.map.get(n).copied().unwrap_or_default();
         let pool_pages = pool_pages(config);
         let grant = |pages| {
             let grants = platform.grant(peer, pages, Access::ReadWrite);
             grants.map(Pool::new).map_err(|source| Cause::Platform { ring, source })
         };
+        let (pool, lists) = (grant(pool_pages)?, grant(list_pages(config))?);
+        // Last: without pages it can be tried again.
+        let Some(path) = locked(&self.seats).get_mut(n).and_then(Option::take) else {
+            return Ok(None);
+        };
         let parts = Parts {
             vcpu,
             ring,
-            pool: grant(pool_pages)?,
-            lists: grant(list_pages(config))?,
+            pool,
+            lists,
             depth: config.depth,
             pool_pages,
             merge: config.merge,

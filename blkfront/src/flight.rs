@@ -157,7 +157,10 @@ impl Flight {
     ) {
         let Io { cookie, op, offset, buffer } = io;
         let (sector, flush) = (offset / SECTOR_SIZE as u64, self.limits.flush);
-        let data = buffer.as_ref().map(|b| (b.page_at(0), (b.len() / SECTOR_SIZE) as u32));
+        // What has no data may have a buffer all the same, which stays as it is.
+        let has_data = matches!(op, Op::Read | Op::Write { .. });
+        let data = buffer.as_ref().filter(|_| has_data);
+        let data = data.map(|b| (b.page_at(0), (b.len() / SECTOR_SIZE) as u32));
         let (page, sectors) = data.unwrap_or((NONE, 0));
         let barrier = flush == FlushMode::Barrier
             && sectors.div_ceil(PAGE_SECTORS) <= u32::from(self.limits.direct);

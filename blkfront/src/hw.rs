@@ -2,9 +2,10 @@
 
 use crate::Violation;
 use crate::stats::Counters;
-use ring_proto::{Body, Request, RequestProducer, ResponseConsumer, Segment, Status};
+use ring_proto::{Body, Request, RequestProducer, Response, ResponseConsumer, Segment, Status};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Duration;
 use xen_platform::{EventChannel, GrantedPages};
 
 /// Bits of a request's id that name its tag; the rest count its uses, so that a response that comes
@@ -16,6 +17,11 @@ const TAG_MASK: u32 = (1 << TAG_BITS) - 1;
 /// Requests that are shown to the backend at a time: enough of them to be worth the fence and a journey
 /// of the index, few enough for the two ends to work at the same time.
 const PUBLISH_EVERY: u64 = 8;
+
+/// So many events in a row without a response are a storm, and the next is heard of no sooner than that,
+/// as in the backend.
+const STORM_EVENTS: u32 = 16;
+const STORM_PAUSE: Duration = Duration::from_millis(1);
 
 /// One connection's ring, with all that must stay as long as it does.
 #[derive(Debug)]
@@ -72,6 +78,22 @@ impl From<xen_platform::Error> for Failure {
     }
 }
 
+/// The request in flight that a response is to, under its id and of its operation.
+fn answered<'a>(tags: &'a mut [Tag], response: &Response) -> Result<&'a mut Tag, Violation> {
+    let Response { id, operation, .. } = *response;
+    let tag = u32::try_from(id).ok().and_then(|id| {
+        let tag = tags.get_mut((id & TAG_MASK) as usize)?;
+        (tag.busy && tag.id == id).then_some(tag)
+    });
+    let tag = tag.ok_or(Violation::Id { id })?;
+    let expected = tag.operation;
+    if operation == expected {
+        Ok(tag)
+    } else {
+        Err(Violation::Operation { id, operation, expected })
+    }
+}
+
 /// A hardware queue, in blk-mq's terms. Owned by one thread.
 #[derive(Debug)]
 pub(crate) struct HwQueue {
@@ -82,6 +104,8 @@ pub(crate) struct HwQueue {
     issues: u64,
     pushed: u64,
     masked: bool,
+    /// Events in a row that no response came with.
+    in_vain: u32,
     counters: Arc<Counters>,
 }
 
@@ -97,6 +121,7 @@ impl HwQueue {
             issues: 0,
             pushed: 0,
             masked: false,
+            in_vain: 0,
             counters,
         }
     }
@@ -155,28 +180,30 @@ impl HwQueue {
         if waiting == 0 {
             return Ok(0);
         }
-        while let Some(response) = self.ring.consumer.pop() {
-            let id = response.id;
-            let tag = u32::try_from(id).ok().and_then(|id| {
-                let tag = self.tags.get_mut((id & TAG_MASK) as usize)?;
-                (tag.busy && tag.id == id).then_some(tag)
-            });
-            let Some(tag) = tag else { return Err(Violation::Id { id }.into()) };
-            if response.operation != tag.operation {
-                let (operation, expected) = (response.operation, tag.operation);
-                return Err(Violation::Operation { id, operation, expected }.into());
+        self.in_vain = 0;
+        let mut taken = 0;
+        let outcome = loop {
+            let Some(response) = self.ring.consumer.pop() else { break Ok(waiting) };
+            match answered(&mut self.tags, &response) {
+                Ok(tag) => {
+                    tag.busy = false;
+                    self.free.push(tag.id & TAG_MASK);
+                    taken += 1;
+                    end(tag.owner, response.status);
+                }
+                Err(violation) => break Err(violation.into()),
             }
-            tag.busy = false;
-            self.free.push(tag.id & TAG_MASK);
-            end(tag.owner, response.status);
-        }
-        self.counters.responses.add(waiting.into());
-        Ok(waiting)
+        };
+        self.counters.responses.add(taken);
+        outcome
     }
 
     /// Asks for an event and looks once more; `true` when it is safe to sleep.
     pub(crate) fn arm(&mut self) -> Result<bool, Failure> {
         if std::mem::take(&mut self.masked) {
+            if self.in_vain >= STORM_EVENTS {
+                std::thread::sleep(STORM_PAUSE);
+            }
             self.counters.syscalls.add(1);
             self.ring.channel.unmask()?;
         }
@@ -184,12 +211,14 @@ impl HwQueue {
     }
 
     /// After a sleep: takes the event, if that is what ended it. The channel stays masked until
-    /// [`HwQueue::arm`], so that a backend cannot make us run faster than we work (XSA-391).
+    /// [`HwQueue::arm`], which takes its time where events bring nothing: a backend cannot make us run as
+    /// fast as it likes (XSA-391).
     pub(crate) fn take_event(&mut self) -> Result<bool, Failure> {
         self.counters.syscalls.add(1);
         let taken = self.ring.channel.take()?;
         if taken {
             self.masked = true;
+            self.in_vain = self.in_vain.saturating_add(1);
             self.counters.events.add(1);
         }
         Ok(taken)

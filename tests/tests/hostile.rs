@@ -352,6 +352,36 @@ fn scribbling_and_event_storms_are_survived() -> Result<()> {
     scene.end(baseline)
 }
 
+/// Events while a barrier is carried out, which brings no request forward that there is.
+#[test]
+fn a_storm_behind_a_barrier_is_no_faster() -> Result<()> {
+    let scene = Scene::new(&[])?;
+    let device = scene.evil.attach(&scene.host, "vdev=xvda,target=delay:2s,memory:16M")?;
+    let transport = Transport { layout: LAYOUTS[0], order: 0, persistent: false };
+    WellBehaved::connect(&scene.evil, &device, transport)?.disconnect(&scene.evil, &device)?;
+    let baseline = Usage::of(scene.daemon.pid())?;
+    let mut ring = RawRing::new(device.connect(&scene.evil, transport)?)?;
+    let empty = Fields { operation: 2, detail: 0, half: 0, id: 0, sector: 0, body: [0; 88] };
+    ring.write(0, &empty);
+    ring.write(1, &empty);
+    ring.publish(2)?;
+    let before = counter(&counters(&scene, &device)?, "events")?;
+    let begin = Instant::now();
+    while ring.get(Index::RspProd) == 0 && begin.elapsed() < HUNG {
+        for _ in 0..100 {
+            ring.link().channel.notify()?;
+        }
+    }
+    let taken = counter(&counters(&scene, &device)?, "events")? - before;
+    let most = begin.elapsed().as_millis() as u64 + 100;
+    println!("{taken} events taken in {most} ms");
+    ensure!(most > 1000, "the barrier was no slow one");
+    ensure!(taken <= most, "{taken} events were taken in {most} ms");
+    ring.wait(2)?;
+    device.disconnect(&scene.evil, ring.into_link())?;
+    scene.end(baseline)
+}
+
 /// Indirect requests to a slow disk, of more pages than may be mapped: without a bound a guest could
 /// use up the mappings that the daemon's process may have.
 #[test]
@@ -366,7 +396,7 @@ fn mapped_pages(options: &[&str], persistent: bool) -> Result<()> {
     /// Persistent grants of a ring, what it maps for requests in flight, and everything else.
     const MOST_MAPPINGS: usize = 1056 + 2048 + 1000;
     let scene = Scene::new(options)?;
-    let device = scene.evil.attach(&scene.host, "vdev=xvda,target=delay:1ms,memory:16M")?;
+    let device = scene.evil.attach(&scene.host, "vdev=xvda,target=delay:10ms,memory:16M")?;
     let fresh = scene.evil.attach(&scene.host, "vdev=xvdb,target=memory:16M")?;
     let transport = Transport { layout: LAYOUTS[0], order: ORDER, persistent };
     WellBehaved::connect(&scene.evil, &device, transport)?.disconnect(&scene.evil, &device)?;

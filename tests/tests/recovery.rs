@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use blkfront::{Cause, Config, Disk};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs::File;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -113,6 +114,33 @@ fn a_disk_has_one_frontend_at_a_time() -> Result<()> {
     first.close()?;
     open("xvda")?.close()?;
     other.close()?;
+    Ok(())
+}
+
+/// A backend that comes back with a disk of another size has told nobody that it changed.
+#[test]
+fn a_disk_that_grew_while_its_backend_was_away_is_news() -> Result<()> {
+    let host = Host::start(Programs::beside_us()?)?;
+    let mut backend = host.backend(&[])?;
+    host.create_domain("guest", &["--on-crash", "preserve"])?;
+    let path = host.dir().join("disk.raw");
+    let file = File::create(&path)?;
+    file.set_len(16 << 20)?;
+    host.attach("guest", &disk_line("xvda", &path.display().to_string()))?;
+    let choice = Choice::new(Some(&host.platform()), Some("guest"))?;
+    let (platform, endpoint) = choice.open(End::Frontend)?;
+    let disk = Disk::open(platform, endpoint, "xvda", Config::default())?;
+    let is_news = || -> Result<bool> {
+        let mut polled = [PollFd::new(disk.news(), PollFlags::POLLIN)];
+        Ok(poll(&mut polled, PollTimeout::ZERO)? > 0)
+    };
+    ensure!(!is_news()?, "nothing has changed");
+    backend.kill()?;
+    file.set_len(32 << 20)?;
+    let _backend = host.backend(&[])?;
+    wait_until("the news", is_news)?;
+    ensure!(disk.take_news() && disk.geometry().size == 32 << 20, "{:?}", disk.geometry());
+    disk.close()?;
     Ok(())
 }
 

@@ -253,7 +253,7 @@ impl Data {
                 held.bounce = Some(range);
             }
             Via::Persistent(pool) => {
-                let (mut hits, mut maps) = (0, 0);
+                let (mut hits, mut maps, mut refused) = (0, 0, false);
                 for segment in segments {
                     let page = pool.page(&*self.platform, self.peer, segment.gref);
                     let address = match page {
@@ -272,9 +272,8 @@ impl Data {
                             address
                         }
                         Err(_) => {
-                            buffers.clear();
-                            self.release(tag);
-                            return Err(Unreachable::Refused);
+                            refused = true;
+                            break;
                         }
                     };
                     // SAFETY: the page stays mapped until `release` gives the pin or map back, and
@@ -288,6 +287,11 @@ impl Data {
                     self.stats.grant_maps.add(maps);
                     self.stats.persistent_held.set(pool.held() as u64);
                     self.stats.persistent_evictions.set(pool.evictions);
+                }
+                if refused {
+                    buffers.clear();
+                    self.release(tag);
+                    return Err(Unreachable::Refused);
                 }
             }
             Via::Map => {
@@ -361,6 +365,11 @@ impl Data {
     /// Whether a grant copy for request `tag` was refused.
     pub(super) fn refused(&self, tag: u16) -> bool {
         self.held[usize::from(tag)].refused
+    }
+
+    /// Pages that are mapped for single requests.
+    pub(super) fn mapped(&self) -> usize {
+        self.mapped
     }
 
     /// Lets go of everything that request `tag` holds. What was mapped for it alone is unmapped when this returns.

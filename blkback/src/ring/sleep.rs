@@ -13,15 +13,15 @@ use std::time::{Duration, Instant};
 /// A ring that has been quiet for so long gives up its persistent grants (`xen_blkif_pgrant_timeout`
 /// of Linux's backend).
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
-/// So many events in a row without a request are a storm (XSA-332, XSA-391)...
+/// So many events in a row after which no request was taken are a storm (XSA-332, XSA-391)...
 const STORM_EVENTS: u32 = 16;
-/// ...and from then on events are taken no faster than this, until one brings a request.
+/// ...and from then on events are taken no faster than this, until a request is.
 const STORM_PAUSE: Duration = Duration::from_millis(1);
 
 /// What a ring knows of its sleeps.
 pub(super) struct Sleep {
-    /// Events in a row that brought no request.
-    spurious: u32,
+    /// Events in a row after which no request was taken: there was none, or those there are have to wait.
+    in_vain: u32,
     /// Until when no event is taken, after too many of them.
     rest: Option<Instant>,
     /// An event may have been taken here: the next comes only when the channel is unmasked.
@@ -39,7 +39,7 @@ pub(super) struct Sleep {
 impl Default for Sleep {
     fn default() -> Self {
         Self {
-            spurious: 0,
+            in_vain: 0,
             rest: None,
             masked: true,
             used: false,
@@ -53,7 +53,7 @@ impl Default for Sleep {
 impl Sleep {
     /// There were requests.
     pub(super) fn used(&mut self) {
-        self.spurious = 0;
+        self.in_vain = 0;
         self.used = true;
         self.quiet = false;
     }
@@ -147,12 +147,12 @@ impl Worker {
         if woken == Woken::Event {
             self.stats.events.add(1);
             self.sleep.quiet = false;
+            self.sleep.in_vain = self.sleep.in_vain.saturating_add(1);
+            if self.sleep.in_vain >= STORM_EVENTS {
+                self.sleep.rest = Some(Instant::now() + STORM_PAUSE);
+            }
             if self.draining || self.requests.poll()? == 0 {
                 self.stats.spurious_events.add(1);
-                self.sleep.spurious = self.sleep.spurious.saturating_add(1);
-                if self.sleep.spurious >= STORM_EVENTS {
-                    self.sleep.rest = Some(Instant::now() + STORM_PAUSE);
-                }
             } else {
                 self.woken = self.clock.sample_next();
             }

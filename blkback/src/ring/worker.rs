@@ -24,6 +24,9 @@ use xen_platform::{EventChannel, MappedGrants};
 /// Requests that are taken in a round at the most. The frontend works on their answers while the next
 /// are carried out; one submission to the device for so many is no cost any more.
 const MAX_ROUND: usize = 16;
+/// Pages that a turn maps, or unmaps, at the most, but for those of its last request: each is a system
+/// call, and the rings that share the thread wait for all of them.
+const MAX_MAPS: usize = 256;
 /// Responses that are shown at a time, for the same reason; and a frontend that sleeps takes longer
 /// to wake than the rest of a round takes.
 const PUBLISH_EVERY: u32 = 8;
@@ -202,7 +205,11 @@ impl Worker {
         self.limits.sectors = self.orders.sectors();
         self.data.tick();
         let (mut taken, mut handled, mut raw) = (0, 0, RawRequest::default());
-        while !self.barrier && handled < MAX_ROUND {
+        let mapped = self.stats.grant_maps.get();
+        while !self.barrier
+            && handled < MAX_ROUND
+            && self.stats.grant_maps.get() - mapped < MAX_MAPS as u64
+        {
             // None is taken while another waits.
             let next = match self.inflight.resume(&mut raw) {
                 None => self.inflight.take(&mut self.requests, &mut raw).inspect(|_| taken += 1),
@@ -380,7 +387,8 @@ impl Worker {
         self.queue.submit(Op { tag, kind, offset, buffers }, &mut self.done);
     }
 
-    /// Answers what the device has completed. Returns how many requests that were.
+    /// Answers what the device has completed, or as much of it as a turn may unmap. Returns how many requests
+    /// that were.
     fn complete(&mut self) -> usize {
         if !self.done.is_empty() {
             self.sort_completions();
@@ -391,12 +399,16 @@ impl Worker {
             return 0;
         }
         let mut ended = std::mem::take(&mut self.ended);
-        let timed =
-            ended.iter().filter(|&&tag| self.table[usize::from(tag)].taken.is_some()).count();
-        let device_done = (timed > 0).then(|| self.clock.now());
+        let is_timed = ended.iter().any(|&tag| self.table[usize::from(tag)].taken.is_some());
+        let device_done = is_timed.then(|| self.clock.now());
         self.data.deliver();
-        let count = ended.len();
-        for tag in ended.drain(..) {
+        let mapped = self.data.mapped();
+        let (mut count, mut timed) = (0, 0);
+        for &tag in &ended {
+            if mapped - self.data.mapped() >= MAX_MAPS {
+                break;
+            }
+            count += 1;
             let entry = self.table[usize::from(tag)];
             let mut status = entry.status.unwrap_or(Status::Error);
             if status == Status::Okay && self.data.refused(tag) {
@@ -409,12 +421,14 @@ impl Worker {
             self.in_flight -= 1;
             if let (Some(taken), Some(done)) = (entry.taken, device_done) {
                 self.stats.device.record(done.get().saturating_sub(taken.get()), 1);
+                timed += 1;
             }
             self.answer(tag, entry.id, entry.operation, status);
             if self.responses.unpublished() >= PUBLISH_EVERY {
                 self.publish();
             }
         }
+        ended.drain(..count);
         self.ended = ended;
         self.freed = true;
         if self.in_flight == 0 {
@@ -422,7 +436,7 @@ impl Worker {
         }
         self.publish();
         if let Some(done) = device_done {
-            self.stats.completion.record(self.clock.since(done), timed as u64);
+            self.stats.completion.record(self.clock.since(done), timed);
         }
         count
     }

@@ -128,6 +128,11 @@ impl Control {
                 Ok(())
             }
         };
+        if ended.is_err() {
+            // Nobody would tell the queues of a backend that goes away from now on.
+            self.start_closing();
+            self.disconnect();
+        }
         match self.cause.take() {
             Some(cause) => Err(cause),
             None => ended,

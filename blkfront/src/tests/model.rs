@@ -114,6 +114,23 @@ impl Model {
     }
 }
 
+#[test]
+fn what_has_no_data_leaves_a_buffer_alone() {
+    let mut rig = Rig::new(small(1), 1);
+    let _backend = rig.connect(UNION, Rig::limits(UNION, 0, FlushMode::Cache), Conduct::Good);
+    let mut queue = rig.queue(0);
+    for op_given in [Op::Flush, Op::Discard { len: 512, secure: false }] {
+        // More than a request takes.
+        let buffer = queue.alloc(64 << 10);
+        queue.submit(Io { cookie: 1, op: op_given, offset: 0, buffer }).unwrap();
+        let mut done = Vec::new();
+        queue.wait(&mut done, None);
+        assert!(done[0].result.is_ok() && done[0].buffer.is_some());
+    }
+    let log: Vec<u8> = rig.storage().log.iter().map(|(operation, _)| *operation).collect();
+    assert_eq!(log, [op::FLUSH_DISKCACHE, op::DISCARD]);
+}
+
 fn run(config: Config, rings: u32, layout: RingLayout, limits: Limits) -> (Rig, Stats) {
     let vcpus = config.vcpus;
     let mut rig = Rig::new(config, rings);

@@ -355,7 +355,9 @@ impl Flight {
             op.buffers[slot.head] = piece;
         }
         self.busy -= 1;
-        let durable = matches!(op.kind, OpKind::Flush | OpKind::Write { fua: true });
+        // What was cancelled because the queue closes says nothing of the disk.
+        let cancelled = self.closing && result == Err(libc::ECANCELED);
+        let durable = matches!(op.kind, OpKind::Flush | OpKind::Write { fua: true }) && !cancelled;
         let result = if durable { self.backing.synced(result) } else { result };
         done.push(op.complete(result));
     }
