@@ -144,6 +144,24 @@ fn a_disk_that_grew_while_its_backend_was_away_is_news() -> Result<()> {
     Ok(())
 }
 
+/// A driver domain that is destroyed takes its xenstore directory with it; its disks are gone, and say so.
+#[test]
+fn a_disk_is_gone_with_its_driver_domain() -> Result<()> {
+    let host = Host::start(Programs::beside_us()?)?;
+    let _backend = host.backend(&[])?;
+    host.create_domain("guest", &["--on-crash", "preserve"])?;
+    host.attach("guest", &disk_line("xvda", "memory:16M"))?;
+    let choice = Choice::new(Some(&host.platform()), Some("guest"))?;
+    let (platform, endpoint) = choice.open(End::Frontend)?;
+    let disk = Disk::open(platform, endpoint, "xvda", Config::default())?;
+    let mut queue = disk.queue(0)?;
+    queue.read_at(0, &mut [0; 512])?;
+    run(host.toolstack().args(["domain", "destroy", DRIVER_DOMAIN]))?;
+    wait_until("the disk to be gone", || Ok(!disk.take_news()))?;
+    ensure!(queue.read_at(0, &mut [0; 512]).is_err(), "a read from nowhere succeeded");
+    Ok(())
+}
+
 /// A backend that is killed under fio with verification comes back, the frontend issues again what
 /// was in flight, and fio notices nothing. Twenty times.
 #[test]

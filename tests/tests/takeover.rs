@@ -168,6 +168,28 @@ fn what_was_in_flight_is_answered_once_and_in_its_order() -> Result<()> {
     Ok(())
 }
 
+/// A disk that the next backend cannot open is waited for: its guest has lost nothing when it can.
+#[test]
+fn a_disk_in_use_that_cannot_be_opened_is_waited_for() -> Result<()> {
+    let (host, guest, image) = setup()?;
+    let device = attach(&host, &guest, &image)?;
+    let mut disk = killed_half_way(&host, &guest, &device)?;
+    let away = image.with_extension("away");
+    std::fs::rename(&image, &away)?;
+    let mut daemon = host.backend(&[])?;
+    daemon.wait_for("cannot be served yet")?;
+    let state = device.property(&guest, "state")?;
+    ensure!(state.as_deref() == Some(guest::state::CONNECTED), "{state:?}: {}", daemon.log());
+    std::fs::rename(&away, &image)?;
+    let answers = disk.responses(SLOW as usize + 1)?;
+    ensure!(answers.iter().all(|answer| answer.status == Status::Okay), "{answers:?}");
+    let Disk { link, requests, responses, data } = disk;
+    drop((requests, responses, data));
+    device.disconnect(&guest, link)?;
+    ensure!(daemon.terminate()?.success(), "{}", daemon.log());
+    Ok(())
+}
+
 /// A record that is not one is refused. What was in flight is lost then, and nothing else is.
 #[test]
 fn a_damaged_record_is_refused() -> Result<()> {

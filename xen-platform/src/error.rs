@@ -42,7 +42,7 @@ pub enum Error {
         /// Why.
         reason: &'static str,
     },
-    /// The embedded platform's broker refused.
+    /// The embedded platform's broker refused, or another process of the domain is in the way.
     #[error("{doing}: {reason}")]
     Refused {
         /// What was asked of it.

@@ -23,6 +23,19 @@ pub(super) enum ConnectError {
     NoDisk,
 }
 
+impl ConnectError {
+    /// Whether it is for something of this host that another try may find mended.
+    pub(super) fn may_pass(&self) -> bool {
+        match self {
+            Self::Link(LinkError::Platform { source, .. }) => {
+                !matches!(source, xen_platform::Error::Grant { .. })
+            }
+            Self::Link(LinkError::Thread { .. }) | Self::Disk(_) => true,
+            _ => false,
+        }
+    }
+}
+
 /// Whether a frontend issues its requests again, on new rings, when its backend has died.
 pub(super) async fn reissues(client: &Client, frontend: &str) -> Result<bool, client::Error> {
     let key = format!("{frontend}/{}", FrontendRequest::REISSUE_KEY);

@@ -121,6 +121,9 @@ impl Device {
     }
 
     async fn refused(&mut self, error: &(dyn std::error::Error + Sync)) -> Result<(), Abandoned> {
+        if self.is_in_use().await? {
+            return Err(Abandoned::InUse(error.to_string()));
+        }
         self.fail(&error.to_string()).await?;
         // One that is there already is of a daemon before us: nobody is told by a script any more.
         let is_new = self.hotplug_status().await?.is_none();

@@ -27,7 +27,7 @@ use tokio::sync::mpsc;
 use tokio::sync::{Notify, watch};
 use tracing::{Instrument, debug, info, info_span, warn};
 use xen_platform::Platform;
-use xenstore_glue::client::{self, Client, Watch};
+use xenstore_glue::client::{self, Client, Nodes, Watch};
 use xenstore_glue::vbd::{BackendKind, BackendOffer, DevicePaths, QueueKeys, VirtualDevice};
 use xenstore_glue::wire::Errno;
 use xenstore_glue::xenbus::{BackendAction, BackendEvent, BackendMachine, StalePeer, XenbusState};
@@ -62,6 +62,7 @@ pub(crate) async fn serve(context: Context, paths: DevicePaths, changed: Arc<Not
     let span = info_span!("vbd", dom = %paths.frontend_domain, dev = name);
     async {
         let path = paths.backend();
+        let mut said = String::new();
         loop {
             let outcome = run(context.clone(), paths, &changed).await;
             context.registry.remove(&path);
@@ -81,7 +82,11 @@ pub(crate) async fn serve(context: Context, paths: DevicePaths, changed: Arc<Not
                 }
                 // Tried again here, and not by who finds devices: it may be detached meanwhile.
                 Err(error) => {
-                    warn!(%error, "device given up for now");
+                    let says = error.to_string();
+                    if said != says {
+                        warn!(%error, "device given up for now");
+                        said = says;
+                    }
                     unless_stopped(&context.shutdown, tokio::time::sleep(error.pause())).await;
                 }
             }
@@ -114,6 +119,9 @@ enum Abandoned {
     Quota(client::Error),
     #[error(transparent)]
     Description(DescriptionError),
+    /// A guest uses the disk, through a daemon before us: it waits rather than lose it.
+    #[error("a disk in use cannot be served yet: {0}")]
+    InUse(String),
 }
 
 impl From<client::Error> for Abandoned {
@@ -196,8 +204,10 @@ pub(crate) async fn unless_stopped<T>(
     }
 }
 
+/// Waits for a change of the watched node itself: what a frontend makes below it is nothing to us.
 async fn next(frontend: &mut Watch) -> Result<(), client::Error> {
-    frontend.next().await.map(drop)
+    while frontend.next().await? != frontend.path() {}
+    Ok(())
 }
 
 async fn sleep_until(when: Option<tokio::time::Instant>) {
@@ -341,7 +351,7 @@ impl Device {
     /// Reads what the machine needs to know and feeds it.
     async fn observe(&mut self) -> Result<(), Abandoned> {
         let client = self.context.client.clone();
-        if !client.exists(&self.dir).await? || self.is_anew().await? {
+        if !client.exists(&self.dir).await? || self.is_anew(&client).await? {
             return self.feed(BackendEvent::DirectoryRemoved).await;
         }
         let online = client.read_optional(&self.node("online")).await?.as_deref() == Some(b"1");
@@ -370,10 +380,21 @@ impl Device {
 
     /// Whether the directory was removed and made anew since we wrote to it: nobody else writes that it is
     /// at its beginning.
-    async fn is_anew(&self) -> Result<bool, Abandoned> {
-        let state = self.context.client.read_optional(&self.node("state")).await?;
+    async fn is_anew(&self, nodes: &Nodes) -> Result<bool, client::Error> {
+        let state = nodes.read_optional(&self.node("state")).await?;
         let state = state.as_deref().and_then(XenbusState::parse);
         Ok(self.told.is_some() && state == Some(XenbusState::Initialising))
+    }
+
+    /// Whether the frontend uses the disk through a daemon before us.
+    async fn is_in_use(&self) -> Result<bool, client::Error> {
+        let client = &self.context.client;
+        let theirs = read_frontend(client, &self.state_node).await?;
+        let theirs = theirs.as_deref().and_then(XenbusState::parse);
+        let used = matches!(theirs, Some(XenbusState::Connected | XenbusState::Closing));
+        let state = client.read_optional(&self.node("state")).await?;
+        let state = state.as_deref().and_then(XenbusState::parse);
+        Ok(used && self.told.is_none() && state != Some(XenbusState::Initialising))
     }
 
     /// Whether the directory is not that of the disk that we know any more.
@@ -410,6 +431,9 @@ impl Device {
             let outcome = match self.connect().await {
                 Ok(()) => BackendEvent::Connected,
                 Err(ConnectError::Store(error)) => return Err(error.into()),
+                Err(error) if self.machine.takes_over() && error.may_pass() => {
+                    return Err(Abandoned::InUse(error.to_string()));
+                }
                 Err(error) => {
                     self.disconnect().await;
                     self.fail(&error.to_string()).await?;
@@ -453,8 +477,9 @@ impl Device {
         let (client, dir) = (&self.context.client, &self.dir);
         client
             .transact(async |transaction| {
-                // Writing would bring a directory back that the toolstack has removed.
-                if !transaction.exists(dir).await? {
+                // Writing would bring a directory back that the toolstack has removed, or be taken for
+                // another's that it has made since then.
+                if !transaction.exists(dir).await? || self.is_anew(transaction).await? {
                     return Ok(false);
                 }
                 for (key, value) in nodes {

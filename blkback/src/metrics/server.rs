@@ -54,7 +54,7 @@ pub enum ListenError {
         source: io::Error,
     },
     /// Someone answers there.
-    #[error("{0} is in use: is another daemon running? Give each its own address")]
+    #[error("{0} is in use: is another daemon running? One serves all disks of a domain")]
     InUse(Address),
     /// The file is something else, and is left as it is.
     #[error("{0:?} is there and is no socket: remove it, or choose another path")]

@@ -19,6 +19,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::{Instant, sleep, sleep_until};
 use xen_platform::Platform;
 use xenstore_glue::client::{self, Client, Endpoint, Nodes};
+use xenstore_glue::wire::Errno;
 use xenstore_glue::xenbus::{FrontendAction, FrontendEvent, FrontendMachine, XenbusState};
 
 /// How long a backend that is closing is given to answer what is in flight: a slow disk's worst
@@ -185,6 +186,11 @@ impl Control {
             Ok(value) => {
                 self.backend_state = value.and_then(|value| XenbusState::parse(&value));
                 Some(FrontendEvent::Backend(self.backend_state))
+            }
+            // Gone with its domain: what is left above is not ours to read.
+            Err(e) if e.errno() == Some(Errno::Eacces) => {
+                self.backend_state = None;
+                Some(FrontendEvent::Backend(None))
             }
             Err(e) => {
                 tracing::warn!("{}: {e}", self.backend);

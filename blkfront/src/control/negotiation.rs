@@ -159,7 +159,8 @@ impl Control {
         let device = match DeviceProperties::from_keys(&|key: &str| keys.get(key).cloned()) {
             Ok(device) => device,
             Err(refusal) => {
-                tracing::warn!(device = self.frontend, "resize ignored: {refusal}");
+                // As often as a backend likes: not for everybody to read.
+                tracing::debug!(device = self.frontend, "resize ignored: {refusal}");
                 return Ok(());
             }
         };

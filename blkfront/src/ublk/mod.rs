@@ -237,7 +237,8 @@ impl<'a> BlockDevice<'a> {
             let ready = ready.clone();
             let thread = std::thread::Builder::new().name(format!("ublk-vcpu{number}"));
             let thread = thread.spawn(move || {
-                let result = worker.run(|| {
+                // Gone with it: a thread that serves has nothing more to say.
+                let result = worker.run(move || {
                     let _ = ready.send(());
                 });
                 // Whoever waits is woken, by this thread alone.

@@ -17,12 +17,15 @@ mod gntalloc;
 mod gntdev;
 
 use crate::claim::claim;
-use crate::{Access, EventChannel, GrantCopier, GrantedPages, MappedGrants, Platform, Result};
+use crate::{
+    Access, Error, EventChannel, GrantCopier, GrantedPages, MappedGrants, Platform, Result,
+};
 use ring_proto::{DomId, GrantRef, Port};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use xenstore_glue::client::Endpoint;
 
 pub use device::Device;
@@ -44,19 +47,39 @@ pub struct XenPlatform {
     domid: DomId,
     /// Only who grants has it open.
     gntalloc: Option<Arc<File>>,
+    /// Keeps other backends of this domain away.
+    _claim: Option<OwnedFd>,
 }
 
+/// How long a predecessor may take to end.
+const LET_GO: Duration = Duration::from_secs(10);
+/// How often it is looked for.
+const LET_GO_LOOK: Duration = Duration::from_millis(50);
+
 impl XenPlatform {
-    /// For a process that uses what others grant.
+    /// For a process that uses what others grant: one at a time in a domain. Two would take each other's disks
+    /// up, so this waits up to ten seconds for another to end.
     ///
     /// # Errors
     /// When a device that this takes is missing or not ours to use; when xenstore at `endpoint`
-    /// does not tell which domain this is.
+    /// does not tell which domain this is; when another backend goes on.
     pub fn for_backend(endpoint: &Endpoint) -> Result<Arc<Self>> {
-        // Opened when they are needed, but whatever is wrong with them should be told now.
-        Device::Gntdev.open()?;
+        // Opened when it is needed, but whatever is wrong with it should be told now.
         Device::Evtchn.open()?;
-        Ok(Arc::new(Self { domid: own_domid(endpoint)?, gntalloc: None }))
+        let since = Instant::now();
+        let claimed = loop {
+            match claim(Device::Gntdev.open()?, 0)? {
+                None if since.elapsed() < LET_GO => std::thread::sleep(LET_GO_LOOK),
+                claimed => break claimed,
+            }
+        };
+        if claimed.is_none() {
+            return Err(Error::Refused {
+                doing: "become the backend of this domain".to_owned(),
+                reason: "another daemon is: stop it first".to_owned(),
+            });
+        }
+        Ok(Arc::new(Self { domid: own_domid(endpoint)?, gntalloc: None, _claim: claimed }))
     }
 
     /// For a process that grants, and uses what others grant.
@@ -66,7 +89,7 @@ impl XenPlatform {
     pub fn for_frontend(endpoint: &Endpoint) -> Result<Arc<Self>> {
         Device::Evtchn.open()?;
         let gntalloc = Some(Arc::new(Device::Gntalloc.open()?));
-        Ok(Arc::new(Self { domid: own_domid(endpoint)?, gntalloc }))
+        Ok(Arc::new(Self { domid: own_domid(endpoint)?, gntalloc, _claim: None }))
     }
 }
 
