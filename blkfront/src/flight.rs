@@ -112,6 +112,8 @@ pub(crate) struct Flight {
     edges: Edges,
     /// Of the direct request that [`Flight::body`] made last.
     segments: Segments,
+    /// Of the indirect one, as they stand in its page.
+    list: Box<[u8; SEGMENT_LIST_BYTES]>,
 }
 
 impl Flight {
@@ -125,6 +127,7 @@ impl Flight {
             waiting: VecDeque::with_capacity(depth + pages),
             edges: Edges { starts: [0; MERGE_WINDOW], ends: [0; MERGE_WINDOW], newest: 0 },
             segments: Segments::EMPTY,
+            list: Box::new([0; SEGMENT_LIST_BYTES]),
         }
     }
 
@@ -317,16 +320,15 @@ impl Flight {
             return Some(Body::Direct { transfer, sector, segments: &self.segments });
         }
         let mut list = lists.alloc(SEGMENT_LIST_BYTES)?;
-        let mut bytes = [0; SEGMENT_LIST_BYTES];
+        let mut places = self.list.as_chunks_mut().0.iter_mut();
         let mut used = 0;
         each_segment(&self.pieces, key, pool, |segment| {
-            let encoded = encode_segment(&segment);
-            if let Some(place) = bytes.get_mut(used..used + encoded.len()) {
-                place.copy_from_slice(&encoded);
-                used += encoded.len();
+            if let Some(place) = places.next() {
+                *place = encode_segment(&segment);
+                used += place.len();
             }
         });
-        list.write(0, bytes.get(..used).unwrap_or_default());
+        list.write(0, self.list.get(..used).unwrap_or_default());
         let mut pages = [GrantRef(0); MAX_INDIRECT_PAGES];
         pages[0] = lists.gref(list.page_at(0));
         let nr_segments = request.segments as u16;

@@ -14,8 +14,8 @@ use xen_platform::{EventChannel, GrantedPages};
 const TAG_BITS: u32 = 16;
 const TAG_MASK: u32 = (1 << TAG_BITS) - 1;
 
-/// Requests that are shown to the backend at a time: enough of them to be worth the fence and a journey
-/// of the index, few enough for the two ends to work at the same time.
+/// Requests that are shown to the backend at a time, at the most: enough of them to be worth the fence and
+/// a journey of the index, few enough for the two ends to work at the same time.
 const PUBLISH_EVERY: u64 = 8;
 
 /// So many events in a row without a response are a storm, and the next is heard of no sooner than that,
@@ -154,7 +154,14 @@ impl HwQueue {
 
     /// Shows the backend some of what was pushed, so that it works, or wakes up, while we push on.
     pub(crate) fn publish_some(&mut self) -> Result<(), Failure> {
-        if self.pushed < PUBLISH_EVERY { Ok(()) } else { self.publish() }
+        if self.pushed < self.share() { Ok(()) } else { self.publish() }
+    }
+
+    /// How many those are: of few in flight a half, so that the backend has some to work on while we make
+    /// the others.
+    fn share(&self) -> u64 {
+        let in_flight = (self.tags.len() - self.free.len()) as u64;
+        (in_flight / 2).min(PUBLISH_EVERY)
     }
 
     /// Shows the backend what was pushed, and wakes it if it sleeps.

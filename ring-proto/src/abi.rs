@@ -80,6 +80,12 @@ impl Segment {
     pub const fn bytes(&self) -> usize {
         self.sectors() as usize * SECTOR_SIZE
     }
+
+    /// Whether there is no gap between the data of this segment and that of `next`, if their pages lie
+    /// one behind the other.
+    pub const fn touches(&self, next: &Self) -> bool {
+        self.last_sect == SECTORS_PER_PAGE - 1 && next.first_sect == 0
+    }
 }
 
 /// Defines one ABI's wire structures; `$align` is how the C compiler aligns a `uint64_t` in them.

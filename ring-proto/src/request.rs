@@ -471,15 +471,18 @@ impl Limits {
     /// The first rule that is broken.
     #[inline]
     pub fn check_segments(&self, sector: u64, segments: &[Segment]) -> Result<u64, Reason> {
-        let mut sectors = 0u64;
-        let mut edges = sector;
+        let wrong = |segment: &&Segment| {
+            (segment.first_sect > segment.last_sect) | (segment.last_sect >= SECTORS_PER_PAGE)
+        };
+        let (mut sectors, mut edges, mut all_right) = (0u64, sector, true);
+        // Without a branch a segment: none is wrong but those of an attack.
         for segment in segments {
-            let (first, last) = (segment.first_sect, segment.last_sect);
-            if first > last || last >= SECTORS_PER_PAGE {
-                return Err(Reason::Segment { first, last });
-            }
+            all_right &= !wrong(&segment);
             sectors += u64::from(segment.sectors());
             edges |= u64::from(segment.sectors());
+        }
+        if !all_right && let Some(segment) = segments.iter().find(wrong) {
+            return Err(Reason::Segment { first: segment.first_sect, last: segment.last_sect });
         }
         self.check_range(sector, sectors)?;
         self.check_aligned(edges)?;

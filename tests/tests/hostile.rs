@@ -440,3 +440,102 @@ fn mapped_pages(options: &[&str], persistent: bool) -> Result<()> {
     revoke(lists)?;
     scene.end(baseline)
 }
+
+/// A frontend that uses its persistent grants in another order each time, next to each other and apart,
+/// in parts, one twice in a request; fewer than are kept, and then more: each page has its own data.
+#[test]
+fn pages_in_any_company_keep_their_data() -> Result<()> {
+    /// Not quite twice what a ring keeps mapped (1056).
+    const PAGES: usize = 2000;
+    /// Few enough for it to keep them all.
+    const FEW: usize = 900;
+    const ROUNDS: usize = 1500;
+    let scene = Scene::new(&[])?;
+    let device = scene.evil.attach(&scene.host, "vdev=xvda,target=memory:16M")?;
+    let transport = Transport { layout: LAYOUTS[0], order: 0, persistent: true };
+    WellBehaved::connect(&scene.evil, &device, transport)?.disconnect(&scene.evil, &device)?;
+    let baseline = Usage::of(scene.daemon.pid())?;
+    let mut disk = WellBehaved::connect(&scene.evil, &device, transport)?;
+    let data = scene.evil.grant(PAGES, Access::ReadWrite)?;
+    let list = scene.evil.grant(1, Access::ReadWrite)?;
+    let mut random = Random::new(7);
+    // What must be in the pages, and on the disk.
+    let mut pages = vec![[0; 4096]; PAGES];
+    let mut image = vec![0; 4096 * usize::from(MAX_INDIRECT)];
+    for round in 0..ROUNDS {
+        let within = if round < ROUNDS / 2 { FEW } else { PAGES } as u64;
+        let count = 1 + random.below(if round % 2 == 0 { 11 } else { MAX_INDIRECT.into() });
+        let mut page = 0;
+        let used: Vec<Part> = (0..count)
+            .map(|_| {
+                let next = if random.below(4) == 0 { random.below(within) } else { page + 1 };
+                page = next % within;
+                let whole = random.below(8) > 0;
+                let (first, last) =
+                    if whole { (0, 7) } else { (random.below(4), 4 + random.below(4)) };
+                (page as usize, first as usize * 512..(last as usize + 1) * 512)
+            })
+            .collect();
+        let write = random.below(2) == 0;
+        if write {
+            for (page, part) in &used {
+                random.fill(&mut pages[*page][part.clone()]);
+                window(&data.memory(), page * 4096, 4096)?.write(&pages[*page]);
+            }
+        }
+        let mut at = 0;
+        for (page, part) in &used {
+            let (disk, page) = (&mut image[at..at + part.len()], &mut pages[*page][part.clone()]);
+            if write {
+                disk.copy_from_slice(page)
+            } else {
+                page.copy_from_slice(disk)
+            }
+            at += part.len();
+        }
+        let status = disk.request(transfer(write, &used, &*data, &*list)?)?;
+        ensure!(status == guest::Status::Okay, "{status:?} to {used:?} in round {round}");
+        let mut found = [0; 4096];
+        for (page, _) in &used {
+            window(&data.memory(), page * 4096, 4096)?.read(&mut found);
+            ensure!(found == pages[*page], "page {page} after {used:?} in round {round}");
+        }
+    }
+    let told = counters(&scene, &device)?;
+    let (hits, maps) = (counter(&told, "persistent_hits")?, counter(&told, "grant_maps")?);
+    let evictions = counter(&told, "persistent_evictions")?;
+    println!("{hits} pages were mapped before, {maps} were not, {evictions} were given up");
+    ensure!(hits > 0 && evictions > 0, "all pages were kept, or none");
+    disk.disconnect(&scene.evil, &device)?;
+    revoke(data)?;
+    revoke(list)?;
+    scene.end(baseline)
+}
+
+/// A page, and which of its bytes.
+type Part = (usize, std::ops::Range<usize>);
+
+/// A request for as many bytes from the start of the disk as there are in `parts`.
+fn transfer(
+    write: bool,
+    parts: &[Part],
+    data: &dyn GrantedPages,
+    list: &dyn GrantedPages,
+) -> Result<ring_proto::Body> {
+    let transfer = if write { ring_proto::Transfer::Write } else { ring_proto::Transfer::Read };
+    let segments = parts.iter().map(|(page, part)| {
+        let (first, last) = (part.start / 512, part.end / 512 - 1);
+        ring_proto::Segment::new(data.refs()[*page], first as u8, last as u8)
+    });
+    if parts.len() <= ring_proto::abi::MAX_DIRECT_SEGMENTS {
+        let segments = ring_proto::Segments::of(&segments.collect::<Vec<_>>());
+        return Ok(ring_proto::Body::Direct { transfer, sector: 0, segments });
+    }
+    for (k, segment) in segments.enumerate() {
+        window(&list.memory(), k * 8, 8)?.write(&ring_proto::encode_segment(&segment));
+    }
+    let mut pages = [ring_proto::GrantRef(0); ring_proto::abi::MAX_INDIRECT_PAGES];
+    pages[0] = list.refs()[0];
+    let nr_segments = parts.len() as u16;
+    Ok(ring_proto::Body::Indirect { transfer, sector: 0, nr_segments, pages })
+}

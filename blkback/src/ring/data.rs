@@ -2,11 +2,11 @@
 //! when the frontend connects.
 
 use super::bounce::BouncePool;
-use super::persistent::{Page, PersistentGrants, Pin};
+use super::persistent::{Found, Hold, PersistentGrants, Pin};
 use crate::stats::RingStats;
 use crate::storage::{IoVec, IoVecs};
-use ring_proto::abi::{MAX_INDIRECT_PAGES, PAGE_SIZE, Segment};
-use ring_proto::{DomId, GrantRef, SharedMemory, Window, decode_segments};
+use ring_proto::abi::{MAX_INDIRECT_PAGES, PAGE_SIZE, SECTORS_PER_PAGE, Segment};
+use ring_proto::{DomId, GrantRef, SharedMemory, decode_segments};
 use std::ops::Range;
 use std::sync::Arc;
 use xen_platform::{
@@ -72,6 +72,8 @@ pub(super) struct Data {
     held: Vec<Held>,
     /// Pages that all of them have mapped.
     mapped: usize,
+    /// Pages that were to be mapped so far, for whatever reason and end.
+    tried: usize,
     /// Grant copies to be made together, and the tag that each is for.
     copies: Vec<CopySegment>,
     owners: Vec<u16>,
@@ -108,6 +110,7 @@ impl Data {
             via,
             held: (0..slots).map(|_| Held::default()).collect(),
             mapped: 0,
+            tried: 0,
             copies: Vec::with_capacity(slots * direct_segments),
             owners: Vec::with_capacity(slots * direct_segments),
             page: Box::new([0; PAGE_SIZE]),
@@ -174,22 +177,20 @@ impl Data {
 
     /// Copies the start of a granted page to `self.page`.
     fn fetch_page(&mut self, gref: GrantRef, bytes: usize) -> Result<(), Unreachable> {
-        let page = match &mut self.via {
-            Via::Persistent(pool) => Some(pool.page(&*self.platform, self.peer, gref)),
-            Via::Copy(_) | Via::Map | Via::Nothing => None,
-        };
-        if let Some(Ok(Page::Pinned { new: true, .. } | Page::Transient(_))) = page {
-            self.stats.grant_maps.add(1);
-        }
-        let (pin, memory): (_, Arc<dyn SharedMemory>) = match page {
-            Some(Ok(Page::Pinned { pin, .. })) => {
-                let Via::Persistent(pool) = &self.via else { return Err(Unreachable::Refused) };
-                let Some(page) = pool.memory(pin) else { return Err(Unreachable::Refused) };
-                (Some(pin), page.clone())
+        let (base, hold) = match &mut self.via {
+            Via::Persistent(pool) => {
+                let page = Segment::new(gref, 0, SECTORS_PER_PAGE - 1);
+                let Ok(found) = pool.find(&*self.platform, self.peer, &[page]) else {
+                    self.tried += 1;
+                    return Err(Unreachable::Refused);
+                };
+                if found.is_new {
+                    self.tried += 1;
+                    self.stats.grant_maps.add(1);
+                }
+                (found.base, Some(found.hold))
             }
-            Some(Ok(Page::Transient(page))) => (None, page),
-            Some(Err(_)) => return Err(Unreachable::Refused),
-            None => {
+            Via::Copy(_) | Via::Map | Via::Nothing => {
                 self.stats.grant_copies.add(1);
                 let mut copy = [CopySegment {
                     gref,
@@ -203,12 +204,12 @@ impl Data {
                 if whole.is_err() || copy[0].status.is_err() {
                     return Err(Unreachable::Refused);
                 }
-                (None, self.scratch.clone())
+                (self.scratch.base().as_ptr(), None)
             }
         };
-        let window = Window::new(memory, 0, bytes).ok_or(Unreachable::Refused)?;
-        window.read(&mut self.page[..bytes]);
-        if let (Via::Persistent(pool), Some(pin)) = (&mut self.via, pin) {
+        // SAFETY: `hold` keeps the page mapped, or it is ours; `bytes` is a page at the most.
+        unsafe { IoVec::new(base, bytes) }.copy_to(&mut self.page[..bytes]);
+        if let (Via::Persistent(pool), Some(Hold::Pin(pin))) = (&mut self.via, hold) {
             pool.unpin(pin);
         }
         Ok(())
@@ -253,42 +254,35 @@ impl Data {
                 held.bounce = Some(range);
             }
             Via::Persistent(pool) => {
-                let (mut hits, mut maps, mut refused) = (0, 0, false);
-                for segment in segments {
-                    let page = pool.page(&*self.platform, self.peer, segment.gref);
-                    let address = match page {
-                        Ok(Page::Pinned { pin, base, new }) => {
-                            hits += u64::from(!new);
-                            maps += u64::from(new);
-                            held.pins.push(pin);
-                            base.as_ptr()
+                let (mut hits, mut maps) = (0, 0);
+                let mut rest = segments;
+                while !rest.is_empty() {
+                    let Ok(found) = pool.find(&*self.platform, self.peer, rest) else { break };
+                    let Found { count, base, is_new, hold } = found;
+                    *(if is_new { &mut maps } else { &mut hits }) += count;
+                    match hold {
+                        Hold::Pin(pin) => held.pins.push(pin),
+                        Hold::Map(pages) => {
+                            held.maps.push(pages);
+                            held.mapped += count;
+                            self.mapped += count;
                         }
-                        Ok(Page::Transient(page)) => {
-                            maps += 1;
-                            let address = page.base().as_ptr();
-                            held.maps.push(page);
-                            held.mapped += 1;
-                            self.mapped += 1;
-                            address
-                        }
-                        Err(_) => {
-                            refused = true;
-                            break;
-                        }
-                    };
-                    // SAFETY: the page stays mapped until `release` gives the pin or map back, and
-                    // validation keeps the segment within it.
-                    buffers.push(unsafe {
-                        IoVec::new(address.wrapping_add(segment.offset()), segment.bytes())
-                    });
+                    }
+                    let (these, others) = rest.split_at(count);
+                    // SAFETY: the pages stay mapped until `release` gives the pin or map back, and
+                    // validation keeps each segment within its page.
+                    unsafe { list(base, these, buffers) };
+                    rest = others;
                 }
-                self.stats.persistent_hits.add(hits);
+                self.stats.persistent_hits.add(hits as u64);
                 if maps > 0 {
-                    self.stats.grant_maps.add(maps);
+                    self.tried += maps;
+                    self.stats.grant_maps.add(maps as u64);
                     self.stats.persistent_held.set(pool.held() as u64);
                     self.stats.persistent_evictions.set(pool.evictions);
                 }
-                if refused {
+                if !rest.is_empty() {
+                    self.tried += rest.len();
                     buffers.clear();
                     self.release(tag);
                     return Err(Unreachable::Refused);
@@ -297,26 +291,14 @@ impl Data {
             Via::Map => {
                 self.refs.clear();
                 self.refs.extend(segments.iter().map(|s| s.gref));
+                self.tried += segments.len();
                 let access = if write { Access::ReadOnly } else { Access::ReadWrite };
                 let map = self
                     .platform
                     .map(self.peer, &self.refs, access)
                     .map_err(|_| Unreachable::Refused)?;
-                let base = map.base().as_ptr();
-                for (k, segment) in segments.iter().enumerate() {
-                    let address = base.wrapping_add(k * PAGE_SIZE + segment.offset());
-                    // Whole pages follow one another: the fewer pieces, the less for the kernel to look up.
-                    let (address, bytes) = match buffers.last() {
-                        Some(last) if last.base().wrapping_add(last.len()) == address => {
-                            let joined = (last.base(), last.len() + segment.bytes());
-                            buffers.pop();
-                            joined
-                        }
-                        _ => (address, segment.bytes()),
-                    };
-                    // SAFETY: within the mapping, which `held` keeps until `release`.
-                    buffers.push(unsafe { IoVec::new(address, bytes) });
-                }
+                // SAFETY: as above.
+                unsafe { list(map.base().as_ptr(), segments, buffers) };
                 held.maps.push(map);
                 held.mapped = segments.len();
                 self.mapped += held.mapped;
@@ -367,6 +349,11 @@ impl Data {
         self.held[usize::from(tag)].refused
     }
 
+    /// Pages that were to be mapped so far, whether that succeeded or not.
+    pub(super) fn tried(&self) -> usize {
+        self.tried
+    }
+
     /// Pages that are mapped for single requests.
     pub(super) fn mapped(&self) -> usize {
         self.mapped
@@ -391,6 +378,22 @@ impl Data {
         }
         held.maps.clear();
         self.mapped -= std::mem::take(&mut held.mapped);
+    }
+}
+
+/// Appends the memory of `segments`, whose pages lie side by side from `base`. Data without a gap is one
+/// piece: the fewer pieces, the less for the kernel to look up.
+///
+/// # Safety
+/// As for [`IoVec::new`], for each segment's part of its page.
+unsafe fn list(base: *mut u8, segments: &[Segment], buffers: &mut IoVecs) {
+    let mut page = base;
+    for piece in segments.chunk_by(Segment::touches) {
+        let offset = piece.first().map_or(0, Segment::offset);
+        let bytes = piece.iter().map(Segment::bytes).sum();
+        // SAFETY: the caller's obligations.
+        buffers.push(unsafe { IoVec::new(page.wrapping_add(offset), bytes) });
+        page = page.wrapping_add(piece.len() * PAGE_SIZE);
     }
 }
 

@@ -1,7 +1,13 @@
 //! Grants that stay mapped from request to request.
+//!
+//! Pages that a request is the first to use are mapped side by side, as one *run*: one call to the
+//! hypervisor, and from then on one look-up and one piece of memory for as much of a run as a request
+//! names in the same order. A frontend that hands its pages out last in, first out does so mostly.
 
+use ring_proto::abi::{MAX_INDIRECT_SEGMENTS, PAGE_SIZE, Segment};
 use ring_proto::{DomId, GrantRef};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -14,18 +20,26 @@ pub(super) const MAX_PERSISTENT_GRANTS: usize = 1056;
 /// that a frontend with more pages than we keep does not cost a search a request.
 const EVICT_SHARE: usize = 20;
 
-/// A mapped page, and how many segments in flight use it.
-struct Entry {
-    page: Arc<dyn MappedGrants>,
-    /// The address of the page.
+/// Pages that were first used together, mapped side by side.
+struct Run {
+    pages: Arc<dyn MappedGrants>,
+    /// Of the first page.
     base: NonNull<u8>,
-    gref: GrantRef,
+    refs: Box<[GrantRef]>,
+    /// Uses by requests in flight, of any of its pages.
     pins: u32,
     /// When last used, in ticks.
     used: u32,
 }
 
-/// A pinned page, until [`PersistentGrants::unpin`].
+/// Where a page is.
+#[derive(Clone, Copy)]
+struct Place {
+    run: u32,
+    page: u32,
+}
+
+/// A run that is pinned, until [`PersistentGrants::unpin`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Pin(u32);
 
@@ -51,28 +65,42 @@ impl Hasher for GrefHasher {
 
 /// The pool of one ring.
 pub(super) struct PersistentGrants {
-    /// Where the page of a grant is among the entries.
-    places: HashMap<GrantRef, u32, BuildHasherDefault<GrefHasher>>,
-    entries: Vec<Option<Entry>>,
+    places: HashMap<GrantRef, Place, BuildHasherDefault<GrefHasher>>,
+    runs: Vec<Option<Run>>,
     free: Vec<u32>,
     tick: u32,
+    /// The frontend uses more pages than are kept. They are mapped one by one then, because giving up a
+    /// run for the sake of one page, or keeping it for one, wastes the others.
+    crowded: bool,
     /// Pages given up so far.
     pub(super) evictions: u64,
 }
 
-/// What became of a look-up.
-pub(super) enum Page {
-    /// It is pinned, and was mapped just now or before.
-    Pinned { pin: Pin, base: NonNull<u8>, new: bool },
-    /// It is mapped for this request alone: the pool is full of pages in use.
-    Transient(Arc<dyn MappedGrants>),
+/// Memory of the first of some segments.
+pub(super) struct Found {
+    /// How many segments it serves, at least one.
+    pub(super) count: usize,
+    /// Where the page of the first is mapped; those of the others follow.
+    pub(super) base: *mut u8,
+    /// It was mapped just now.
+    pub(super) is_new: bool,
+    /// What keeps it mapped.
+    pub(super) hold: Hold,
+}
+
+/// What keeps pages mapped.
+pub(super) enum Hold {
+    /// They stay at least until this is [given back](PersistentGrants::unpin).
+    Pin(Pin),
+    /// They are mapped for this request alone: the pool is full of pages in use.
+    Map(Arc<dyn MappedGrants>),
 }
 
 impl PersistentGrants {
     pub(super) fn new() -> Self {
         let mut places = HashMap::default();
-        places.reserve(MAX_PERSISTENT_GRANTS);
-        Self { places, entries: Vec::new(), free: Vec::new(), tick: 0, evictions: 0 }
+        places.reserve(MAX_PERSISTENT_GRANTS + MAX_INDIRECT_SEGMENTS);
+        Self { places, runs: Vec::new(), free: Vec::new(), tick: 0, crowded: false, evictions: 0 }
     }
 
     /// Pages mapped now.
@@ -85,84 +113,126 @@ impl PersistentGrants {
         self.tick = self.tick.wrapping_add(1);
     }
 
-    /// The page behind `gref`, mapped now if it was not. Unless it is transient it stays until [`Self::unpin`].
-    pub(super) fn page(
+    /// The pages of `segments`, or of as many of the first of them as lie side by side, mapped now if
+    /// they were not.
+    ///
+    /// # Errors
+    /// When the frontend has not granted one of them, or it cannot be mapped.
+    pub(super) fn find(
         &mut self,
         platform: &dyn Platform,
         peer: DomId,
-        gref: GrantRef,
-    ) -> xen_platform::Result<Page> {
-        if let Some(&place) = self.places.get(&gref)
-            && let Some(Some(entry)) = self.entries.get_mut(place as usize)
+        segments: &[Segment],
+    ) -> xen_platform::Result<Found> {
+        if let Some(first) = segments.first()
+            && let Some(&Place { run: place, page }) = self.places.get(&first.gref)
+            && let Some(Some(run)) = self.runs.get_mut(place as usize)
         {
-            entry.pins += 1;
-            entry.used = self.tick;
-            return Ok(Page::Pinned { pin: Pin(place), base: entry.base, new: false });
+            run.pins += 1;
+            run.used = self.tick;
+            let known = run.refs.get(page as usize..).unwrap_or_default();
+            let pairs = segments.iter().zip(known);
+            let count = pairs.take_while(|(segment, gref)| segment.gref == **gref).count();
+            let base = run.base.as_ptr().wrapping_add(page as usize * PAGE_SIZE);
+            let hold = Hold::Pin(Pin(place));
+            return Ok(Found { count, base, is_new: false, hold });
         }
-        if self.held() >= MAX_PERSISTENT_GRANTS {
+        self.map(platform, peer, segments)
+    }
+
+    /// Maps the first of `segments`, up to one whose page there is already.
+    #[cold]
+    fn map(
+        &mut self,
+        platform: &dyn Platform,
+        peer: DomId,
+        segments: &[Segment],
+    ) -> xen_platform::Result<Found> {
+        let place = self.free.pop().unwrap_or_else(|| {
+            self.runs.push(None);
+            self.runs.len() as u32 - 1
+        });
+        let most = if self.crowded { 1 } else { segments.len() };
+        let mut refs = Vec::with_capacity(most);
+        for segment in segments.iter().take(most) {
+            // A page that the request names twice ends the run as well.
+            let Entry::Vacant(vacant) = self.places.entry(segment.gref) else { break };
+            vacant.insert(Place { run: place, page: refs.len() as u32 });
+            refs.push(segment.gref);
+        }
+        if self.held() > MAX_PERSISTENT_GRANTS {
             self.evict();
         }
         // Read-write whatever the request: the same page serves a read next time. A frontend that
         // offers persistent grants grants them all that way (blkif.h, feature-persistent).
-        let page = platform.map(peer, &[gref], Access::ReadWrite)?;
-        if self.held() >= MAX_PERSISTENT_GRANTS {
-            return Ok(Page::Transient(page));
+        let (count, fits) = (refs.len(), self.held() <= MAX_PERSISTENT_GRANTS);
+        match platform.map(peer, &refs, Access::ReadWrite) {
+            Ok(pages) if fits => {
+                let base = pages.base();
+                let run = Run { pages, base, refs: refs.into(), pins: 1, used: self.tick };
+                self.runs[place as usize] = Some(run);
+                Ok(Found { count, base: base.as_ptr(), is_new: true, hold: Hold::Pin(Pin(place)) })
+            }
+            not_kept => {
+                for gref in &refs {
+                    self.places.remove(gref);
+                }
+                self.free.push(place);
+                let pages = not_kept?;
+                let base = pages.base().as_ptr();
+                Ok(Found { count, base, is_new: true, hold: Hold::Map(pages) })
+            }
         }
-        let place = self.free.pop().unwrap_or_else(|| {
-            self.entries.push(None);
-            self.entries.len() as u32 - 1
-        });
-        self.places.insert(gref, place);
-        let base = page.base();
-        let entry = Entry { page, base, gref, pins: 1, used: self.tick };
-        self.entries[place as usize] = Some(entry);
-        Ok(Page::Pinned { pin: Pin(place), base, new: true })
     }
 
-    /// A page that is pinned.
-    pub(super) fn memory(&self, Pin(place): Pin) -> Option<&Arc<dyn MappedGrants>> {
-        self.entries.get(place as usize)?.as_ref().map(|entry| &entry.page)
-    }
-
-    /// Gives back one use of a page.
+    /// Gives back one use of a run.
     pub(super) fn unpin(&mut self, Pin(place): Pin) {
-        if let Some(Some(entry)) = self.entries.get_mut(place as usize) {
-            entry.pins -= 1;
+        if let Some(Some(run)) = self.runs.get_mut(place as usize) {
+            run.pins -= 1;
         }
     }
 
-    /// Unmaps a share of the pages that were unused for longest.
+    /// Unmaps a share of the pages, and those above the limit: long runs first, then what was unused
+    /// for longest.
     fn evict(&mut self) {
+        self.crowded = true;
         let tick = self.tick;
-        let mut idle: Vec<(u32, u32)> = (0u32..)
-            .zip(&self.entries)
-            .filter_map(|(place, entry)| Some((place, entry.as_ref()?)))
-            .filter(|(_, entry)| entry.pins == 0)
-            .map(|(place, entry)| (tick.wrapping_sub(entry.used), place))
+        let mut idle: Vec<_> = (0u32..)
+            .zip(&self.runs)
+            .filter_map(|(place, run)| Some((place, run.as_ref()?)))
+            .filter(|(_, run)| run.pins == 0)
+            .map(|(place, run)| (run.refs.len(), tick.wrapping_sub(run.used), place))
             .collect();
         idle.sort_unstable_by(|a, b| b.cmp(a));
-        for (_, place) in idle.into_iter().take(MAX_PERSISTENT_GRANTS / EVICT_SHARE) {
+        let keep = MAX_PERSISTENT_GRANTS - MAX_PERSISTENT_GRANTS / EVICT_SHARE;
+        for (_, _, place) in idle {
+            if self.held() <= keep {
+                break;
+            }
             drop(self.give_up(place));
         }
     }
 
     /// Hands out every page that no request uses, for a ring that has gone quiet.
     pub(super) fn purge(&mut self) -> Vec<Arc<dyn MappedGrants>> {
-        let places = 0..self.entries.len() as u32;
+        self.crowded = false;
+        let places = 0..self.runs.len() as u32;
         places.filter_map(|place| self.give_up(place)).collect()
     }
 
     /// All of its pages.
     pub(super) fn into_pages(self) -> impl Iterator<Item = Arc<dyn MappedGrants>> {
-        self.entries.into_iter().flatten().map(|entry| entry.page)
+        self.runs.into_iter().flatten().map(|run| run.pages)
     }
 
-    /// Takes a page out, unless a request uses it.
+    /// Takes a run out, unless a request uses it.
     fn give_up(&mut self, place: u32) -> Option<Arc<dyn MappedGrants>> {
-        let entry = self.entries[place as usize].take_if(|entry| entry.pins == 0)?;
-        self.places.remove(&entry.gref);
+        let run = self.runs[place as usize].take_if(|run| run.pins == 0)?;
+        for gref in &run.refs {
+            self.places.remove(gref);
+        }
         self.free.push(place);
-        self.evictions += 1;
-        Some(entry.page)
+        self.evictions += run.refs.len() as u64;
+        Some(run.pages)
     }
 }

@@ -24,8 +24,8 @@ use xen_platform::{EventChannel, MappedGrants};
 /// Requests that are taken in a round at the most. The frontend works on their answers while the next
 /// are carried out; one submission to the device for so many is no cost any more.
 const MAX_ROUND: usize = 16;
-/// Pages that a turn maps, or unmaps, at the most, but for those of its last request: each is a system
-/// call, and the rings that share the thread wait for all of them.
+/// Pages that a turn maps, or unmaps, at the most, but for those of its last request: the rings that share
+/// the thread wait for all of them.
 const MAX_MAPS: usize = 256;
 /// Responses that are shown at a time, for the same reason; and a frontend that sleeps takes longer
 /// to wake than the rest of a round takes.
@@ -205,11 +205,8 @@ impl Worker {
         self.limits.sectors = self.orders.sectors();
         self.data.tick();
         let (mut taken, mut handled, mut raw) = (0, 0, RawRequest::default());
-        let mapped = self.stats.grant_maps.get();
-        while !self.barrier
-            && handled < MAX_ROUND
-            && self.stats.grant_maps.get() - mapped < MAX_MAPS as u64
-        {
+        let tried = self.data.tried();
+        while !self.barrier && handled < MAX_ROUND && self.data.tried() - tried < MAX_MAPS {
             // None is taken while another waits.
             let next = match self.inflight.resume(&mut raw) {
                 None => self.inflight.take(&mut self.requests, &mut raw).inspect(|_| taken += 1),
