@@ -6,7 +6,7 @@ use crate::hw::Ring;
 use crate::limits::Limits;
 use crate::link::{Command, Link, Mailbox, Notice, locked};
 use crate::owner::{OwnerState, RingOwner, User, join};
-use crate::pool::Pool;
+use crate::pool::{Pages, Pool};
 use crate::queue::{Parts, Path, Queue};
 use crate::stats::{Counters, Stats};
 use crate::{Cause, Config, map_vcpus};
@@ -38,6 +38,9 @@ pub(crate) struct Fabric {
     /// The way to the ring of each vCPU whose queue was not taken yet.
     seats: Mutex<Vec<Option<Path>>>,
     idle: Mutex<Vec<Ring>>,
+    /// Of all queues there were. A backend may still copy to the pages of one that was dropped with I/O in
+    /// flight: nobody else may get their grant references before the disk is closed.
+    pages: Mutex<Vec<Arc<Pages>>>,
     stop: Arc<AtomicBool>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -74,6 +77,7 @@ impl Fabric {
             vcpu_counters: counters(vcpus.len()),
             seats: Mutex::default(),
             idle: Mutex::default(),
+            pages: Mutex::default(),
             stop: Arc::default(),
             threads: Mutex::default(),
             map,
@@ -198,6 +202,7 @@ impl Fabric {
         let Some(path) = locked(&self.seats).get_mut(n).and_then(Option::take) else {
             return Ok(None);
         };
+        locked(&self.pages).extend([pool.pages(), lists.pages()]);
         let parts = Parts {
             vcpu,
             ring,

@@ -5,8 +5,7 @@ use crate::stats::Counters;
 use ring_proto::{Body, Request, RequestProducer, Response, ResponseConsumer, Segment, Status};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Duration;
-use xen_platform::{EventChannel, GrantedPages};
+use xen_platform::{EventChannel, GrantedPages, STORM_EVENTS, STORM_PAUSE};
 
 /// Bits of a request's id that name its tag; the rest count its uses, so that a response that comes
 /// twice, or late, is no response to the request that has the tag by then. 32 bits in all, because the
@@ -17,11 +16,6 @@ const TAG_MASK: u32 = (1 << TAG_BITS) - 1;
 /// Requests that are shown to the backend at a time, at the most: enough of them to be worth the fence and
 /// a journey of the index, few enough for the two ends to work at the same time.
 const PUBLISH_EVERY: u64 = 8;
-
-/// So many events in a row without a response are a storm, and the next is heard of no sooner than that,
-/// as in the backend.
-const STORM_EVENTS: u32 = 16;
-const STORM_PAUSE: Duration = Duration::from_millis(1);
 
 /// One connection's ring, with all that must stay as long as it does.
 #[derive(Debug)]

@@ -43,11 +43,22 @@ pub(crate) fn sync(device: &File) -> bool {
     spawned.is_ok() && wait.recv_timeout(SYNC_TIMEOUT).is_ok()
 }
 
-/// Waits for news of a disk (true), for its end, or for any of `ends` to be readable (false).
+/// What [`wait_for_news`] has seen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum News {
+    /// The disk has another size.
+    Resized,
+    /// The disk cannot be used any more.
+    Gone,
+    /// That one is readable.
+    Ended(usize),
+}
+
+/// Waits for news of a disk, or for any of `ends` to be readable.
 ///
 /// # Errors
 /// As `poll`.
-pub(crate) fn wait_for_news(disk: &Disk, ends: &[BorrowedFd<'_>]) -> io::Result<bool> {
+pub(crate) fn wait_for_news(disk: &Disk, ends: &[BorrowedFd<'_>]) -> io::Result<News> {
     let mut fds: Vec<_> = ends.iter().map(|end| PollFd::new(*end, PollFlags::POLLIN)).collect();
     fds.push(PollFd::new(disk.news(), PollFlags::POLLIN));
     loop {
@@ -56,7 +67,11 @@ pub(crate) fn wait_for_news(disk: &Disk, ends: &[BorrowedFd<'_>]) -> io::Result<
             Err(nix::Error::EINTR) => continue,
             Err(e) => return Err(e.into()),
         }
-        let ended = fds.iter().take(ends.len()).any(|fd| fd.any() == Some(true));
-        return Ok(!ended && disk.take_news());
+        let ended = fds.iter().take(ends.len()).position(|fd| fd.any() == Some(true));
+        return Ok(match ended {
+            Some(end) => News::Ended(end),
+            None if disk.take_news() => News::Resized,
+            None => News::Gone,
+        });
     }
 }

@@ -18,14 +18,15 @@ use xen_platform::GrantedPages;
 const NONE: u32 = u32::MAX;
 
 /// The pages, and the chains they form.
-struct Pages {
+pub(crate) struct Pages {
     memory: Arc<dyn SharedMemory>,
     refs: Box<[GrantRef]>,
     /// The page that follows, in a buffer or on a free list. Written by whoever owns the page.
     next: Box<[AtomicU32]>,
     /// Pages of buffers that were dropped: any thread pushes, the pool alone takes, and it takes all.
     dropped: AtomicU32,
-    // Taken back, or left to the platform until the peer lets go, when the last buffer is gone.
+    // Taken back, or left to the platform until the peer lets go, when neither a buffer nor the disk needs
+    // them any more.
     _grants: std::sync::Mutex<Box<dyn GrantedPages>>,
 }
 
@@ -89,6 +90,11 @@ impl Pool {
             _grants: std::sync::Mutex::new(grants),
         };
         Self { pages: Arc::new(pages), free: if count == 0 { NONE } else { 0 }, free_count: count }
+    }
+
+    /// Its pages, to be kept.
+    pub(crate) fn pages(&self) -> Arc<Pages> {
+        self.pages.clone()
     }
 
     /// A buffer of `len` bytes, or `None` when there are not that many free pages now.

@@ -21,7 +21,7 @@ pub use choice::{Choice, ChoiceError, End};
 pub use error::Error;
 pub use mapping::Mapping;
 pub use region::LocalRegion;
-pub use waiting::{DEFAULT_SPIN, Spin, Waiting};
+pub use waiting::{DEFAULT_SPIN, STORM_EVENTS, STORM_PAUSE, Spin, Waiting};
 
 /// What this crate's operations return.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -13,6 +13,11 @@ const SLEEPS_PER_LOOK: u32 = 8;
 /// What spinning starts with once it seems to pay.
 const FIRST_BUDGET: Duration = Duration::from_micros(5);
 
+/// So many events in a row that brought nothing are a storm (XSA-332, XSA-391)...
+pub const STORM_EVENTS: u32 = 16;
+/// ...and from then on events are taken no faster than this, until one brings something.
+pub const STORM_PAUSE: Duration = Duration::from_millis(1);
+
 /// What a thread does while its ring has nothing for it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Waiting {

@@ -163,6 +163,11 @@ async fn read_frontend(client: &Client, path: &str) -> Result<Option<Vec<u8>>, c
     }
 }
 
+/// Whether a frontend uses its disk: one that is being detached does so until it is closed.
+fn uses(frontend: Option<XenbusState>) -> bool {
+    matches!(frontend, Some(XenbusState::Connected | XenbusState::Closing))
+}
+
 async fn run(context: Context, paths: DevicePaths, changed: &Notify) -> Result<End, Abandoned> {
     let shutdown = context.shutdown.clone();
     if paths.kind == BackendKind::Vbd {
@@ -355,11 +360,8 @@ impl Device {
             return self.feed(BackendEvent::DirectoryRemoved).await;
         }
         let online = client.read_optional(&self.node("online")).await?.as_deref() == Some(b"1");
-        let state = read_frontend(&client, &self.state_node).await?;
-        let state = state.as_deref().and_then(XenbusState::parse);
-        // One that is being detached may be in use until it closes.
-        let used = matches!(state, Some(XenbusState::Connected | XenbusState::Closing));
-        if (online || used) && !std::mem::replace(&mut self.opened, true) {
+        let state = self.frontend_state().await?;
+        if (online || uses(state)) && !std::mem::replace(&mut self.opened, true) {
             self.open_storage().await?;
         }
         self.look_for_script().await?;
@@ -378,23 +380,26 @@ impl Device {
         Ok(())
     }
 
-    /// Whether the directory was removed and made anew since we wrote to it: nobody else writes that it is
-    /// at its beginning.
-    async fn is_anew(&self, nodes: &Nodes) -> Result<bool, client::Error> {
+    async fn frontend_state(&self) -> Result<Option<XenbusState>, client::Error> {
+        let state = read_frontend(&self.context.client, &self.state_node).await?;
+        Ok(state.as_deref().and_then(XenbusState::parse))
+    }
+
+    /// Whether our `state` is as the toolstack has made it: no backend writes that it is at its beginning.
+    async fn is_untouched(&self, nodes: &Nodes) -> Result<bool, client::Error> {
         let state = nodes.read_optional(&self.node("state")).await?;
-        let state = state.as_deref().and_then(XenbusState::parse);
-        Ok(self.told.is_some() && state == Some(XenbusState::Initialising))
+        Ok(state.as_deref().and_then(XenbusState::parse) == Some(XenbusState::Initialising))
+    }
+
+    /// Whether the directory was removed and made anew since we wrote to it.
+    async fn is_anew(&self, nodes: &Nodes) -> Result<bool, client::Error> {
+        Ok(self.told.is_some() && self.is_untouched(nodes).await?)
     }
 
     /// Whether the frontend uses the disk through a daemon before us.
     async fn is_in_use(&self) -> Result<bool, client::Error> {
-        let client = &self.context.client;
-        let theirs = read_frontend(client, &self.state_node).await?;
-        let theirs = theirs.as_deref().and_then(XenbusState::parse);
-        let used = matches!(theirs, Some(XenbusState::Connected | XenbusState::Closing));
-        let state = client.read_optional(&self.node("state")).await?;
-        let state = state.as_deref().and_then(XenbusState::parse);
-        Ok(used && self.told.is_none() && state != Some(XenbusState::Initialising))
+        let used = self.told.is_none() && uses(self.frontend_state().await?);
+        Ok(used && !self.is_untouched(&self.context.client).await?)
     }
 
     /// Whether the directory is not that of the disk that we know any more.

@@ -9,14 +9,11 @@ use ring_proto::RingError;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
+use xen_platform::{STORM_EVENTS, STORM_PAUSE};
 
 /// A ring that has been quiet for so long gives up its persistent grants (`xen_blkif_pgrant_timeout`
 /// of Linux's backend).
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
-/// So many events in a row after which no request was taken are a storm (XSA-332, XSA-391)...
-const STORM_EVENTS: u32 = 16;
-/// ...and from then on events are taken no faster than this, until a request is.
-const STORM_PAUSE: Duration = Duration::from_millis(1);
 
 /// What a ring knows of its sleeps.
 pub(super) struct Sleep {

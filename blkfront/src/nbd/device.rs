@@ -3,7 +3,7 @@
 use super::crew::{Crew, Desks};
 use super::ioctl::{MAJOR, Request, ask};
 use super::{Error, Options, system};
-use crate::local::{sync, wait_for_news};
+use crate::local::{News, sync, wait_for_news};
 use crate::{Disk, InvalidOption};
 use nix::sys::stat::major;
 use std::fs::File;
@@ -128,7 +128,7 @@ fn serve(
     file: &File,
     ends: [BorrowedFd<'_>; 2],
 ) -> Result<(), Error> {
-    while wait_for_news(disk, &ends).map_err(system("wait for the disk"))? {
+    while wait_for_news(disk, &ends).map_err(system("wait for the disk"))? == News::Resized {
         desks.check()?;
         if let Err(e) = ask(file, Request::SetSize, disk.geometry().size) {
             tracing::warn!("the NBD device could not be resized: {e}");

@@ -37,6 +37,11 @@ impl Host {
         Window::new(region, page * PAGE_SIZE + offset, len)
     }
 
+    /// Pages that are granted now.
+    pub(super) fn granted(&self) -> usize {
+        self.tables.lock().unwrap().grants.len()
+    }
+
     pub(super) fn bind(&self, port: Port) -> Channel {
         let [a, b] = self.tables.lock().unwrap().ports[&port.0].clone();
         Channel { port, sends: b, receives: a }

@@ -60,3 +60,20 @@ fn an_error_is_an_error_of_its_io_only() {
     let _backend = rig.connect(UNION, Rig::limits(UNION, 0, FlushMode::None), Conduct::Good);
     queue.read_at(0, &mut [0; 512]).unwrap();
 }
+
+/// A backend that copies does not hold a page that it has still to write to.
+#[test]
+fn what_a_backend_may_copy_to_stays_granted() {
+    let mut rig = Rig::new(small(1), 1);
+    let limits = Rig::limits(UNION, 0, FlushMode::None);
+    let backend = rig.connect(UNION, limits, Conduct::FallsSilent(0));
+    let mut queue = rig.queue(0);
+    let buffer = queue.alloc(4096).unwrap();
+    queue.submit(Io::read(0, 0, buffer)).unwrap();
+    drop(queue);
+    assert!(rig.host.granted() >= rig.config.pool_bytes / 4096, "{} pages", rig.host.granted());
+    drop(backend);
+    let host = rig.host.clone();
+    drop(rig);
+    assert_eq!(host.granted(), 0);
+}

@@ -24,7 +24,7 @@ mod abi;
 mod control;
 mod queue;
 
-use crate::local::{sync, wait_for_news};
+use crate::local::{News, sync, wait_for_news};
 use crate::{Config, Disk, InvalidOption, MAX_DEPTH, MAX_POOL_BYTES};
 use abi::{DeviceInfo, Parameters};
 use control::Registered;
@@ -33,9 +33,9 @@ use queue::{Shared, Worker};
 use ring_proto::abi::{PAGE_SIZE, SECTOR_SIZE};
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -156,7 +156,7 @@ impl<'a> BlockDevice<'a> {
     }
 
     /// Serves until `stop` becomes readable, the disk is gone, or a thread fails. It calls `ready` when
-    /// the device can be used. At the end what the kernel has cached is written, for at most five
+    /// the device can be used, if that is not before. At the end what the kernel has cached is written, for at most five
     /// seconds, and the device is removed.
     ///
     /// # Errors
@@ -165,15 +165,12 @@ impl<'a> BlockDevice<'a> {
         let mut threads = Vec::new();
         let started = self.start(&mut threads);
         let mut result = started.and_then(|ended| {
-            self.device.start()?;
-            ready();
             let ends = [stop.as_fd(), ended.as_fd()];
-            while wait_for_news(self.disk, &ends).map_err(failed("wait for the disk"))? {
-                tracing::warn!(
-                    "the disk's size has changed; {} keeps its own until it is made anew",
-                    self.path().display()
-                );
+            if !self.appear(&threads, &ends)? {
+                return Ok(());
             }
+            ready();
+            wait(self.disk, &self.path(), &ends)?;
             let device = File::open(self.path()).map_err(failed("open the block device"))?;
             if self.disk.take_news() && !sync(&device) {
                 tell(&threads, |shared| &shared.give_up);
@@ -192,6 +189,32 @@ impl<'a> BlockDevice<'a> {
             result = ended.map_err(failed("serve a queue")).and(result);
         }
         result
+    }
+
+    /// Makes the block device, and says whether it is to be used. The kernel looks for partitions first, and
+    /// a backend may take its time: that is given up when one of `ends` becomes readable meanwhile.
+    fn appear(&mut self, threads: &[Thread], ends: &[BorrowedFd<'_>]) -> Result<bool, Error> {
+        let (starts, started) = UnixStream::pair().map_err(failed("make a socket"))?;
+        let ends: Vec<_> = std::iter::once(started.as_fd()).chain(ends.iter().copied()).collect();
+        let (disk, path, device) = (self.disk, self.path(), &mut self.device);
+        std::thread::scope(|scope| {
+            let start = scope.spawn(move || {
+                let result = device.start();
+                // Not before: its end tells that the device is there.
+                drop(starts);
+                result
+            });
+            let news = wait(disk, &path, &ends);
+            let appeared = matches!(news, Ok(News::Ended(0)));
+            if !appeared {
+                tell(threads, |shared| &shared.give_up);
+            }
+            let result = start
+                .join()
+                .unwrap_or_else(|_| Err(failed("start the device")(io::Error::other("panicked"))));
+            news?;
+            if appeared { result.map(|()| true) } else { Ok(false) }
+        })
     }
 
     /// Removes the block device. The kernel waits for all requests, a backend may never answer them: after a
@@ -254,6 +277,19 @@ impl<'a> BlockDevice<'a> {
             return Err(Error::Kernel { doing: "fetch requests", source, remedy: "" });
         }
         Ok(ended)
+    }
+}
+
+/// Waits until the disk is gone or one of `ends` is readable.
+fn wait(disk: &Disk, path: &Path, ends: &[BorrowedFd<'_>]) -> Result<News, Error> {
+    loop {
+        match wait_for_news(disk, ends).map_err(failed("wait for the disk"))? {
+            News::Resized => tracing::warn!(
+                "the disk's size has changed; {} keeps its own until it is made anew",
+                path.display()
+            ),
+            news => return Ok(news),
+        }
     }
 }
 

@@ -39,9 +39,6 @@ pub enum BackendEvent {
     Connected,
     /// [`BackendAction::Connect`] failed; the owner has undone its parts and written `error`.
     ConnectFailed,
-    /// Close the device for good but leave its directory. A daemon that means to be replaced does not
-    /// ask for this: it drains, exits, and leaves `state` for its successor to find.
-    Shutdown,
     /// The device cannot be served any more, whatever the frontend does.
     GiveUp,
 }
@@ -104,7 +101,6 @@ pub struct BackendMachine {
     begun: bool,
     /// We gave up on this frontend until it starts over.
     refused: bool,
-    shutdown: bool,
     ended: bool,
 }
 
@@ -120,7 +116,6 @@ impl BackendMachine {
             published: Initialising,
             begun: false,
             refused: false,
-            shutdown: false,
             ended: false,
         }
     }
@@ -181,7 +176,6 @@ impl BackendMachine {
                 self.refused = true;
             }
             BackendEvent::Connected | BackendEvent::ConnectFailed => {}
-            BackendEvent::Shutdown => self.shutdown = true,
             BackendEvent::GiveUp => {
                 self.refused = true;
                 self.close(&mut actions);
@@ -207,7 +201,7 @@ impl BackendMachine {
         if self.ended {
             return;
         }
-        let stop = self.shutdown || self.refused || !online || self.storage == Storage::Failed;
+        let stop = self.refused || !online || self.storage == Storage::Failed;
         match frontend {
             Closed => self.close(actions),
             // A frontend that never began has nothing to finish.
@@ -241,7 +235,6 @@ impl BackendMachine {
         let begins = !self.begun || self.link == Link::Connecting && self.takes_over();
         begins
             && !self.refused
-            && !self.shutdown
             && self.stale == StalePeer::Attach
             && self.storage != Storage::Failed
     }
@@ -288,8 +281,6 @@ impl BackendMachine {
         self.publish(Closed, actions);
         if self.online == Some(false) {
             self.end(BackendAction::Retire, actions);
-        } else if self.shutdown {
-            self.end(BackendAction::Forget, actions);
         }
     }
 

@@ -82,6 +82,26 @@ report filesystem filesystem ${device}0
 stop 0
 stop 1
 
+# The kernel looks for partitions before a device is there: on a slow disk that can be given up, well
+# before the reads are answered, one after the other.
+if [ "$via" = ublk ]; then
+    blkfront ublk xvdc $patience --id 2 >/run/front2 2>/run/front2.log &
+    slow=$!
+    tries=0
+    until [ -e /dev/ublkc2 ] || [ $tries -ge 600 ]; do
+        sleep 0.2
+        tries=$((tries + 1))
+    done
+    sleep 2
+    since=$(date +%s)
+    kill -TERM $slow
+    wait $slow || text failure "blkfront did not give up well: $(tail -3 /run/front2.log)"
+    took=$(($(date +%s) - since))
+    text slow-disk "given up in $took s: $(tail -3 /run/front2.log)"
+    [ $took -lt 30 ] || text failure "a slow disk was given up in $took s"
+    [ -s /run/front2 ] && text failure "a slow disk was announced: $(cat /run/front2)"
+fi
+
 # And without the kernel's help, over the union layout.
 blkfront bench xvda $patience --rw randwrite --bssplit 512/10:4k/50:64k/30:256k/10 --iodepth 16 --numjobs 2 \
     --size 4m --verify=crc32c --json >/run/bench.json 2>/run/bench.log ||
