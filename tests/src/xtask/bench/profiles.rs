@@ -17,7 +17,7 @@ pub(super) enum Profile {
     Devices,
     /// Union and split rings at every depth
     Layouts,
-    /// Persistent grants, grant copy, mapping a request
+    /// Persistent grants, grant copy, mapping a request; a cached file's reads and writes
     Data,
     /// O_DIRECT file and block device
     File,
@@ -133,6 +133,10 @@ impl Profile {
                 for job in [Job::RandomRead, Job::RandomWrite] {
                     for data in [Data::Persistent, Data::Copy, Data::Map] {
                         add(Case { job, data, ..CACHED });
+                    }
+                    // A file's writes may need the CPU that a backend polls on.
+                    for wait in [Wait::Adaptive, Wait::Event] {
+                        add(Case { job, ..CACHED }.waiting(wait));
                     }
                 }
             }
