@@ -130,9 +130,10 @@ impl PersistentGrants {
         {
             run.pins += 1;
             run.used = self.tick;
-            let known = run.refs.get(page as usize..).unwrap_or_default();
-            let pairs = segments.iter().zip(known);
-            let count = pairs.take_while(|(segment, gref)| segment.gref == **gref).count();
+            // The first is known: a run of one page need not be looked into.
+            let behind = run.refs.get(page as usize + 1..).unwrap_or_default();
+            let pairs = segments.iter().skip(1).zip(behind);
+            let count = 1 + pairs.take_while(|(segment, gref)| segment.gref == **gref).count();
             let base = run.base.as_ptr().wrapping_add(page as usize * PAGE_SIZE);
             let hold = Hold::Pin(Pin(place));
             return Ok(Found { count, base, is_new: false, hold });
