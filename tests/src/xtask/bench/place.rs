@@ -36,7 +36,7 @@ impl Place {
         self.dir.path()
     }
 
-    /// The file or device of a disk; `None` where there is nothing.
+    /// The file or device of a disk, cached where it is to be; `None` where there is nothing.
     pub(super) fn path(&self, disk: Disk) -> Result<Option<&Path>> {
         Ok(match disk {
             Disk::Null => None,
@@ -52,13 +52,18 @@ impl Place {
                 Ok(path)
             })?),
             Disk::BlockDevice => {
-                Some(&made(&self.device, || LoopDevice::attach(self.cached()?))?.path)
+                let file = self.cached()?;
+                Some(&made(&self.device, || LoopDevice::attach(file))?.path)
             }
         })
     }
 
+    /// Some machines take memory back that was not used for half a minute (DAMON), which is less than the
+    /// measurements between two of this file last.
     fn cached(&self) -> Result<&Path> {
-        Ok(made(&self.cached, || filled(self.dir().join("cached.raw")))?)
+        let path = made(&self.cached, || filled(self.dir().join("cached.raw")))?;
+        std::io::copy(&mut File::open(path)?, &mut std::io::sink())?;
+        Ok(path)
     }
 }
 
