@@ -1,4 +1,4 @@
-//! Data pages, granted to the backend for as long as the pool lives.
+//! Data pages, granted to the backend until the disk is closed.
 //!
 //! A request then costs no grant operation, and a backend with persistent grants maps each page
 //! once. Buffers are chains of single pages, so the pool cannot fragment, and pages are handed out

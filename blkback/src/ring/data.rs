@@ -72,7 +72,7 @@ pub(super) struct Data {
     held: Vec<Held>,
     /// Pages that all of them have mapped.
     mapped: usize,
-    /// Pages that were to be mapped so far, for whatever reason and end.
+    /// Pages that were to be mapped for single requests so far, whether that succeeded or not.
     tried: usize,
     /// Grant copies to be made together, and the tag that each is for.
     copies: Vec<CopySegment>,
@@ -98,7 +98,10 @@ impl Data {
             Strategy::Copy => {
                 Via::Copy(BouncePool::new(slots, direct_segments, indirect_segments)?)
             }
-            Strategy::Persistent => Via::Persistent(PersistentGrants::new()),
+            Strategy::Persistent => {
+                let (platform, stats) = (platform.clone(), stats.clone());
+                Via::Persistent(PersistentGrants::new(platform, peer, stats))
+            }
             Strategy::Map => Via::Map,
             Strategy::Nothing => Via::Nothing,
         };
@@ -138,10 +141,7 @@ impl Data {
     /// Hands out the mappings that a quiet ring does not need.
     pub(super) fn purge(&mut self) -> Vec<Arc<dyn MappedGrants>> {
         let Via::Persistent(pool) = &mut self.via else { return Vec::new() };
-        let pages = pool.purge();
-        self.stats.persistent_evictions.set(pool.evictions);
-        self.stats.persistent_held.set(pool.held() as u64);
-        pages
+        pool.purge()
     }
 
     /// All mappings, when no request uses them any more.
@@ -177,41 +177,31 @@ impl Data {
 
     /// Copies the start of a granted page to `self.page`.
     fn fetch_page(&mut self, gref: GrantRef, bytes: usize) -> Result<(), Unreachable> {
-        let (base, hold) = match &mut self.via {
-            Via::Persistent(pool) => {
-                let page = Segment::new(gref, 0, SECTORS_PER_PAGE - 1);
-                let Ok(found) = pool.find(&*self.platform, self.peer, &[page]) else {
-                    self.tried += 1;
-                    return Err(Unreachable::Refused);
-                };
-                if found.is_new {
-                    self.tried += 1;
-                    self.stats.grant_maps.add(1);
-                }
-                (found.base, Some(found.hold))
+        if let Via::Persistent(pool) = &mut self.via {
+            let page = Segment::new(gref, 0, SECTORS_PER_PAGE - 1);
+            let found = pool.find(&[page]).map_err(|_| Unreachable::Refused)?;
+            // SAFETY: `hold` keeps the page mapped, and `bytes` is a page at the most.
+            unsafe { IoVec::new(found.base, bytes) }.copy_to(&mut self.page[..bytes]);
+            if let Hold::Pin(pin) = found.hold {
+                pool.unpin(pin);
             }
-            Via::Copy(_) | Via::Map | Via::Nothing => {
-                self.stats.grant_copies.add(1);
-                let mut copy = [CopySegment {
-                    gref,
-                    offset: 0,
-                    len: bytes as u16,
-                    local: 0,
-                    direction: CopyDirection::FromPeer,
-                    status: Err(GrantStatus::NotAttempted),
-                }];
-                let whole = self.copier.copy(&self.scratch, &mut copy);
-                if whole.is_err() || copy[0].status.is_err() {
-                    return Err(Unreachable::Refused);
-                }
-                (self.scratch.base().as_ptr(), None)
-            }
-        };
-        // SAFETY: `hold` keeps the page mapped, or it is ours; `bytes` is a page at the most.
-        unsafe { IoVec::new(base, bytes) }.copy_to(&mut self.page[..bytes]);
-        if let (Via::Persistent(pool), Some(Hold::Pin(pin))) = (&mut self.via, hold) {
-            pool.unpin(pin);
+            return Ok(());
         }
+        self.stats.grant_copies.add(1);
+        let mut copy = [CopySegment {
+            gref,
+            offset: 0,
+            len: bytes as u16,
+            local: 0,
+            direction: CopyDirection::FromPeer,
+            status: Err(GrantStatus::NotAttempted),
+        }];
+        let whole = self.copier.copy(&self.scratch, &mut copy);
+        if whole.is_err() || copy[0].status.is_err() {
+            return Err(Unreachable::Refused);
+        }
+        // SAFETY: the page is ours, and `bytes` is a page at the most.
+        unsafe { IoVec::new(self.scratch.base().as_ptr(), bytes) }.copy_to(&mut self.page[..bytes]);
         Ok(())
     }
 
@@ -254,12 +244,13 @@ impl Data {
                 held.bounce = Some(range);
             }
             Via::Persistent(pool) => {
-                let (mut hits, mut maps) = (0, 0);
                 let mut rest = segments;
                 while !rest.is_empty() {
-                    let Ok(found) = pool.find(&*self.platform, self.peer, rest) else { break };
-                    let Found { count, base, is_new, hold } = found;
-                    *(if is_new { &mut maps } else { &mut hits }) += count;
+                    let Ok(Found { count, base, hold }) = pool.find(rest) else {
+                        buffers.clear();
+                        self.release(tag);
+                        return Err(Unreachable::Refused);
+                    };
                     match hold {
                         Hold::Pin(pin) => held.pins.push(pin),
                         Hold::Map(pages) => {
@@ -273,19 +264,6 @@ impl Data {
                     // validation keeps each segment within its page.
                     unsafe { list(base, these, buffers) };
                     rest = others;
-                }
-                self.stats.persistent_hits.add(hits as u64);
-                if maps > 0 {
-                    self.tried += maps;
-                    self.stats.grant_maps.add(maps as u64);
-                    self.stats.persistent_held.set(pool.held() as u64);
-                    self.stats.persistent_evictions.set(pool.evictions);
-                }
-                if !rest.is_empty() {
-                    self.tried += rest.len();
-                    buffers.clear();
-                    self.release(tag);
-                    return Err(Unreachable::Refused);
                 }
             }
             Via::Map => {
@@ -351,7 +329,10 @@ impl Data {
 
     /// Pages that were to be mapped so far, whether that succeeded or not.
     pub(super) fn tried(&self) -> usize {
-        self.tried
+        match &self.via {
+            Via::Persistent(pool) => pool.tried(),
+            Via::Copy(_) | Via::Map | Via::Nothing => self.tried,
+        }
     }
 
     /// Pages that are mapped for single requests.

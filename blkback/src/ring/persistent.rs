@@ -4,6 +4,7 @@
 //! hypervisor, and from then on one look-up and one piece of memory for as much of a run as a request
 //! names in the same order. A frontend that hands its pages out last in, first out does so mostly.
 
+use crate::stats::RingStats;
 use ring_proto::abi::{MAX_INDIRECT_SEGMENTS, PAGE_SIZE, Segment};
 use ring_proto::{DomId, GrantRef};
 use std::collections::HashMap;
@@ -17,7 +18,7 @@ use xen_platform::{Access, MappedGrants, Platform};
 /// every segment of 32 direct requests. It bounds the maptrack handles that one guest can hold.
 pub(super) const MAX_PERSISTENT_GRANTS: usize = 1056;
 /// What is given up at a time when the pool is full: one in this many (`LRU_PERCENT_CLEAN` 5 %), so
-/// that a frontend with more pages than we keep does not cost a search a request.
+/// that a frontend with more pages than we keep does not cost a search a page.
 const EVICT_SHARE: usize = 20;
 
 /// Pages that were first used together, mapped side by side.
@@ -44,7 +45,7 @@ struct Place {
 pub(super) struct Pin(u32);
 
 /// Spreads grant references, which count up from small numbers, with one multiplication. A frontend
-/// that makes them collide slows down its own ring, by at most [`MAX_PERSISTENT_GRANTS`] steps.
+/// that makes them collide slows down its own ring, by as many steps as the pool has pages.
 #[derive(Default)]
 struct GrefHasher(u64);
 
@@ -65,6 +66,8 @@ impl Hasher for GrefHasher {
 
 /// The pool of one ring.
 pub(super) struct PersistentGrants {
+    platform: Arc<dyn Platform>,
+    peer: DomId,
     places: HashMap<GrantRef, Place, BuildHasherDefault<GrefHasher>>,
     runs: Vec<Option<Run>>,
     free: Vec<u32>,
@@ -72,23 +75,24 @@ pub(super) struct PersistentGrants {
     /// The frontend uses more pages than are kept. They are mapped one by one then, because giving up a
     /// run for the sake of one page, or keeping it for one, wastes the others.
     crowded: bool,
-    /// Pages given up so far.
-    pub(super) evictions: u64,
+    /// Pages that were to be mapped so far, whether that succeeded or not.
+    tried: usize,
+    stats: Arc<RingStats>,
 }
 
 /// Memory of the first of some segments.
+#[derive(Debug)]
 pub(super) struct Found {
     /// How many segments it serves, at least one.
     pub(super) count: usize,
     /// Where the page of the first is mapped; those of the others follow.
     pub(super) base: *mut u8,
-    /// It was mapped just now.
-    pub(super) is_new: bool,
     /// What keeps it mapped.
     pub(super) hold: Hold,
 }
 
 /// What keeps pages mapped.
+#[derive(Debug)]
 pub(super) enum Hold {
     /// They stay at least until this is [given back](PersistentGrants::unpin).
     Pin(Pin),
@@ -97,15 +101,20 @@ pub(super) enum Hold {
 }
 
 impl PersistentGrants {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(platform: Arc<dyn Platform>, peer: DomId, stats: Arc<RingStats>) -> Self {
         let mut places = HashMap::default();
         places.reserve(MAX_PERSISTENT_GRANTS + MAX_INDIRECT_SEGMENTS);
-        Self { places, runs: Vec::new(), free: Vec::new(), tick: 0, crowded: false, evictions: 0 }
-    }
-
-    /// Pages mapped now.
-    pub(super) fn held(&self) -> usize {
-        self.places.len()
+        Self {
+            platform,
+            peer,
+            places,
+            runs: Vec::new(),
+            free: Vec::new(),
+            tick: 0,
+            crowded: false,
+            tried: 0,
+            stats,
+        }
     }
 
     /// Starts a new moment for "least recently used".
@@ -113,17 +122,17 @@ impl PersistentGrants {
         self.tick = self.tick.wrapping_add(1);
     }
 
+    /// Pages that were to be mapped so far, whether that succeeded or not.
+    pub(super) fn tried(&self) -> usize {
+        self.tried
+    }
+
     /// The pages of `segments`, or of as many of the first of them as lie side by side, mapped now if
     /// they were not.
     ///
     /// # Errors
     /// When the frontend has not granted one of them, or it cannot be mapped.
-    pub(super) fn find(
-        &mut self,
-        platform: &dyn Platform,
-        peer: DomId,
-        segments: &[Segment],
-    ) -> xen_platform::Result<Found> {
+    pub(super) fn find(&mut self, segments: &[Segment]) -> xen_platform::Result<Found> {
         if let Some(first) = segments.first()
             && let Some(&Place { run: place, page }) = self.places.get(&first.gref)
             && let Some(Some(run)) = self.runs.get_mut(place as usize)
@@ -135,20 +144,18 @@ impl PersistentGrants {
             let pairs = segments.iter().skip(1).zip(behind);
             let count = 1 + pairs.take_while(|(segment, gref)| segment.gref == **gref).count();
             let base = run.base.as_ptr().wrapping_add(page as usize * PAGE_SIZE);
-            let hold = Hold::Pin(Pin(place));
-            return Ok(Found { count, base, is_new: false, hold });
+            self.stats.persistent_hits.add(count as u64);
+            return Ok(Found { count, base, hold: Hold::Pin(Pin(place)) });
         }
-        self.map(platform, peer, segments)
+        let found = self.add(segments);
+        self.stats.persistent_held.set(self.places.len() as u64);
+        found
     }
 
-    /// Maps the first of `segments`, up to one whose page there is already.
+    /// Maps and keeps the first of `segments`, up to one whose page is there already. If there is no room
+    /// for them, maps them all for this request.
     #[cold]
-    fn map(
-        &mut self,
-        platform: &dyn Platform,
-        peer: DomId,
-        segments: &[Segment],
-    ) -> xen_platform::Result<Found> {
+    fn add(&mut self, segments: &[Segment]) -> xen_platform::Result<Found> {
         let place = self.free.pop().unwrap_or_else(|| {
             self.runs.push(None);
             self.runs.len() as u32 - 1
@@ -161,29 +168,44 @@ impl PersistentGrants {
             vacant.insert(Place { run: place, page: refs.len() as u32 });
             refs.push(segment.gref);
         }
-        if self.held() > MAX_PERSISTENT_GRANTS {
+        let crowds = self.is_overfull();
+        if crowds {
             self.evict();
         }
-        // Read-write whatever the request: the same page serves a read next time. A frontend that
-        // offers persistent grants grants them all that way (blkif.h, feature-persistent).
-        let (count, fits) = (refs.len(), self.held() <= MAX_PERSISTENT_GRANTS);
-        match platform.map(peer, &refs, Access::ReadWrite) {
-            Ok(pages) if fits => {
-                let base = pages.base();
+        let kept = if self.is_overfull() { Ok(None) } else { self.map(&refs).map(Some) };
+        self.crowded |= crowds && kept.is_ok();
+        match kept {
+            Ok(Some(pages)) => {
+                let (count, base) = (refs.len(), pages.base());
                 let run = Run { pages, base, refs: refs.into(), pins: 1, used: self.tick };
                 self.runs[place as usize] = Some(run);
-                Ok(Found { count, base: base.as_ptr(), is_new: true, hold: Hold::Pin(Pin(place)) })
+                Ok(Found { count, base: base.as_ptr(), hold: Hold::Pin(Pin(place)) })
             }
             not_kept => {
                 for gref in &refs {
                     self.places.remove(gref);
                 }
                 self.free.push(place);
-                let pages = not_kept?;
+                not_kept?;
+                let all: Vec<_> = segments.iter().map(|segment| segment.gref).collect();
+                let pages = self.map(&all)?;
                 let base = pages.base().as_ptr();
-                Ok(Found { count, base, is_new: true, hold: Hold::Map(pages) })
+                Ok(Found { count: all.len(), base, hold: Hold::Map(pages) })
             }
         }
+    }
+
+    fn is_overfull(&self) -> bool {
+        self.places.len() > MAX_PERSISTENT_GRANTS
+    }
+
+    fn map(&mut self, refs: &[GrantRef]) -> xen_platform::Result<Arc<dyn MappedGrants>> {
+        self.tried += refs.len();
+        // Read-write whatever the request: the same page serves a read next time. A frontend that
+        // offers persistent grants grants them all that way (blkif.h, feature-persistent).
+        let pages = self.platform.map(self.peer, refs, Access::ReadWrite)?;
+        self.stats.grant_maps.add(refs.len() as u64);
+        Ok(pages)
     }
 
     /// Gives back one use of a run.
@@ -196,18 +218,16 @@ impl PersistentGrants {
     /// Unmaps a share of the pages, and those above the limit: long runs first, then what was unused
     /// for longest.
     fn evict(&mut self) {
-        self.crowded = true;
         let tick = self.tick;
-        let mut idle: Vec<_> = (0u32..)
-            .zip(&self.runs)
-            .filter_map(|(place, run)| Some((place, run.as_ref()?)))
-            .filter(|(_, run)| run.pins == 0)
-            .map(|(place, run)| (run.refs.len(), tick.wrapping_sub(run.used), place))
-            .collect();
+        let idle = |(place, run): (u32, &Option<Run>)| {
+            let run = run.as_ref().filter(|run| run.pins == 0)?;
+            Some((run.refs.len(), tick.wrapping_sub(run.used), place))
+        };
+        let mut idle: Vec<_> = (0u32..).zip(&self.runs).filter_map(idle).collect();
         idle.sort_unstable_by(|a, b| b.cmp(a));
         let keep = MAX_PERSISTENT_GRANTS - MAX_PERSISTENT_GRANTS / EVICT_SHARE;
         for (_, _, place) in idle {
-            if self.held() <= keep {
+            if self.places.len() <= keep {
                 break;
             }
             drop(self.give_up(place));
@@ -218,7 +238,9 @@ impl PersistentGrants {
     pub(super) fn purge(&mut self) -> Vec<Arc<dyn MappedGrants>> {
         self.crowded = false;
         let places = 0..self.runs.len() as u32;
-        places.filter_map(|place| self.give_up(place)).collect()
+        let pages = places.filter_map(|place| self.give_up(place)).collect();
+        self.stats.persistent_held.set(self.places.len() as u64);
+        pages
     }
 
     /// All of its pages.
@@ -233,7 +255,10 @@ impl PersistentGrants {
             self.places.remove(gref);
         }
         self.free.push(place);
-        self.evictions += run.refs.len() as u64;
+        self.stats.persistent_evictions.add(run.refs.len() as u64);
         Some(run.pages)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -217,8 +217,8 @@ fn wait(epoll: &Epoll, events: &mut [EpollEvent], left: Option<Duration>) -> io:
     }
 }
 
-/// Unmaps pages, and then drops `alive`, on a thread of its own: a system call for each of a thousand
-/// pages takes milliseconds, which the rings that stay would wait for.
+/// Unmaps pages, and then drops `alive`, on a thread of its own: a thousand pages, with a system call for
+/// each run of them, take milliseconds, which the rings that stay would wait for.
 pub(super) fn unmap(pages: Vec<Arc<dyn MappedGrants>>, alive: impl Send + 'static) {
     if pages.is_empty() {
         return;

@@ -24,8 +24,8 @@ use xen_platform::{EventChannel, MappedGrants};
 /// Requests that are taken in a round at the most. The frontend works on their answers while the next
 /// are carried out; one submission to the device for so many is no cost any more.
 const MAX_ROUND: usize = 16;
-/// Pages that a turn maps, or unmaps, at the most, but for those of its last request: the rings that share
-/// the thread wait for all of them.
+/// Pages that a turn maps, or unmaps when requests end, at the most, but for those of its last request: the
+/// rings that share the thread wait for all of them. (Room for new pages is made by as many unmapped.)
 const MAX_MAPS: usize = 256;
 /// Responses that are shown at a time, for the same reason; and a frontend that sleeps takes longer
 /// to wake than the rest of a round takes.

@@ -39,7 +39,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::thread::JoinHandle;
+use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 /// Requests a queue holds, unless [`Options::depth`] says otherwise: as many as a ring of one page.
@@ -156,8 +156,8 @@ impl<'a> BlockDevice<'a> {
     }
 
     /// Serves until `stop` becomes readable, the disk is gone, or a thread fails. It calls `ready` when
-    /// the device can be used, if that is not before. At the end what the kernel has cached is written, for at most five
-    /// seconds, and the device is removed.
+    /// the device can be used, unless it ends before that. At the end what the kernel has cached is
+    /// written, for at most five seconds, and the device is removed.
     ///
     /// # Errors
     /// When a queue is taken, or threads cannot be made or one of them fails.
@@ -198,12 +198,13 @@ impl<'a> BlockDevice<'a> {
         let ends: Vec<_> = std::iter::once(started.as_fd()).chain(ends.iter().copied()).collect();
         let (disk, path, device) = (self.disk, self.path(), &mut self.device);
         std::thread::scope(|scope| {
-            let start = scope.spawn(move || {
+            let start = Builder::new().name("start".to_owned()).spawn_scoped(scope, move || {
                 let result = device.start();
                 // Not before: its end tells that the device is there.
                 drop(starts);
                 result
             });
+            let start = start.map_err(failed("start a thread"))?;
             let news = wait(disk, &path, &ends);
             let appeared = matches!(news, Ok(News::Ended(0)));
             if !appeared {
@@ -222,11 +223,16 @@ impl<'a> BlockDevice<'a> {
     fn stop(&mut self, threads: &[Thread]) -> Result<(), Error> {
         std::thread::scope(|scope| {
             let (stopped, waits) = channel::<()>();
-            scope.spawn(move || {
-                if waits.recv_timeout(STOP_PATIENCE) == Err(RecvTimeoutError::Timeout) {
-                    tell(threads, |shared| &shared.give_up);
-                }
-            });
+            let patience =
+                Builder::new().name("patience".to_owned()).spawn_scoped(scope, move || {
+                    if waits.recv_timeout(STOP_PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                        tell(threads, |shared| &shared.give_up);
+                    }
+                });
+            if patience.is_err() {
+                // Nobody would end the wait.
+                tell(threads, |shared| &shared.give_up);
+            }
             let result = self.device.stop();
             drop(stopped);
             result
@@ -258,7 +264,7 @@ impl<'a> BlockDevice<'a> {
             let worker = worker.map_err(failed("set a queue up"))?;
             let at_work = at_work.try_clone().map_err(failed("make a socket"))?;
             let ready = ready.clone();
-            let thread = std::thread::Builder::new().name(format!("ublk-vcpu{number}"));
+            let thread = Builder::new().name(format!("ublk-vcpu{number}"));
             let thread = thread.spawn(move || {
                 // Gone with it: a thread that serves has nothing more to say.
                 let result = worker.run(move || {
