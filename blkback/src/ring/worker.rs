@@ -24,6 +24,9 @@ use xen_platform::{EventChannel, MappedGrants};
 /// Requests that are taken in a round at the most. The frontend works on their answers while the next
 /// are carried out; one submission to the device for so many is no cost any more.
 const MAX_ROUND: usize = 16;
+/// 512-byte sectors that the requests of a round read or write at the most, but for those of its last
+/// request, where data is moved at all: the answer to a long one need not wait for fifteen others.
+const MAX_ROUND_SECTORS: u64 = 512;
 /// Pages that a turn maps, or unmaps when requests end, at the most, but for those of its last request: the
 /// rings that share the thread wait for all of them. (Room for new pages is made by as many unmapped.)
 const MAX_MAPS: usize = 256;
@@ -67,6 +70,8 @@ pub(super) struct Worker {
     pub(super) inflight: Inflight,
     pub(super) channel: Box<dyn EventChannel>,
     limits: Limits,
+    /// [`MAX_ROUND_SECTORS`], or no limit.
+    round_sectors: u64,
     orders: Arc<Orders>,
     pub(super) stats: Arc<RingStats>,
     // Before `data`: a queue that is dropped waits for its operations, which use the memory in `data`.
@@ -125,6 +130,11 @@ impl Worker {
             inflight: setup.inflight,
             channel: setup.channel,
             limits: setup.limits,
+            round_sectors: if setup.storage.geometry().moves_data {
+                MAX_ROUND_SECTORS
+            } else {
+                u64::MAX
+            },
             orders,
             stats: setup.stats,
             queue,
@@ -205,8 +215,12 @@ impl Worker {
         self.limits.sectors = self.orders.sectors();
         self.data.tick();
         let (mut taken, mut handled, mut raw) = (0, 0, RawRequest::default());
-        let tried = self.data.tried();
-        while !self.barrier && handled < MAX_ROUND && self.data.tried() - tried < MAX_MAPS {
+        let (tried, moved) = (self.data.tried(), self.moved());
+        while !self.barrier
+            && handled < MAX_ROUND
+            && self.moved() - moved < self.round_sectors
+            && self.data.tried() - tried < MAX_MAPS
+        {
             // None is taken while another waits.
             let next = match self.inflight.resume(&mut raw) {
                 None => self.inflight.take(&mut self.requests, &mut raw).inspect(|_| taken += 1),
@@ -227,6 +241,11 @@ impl Worker {
             }
         }
         Ok(handled)
+    }
+
+    /// Sectors that requests so far have read or written.
+    fn moved(&self) -> u64 {
+        self.stats.rd_sect.get() + self.stats.wr_sect.get()
     }
 
     /// Prepares a request, or answers it at once; `false` if it must wait.
