@@ -49,7 +49,7 @@ struct Flying {
 }
 
 /// A part of an I/O that starts at a page of its buffer.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 struct Piece {
     io: u32,
     page: u32,
@@ -58,8 +58,6 @@ struct Piece {
     next: u32,
     /// Of the first piece of a request, which goes by that piece's number.
     request: Request,
-    /// The request's page of segments, while the backend has it.
-    indirect: Option<IoBuffer>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -107,6 +105,8 @@ pub(crate) struct Flight {
     merge: bool,
     ios: Slab<Flying>,
     pieces: Slab<Piece>,
+    /// By request, its page of segments while the backend has it.
+    indirect: Box<[Option<IoBuffer>]>,
     /// Requests held back by a plug, or waiting for a slot.
     waiting: VecDeque<u32>,
     edges: Edges,
@@ -124,6 +124,7 @@ impl Flight {
             merge,
             ios: Slab::new(depth),
             pieces: Slab::new(depth + pages),
+            indirect: (0..depth + pages).map(|_| None).collect(),
             waiting: VecDeque::with_capacity(depth + pages),
             edges: Edges { starts: [0; MERGE_WINDOW], ends: [0; MERGE_WINDOW], newest: 0 },
             segments: Segments::EMPTY,
@@ -224,7 +225,7 @@ impl Flight {
     ) {
         let segments = sectors.div_ceil(PAGE_SECTORS);
         let request = Request { kind, sector, sectors, segments, last: NONE, waited: false };
-        let piece = Piece { io, page, sectors, next: NONE, request, indirect: None };
+        let piece = Piece { io, page, sectors, next: NONE, request };
         // Cannot fail: `new` made room for every page and every I/O.
         let Some(key) = self.pieces.insert(piece) else { return };
         if let Some(flying) = self.ios.get_mut(io) {
@@ -332,7 +333,7 @@ impl Flight {
         let mut pages = [GrantRef(0); MAX_INDIRECT_PAGES];
         pages[0] = lists.gref(list.page_at(0));
         let nr_segments = request.segments as u16;
-        self.pieces.get_mut(key)?.indirect = Some(list);
+        *self.indirect.get_mut(key as usize)? = Some(list);
         Some(Body::Indirect { transfer, sector, nr_segments, pages })
     }
 
@@ -366,6 +367,7 @@ impl Flight {
             }
             (Status::Error, _) => Err(IoError::Backend),
         };
+        self.drop_list(key);
         let mut next = key;
         while let Some(piece) = self.pieces.remove(next) {
             next = piece.next;
@@ -381,6 +383,13 @@ impl Flight {
             } else {
                 self.land(piece.io, done);
             }
+        }
+    }
+
+    /// The backend is done with a request's page of segments, if it has one.
+    fn drop_list(&mut self, key: u32) {
+        if let Some(list) = self.indirect.get_mut(key as usize) {
+            *list = None;
         }
     }
 
@@ -414,6 +423,7 @@ impl Flight {
             Kind::Barrier | Kind::Write => (Kind::Write, self.limits.flush != FlushMode::None),
             kind => (kind, false),
         };
+        self.drop_list(key);
         let (mut next, mut sector) = (key, request.sector);
         while let Some(piece) = self.pieces.remove(next) {
             if let Some(flying) = self.ios.get_mut(piece.io) {
@@ -430,6 +440,7 @@ impl Flight {
     pub(crate) fn abandon(&mut self, done: &mut Vec<Completed>) {
         self.waiting.clear();
         self.pieces.drain().for_each(drop);
+        self.indirect.fill_with(|| None);
         let gone = |flying: Flying| Completed {
             cookie: flying.cookie,
             result: Err(IoError::Gone),

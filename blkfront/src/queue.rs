@@ -211,7 +211,7 @@ impl Queue {
                     if !hw.push(Owner { user: self.vcpu, request }, body) {
                         break;
                     }
-                    hw.publish_some()
+                    hw.show_some()
                 }
                 Path::Shared(staging) => {
                     let (connection, body) = (self.connection, body.to_owned());

@@ -37,10 +37,9 @@ impl<T> Slab<T> {
     pub(crate) fn insert(&mut self, value: T) -> Option<u32> {
         let key = self.free;
         let place = self.places.get_mut(key as usize)?;
-        if let Place::Free { next } = *place {
-            self.free = next;
-        }
+        let Place::Free { next } = *place else { return None };
         *place = Place::Used(value);
+        self.free = next;
         self.len += 1;
         Some(key)
     }

@@ -3,6 +3,7 @@
 #[cfg(not(loom))]
 use crate::codec::decode_request_to;
 use crate::codec::{decode_request, encode_response};
+use crate::progress::{Progress, Shared};
 use crate::request::{RawRequest, Response};
 use crate::shared::{SharedRing, full_fence};
 #[cfg(not(loom))]
@@ -48,7 +49,7 @@ pub(crate) fn halves(ring: Arc<SharedRing>, index: u32) -> (RequestConsumer, Res
             seen: index,
             answered: index,
         },
-        ResponseProducer { ring, halves, pushed: index, published: index, taken: index },
+        ResponseProducer { ring, halves, progress: Progress::starting_at(index), taken: index },
     )
 }
 
@@ -206,10 +207,7 @@ impl RequestConsumer {
 pub struct ResponseProducer {
     ring: Arc<SharedRing>,
     halves: Arc<Halves>,
-    /// `rsp_prod_pvt`
-    pushed: u32,
-    /// `rsp_prod` on the page.
-    published: u32,
+    progress: Progress,
     /// Requests taken, as last heard from the other half.
     taken: u32,
 }
@@ -221,46 +219,54 @@ impl ResponseProducer {
     /// [`RingFull`] when every request that was taken has had its response.
     #[inline]
     pub fn push(&mut self, response: &Response) -> Result<(), RingFull> {
-        if self.pushed == self.taken {
+        if self.index() == self.taken {
             self.taken = self.halves.requests.0.load(Ordering::Acquire);
-            if self.pushed == self.taken {
+            if self.index() == self.taken {
                 return Err(RingFull);
             }
         }
-        encode_response(self.ring.response(self.pushed), self.ring.layout(), response);
-        self.pushed = self.pushed.wrapping_add(1);
+        encode_response(self.ring.response(self.index()), self.ring.layout(), response);
+        self.progress.push();
         Ok(())
     }
 
     /// Number of the next response to be pushed (`rsp_prod_pvt`).
+    #[inline]
     pub fn index(&self) -> u32 {
-        self.pushed
+        self.progress.pushed
     }
 
     /// Responses pushed and not shown yet.
     #[inline]
-    pub fn unpublished(&self) -> u32 {
-        self.pushed.wrapping_sub(self.published)
+    pub fn unshown(&self) -> u32 {
+        self.progress.unshown()
     }
 
-    /// Shows the frontend what was pushed, and says whether it wants an event for it
-    /// (`RING_PUSH_RESPONSES_AND_CHECK_NOTIFY`).
+    /// Whether all that was pushed is [published](Self::publish).
+    #[inline]
+    pub fn is_published(&self) -> bool {
+        self.progress.is_published()
+    }
+
+    /// Shows the frontend what was pushed while more is to come, and says whether it is known to want an
+    /// event. It may want one and not be known to: [`Self::publish`] has to follow. That has a fence, which
+    /// waits until all that was stored is on its way to the other CPU; this has none.
+    #[must_use = "a frontend that asked for an event sleeps until it comes"]
+    #[inline]
+    pub fn show(&mut self) -> bool {
+        self.progress.show(&shared(&self.ring, &self.halves))
+    }
+
+    /// Shows the frontend what was pushed, and says whether it wants an event for that or for what was shown
+    /// before (`RING_PUSH_RESPONSES_AND_CHECK_NOTIFY`).
     #[must_use = "a frontend that asked for an event sleeps until it comes"]
     #[inline]
     pub fn publish(&mut self) -> bool {
-        if self.published == self.pushed {
-            return false;
-        }
-        let before = core::mem::replace(&mut self.published, self.pushed);
-        // First, or the other half may see requests that rest on responses it has not heard of.
-        self.halves.responses.0.store(self.pushed, Ordering::Relaxed);
-        self.ring.rsp_prod().store(self.pushed, Ordering::Release);
-        full_fence();
-        crosses(before, self.pushed, self.ring.rsp_event().load(Ordering::Relaxed))
+        self.progress.publish(&shared(&self.ring, &self.halves))
     }
 }
 
-/// Whether an index that moved from `old` to `new` passed the one an event was asked for.
-pub(crate) fn crosses(old: u32, new: u32, event: u32) -> bool {
-    new.wrapping_sub(event) < new.wrapping_sub(old)
+#[inline]
+fn shared<'a>(ring: &'a SharedRing, halves: &'a Halves) -> Shared<'a> {
+    Shared { half: &halves.responses.0, prod: ring.rsp_prod(), event: ring.rsp_event() }
 }

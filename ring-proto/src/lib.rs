@@ -32,6 +32,7 @@ pub mod front;
 mod ids;
 mod layout;
 mod memory;
+mod progress;
 mod request;
 mod shared;
 mod sync;

@@ -110,17 +110,18 @@ pub(crate) fn full_fence() {
     loom::sync::atomic::fence(loom::sync::atomic::Ordering::SeqCst);
 }
 
-/// Asks for the cache line of a slot. One that is to be written as well makes one journey between CPUs
+/// Asks for the cache line of a word. One that is to be written as well makes one journey between CPUs
 /// then, instead of one to be read and another to be made our own.
 #[inline]
-fn prefetch(slot: &[Word], to_write: bool) {
+fn prefetch(word: Option<&Word>, to_write: bool) {
+    let Some(word) = word else { return };
     macro_rules! hint {
         ($($name:literal)*) => {
             // SAFETY: it has no effect that a program can see, whatever the address.
             unsafe {
                 core::arch::asm!(
                     concat!($($name),*, " [{}]"),
-                    in(reg) slot.as_ptr(),
+                    in(reg) core::ptr::from_ref(word),
                     options(nostack, preserves_flags, readonly)
                 );
             }
@@ -138,8 +139,12 @@ fn prefetch(slot: &[Word], to_write: bool) {
     } else {
         hint!("prfm pldl1keep,")
     }
-    let _ = (slot, to_write);
+    let _ = (word, to_write);
 }
+
+/// The last word of a request's first segment, or one beside it, whatever the layout. In a union ring,
+/// whose slots are of 112 bytes, one in four has it on another cache line than its start.
+const FIRST_SEGMENT_END: usize = 7;
 
 /// A ring over shared pages.
 pub(crate) struct SharedRing {
@@ -188,16 +193,23 @@ impl SharedRing {
         matches!(self.layout, RingLayout::Union(_))
     }
 
-    /// Has the CPU fetch the slot of request `index`. In a union ring its response overwrites it soon.
+    /// Has the CPU fetch the slot of request `index`, as far as its first segment. In a union ring its
+    /// response overwrites it soon.
     #[inline]
     pub(crate) fn prefetch_request(&self, index: u32) {
-        prefetch(self.request(index), self.is_union());
+        let slot = self.request(index);
+        prefetch(slot.first(), self.is_union());
+        prefetch(slot.get(FIRST_SEGMENT_END), self.is_union());
     }
 
     /// Has the CPU fetch the slot of response `index`. In a union ring a request overwrites it soon.
     #[inline]
     pub(crate) fn prefetch_response(&self, index: u32) {
-        prefetch(self.response(index), self.is_union());
+        if self.is_union() {
+            self.prefetch_request(index);
+        } else {
+            prefetch(self.response(index).first(), false);
+        }
     }
 
     /// The words of the slot that response `index` stands in.

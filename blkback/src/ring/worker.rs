@@ -32,7 +32,7 @@ const MAX_ROUND_SECTORS: u64 = 512;
 const MAX_MAPS: usize = 256;
 /// Responses that are shown at a time, for the same reason; and a frontend that sleeps takes longer
 /// to wake than the rest of a round takes.
-const PUBLISH_EVERY: u32 = 8;
+const SHOW_EVERY: u32 = 8;
 
 /// What is known of a request between its taking and its response.
 #[derive(Clone, Copy, Default)]
@@ -440,8 +440,9 @@ impl Worker {
                 timed += 1;
             }
             self.answer(tag, entry.id, entry.operation, status);
-            if self.responses.unpublished() >= PUBLISH_EVERY {
-                self.publish();
+            if self.responses.unshown() >= SHOW_EVERY {
+                let wanted = self.responses.show();
+                self.shown(wanted);
             }
         }
         ended.drain(..count);
@@ -496,19 +497,25 @@ impl Worker {
     }
 
     fn publish(&mut self) {
-        if self.responses.unpublished() == 0 {
+        if self.responses.is_published() {
             return;
         }
         self.stats.system_calls.set(self.queue.counters().system_calls + self.sleep.calls);
         let wanted = self.responses.publish();
-        self.inflight.published();
         if !wanted {
             self.stats.kicks_saved.add(1);
-            return;
         }
-        self.stats.kicks.add(1);
-        if let Err(error) = self.channel.notify() {
-            tracing::warn!(%error, "could not send an event");
+        self.shown(wanted);
+    }
+
+    /// The frontend can see the responses, and `wants` an event for them.
+    fn shown(&mut self, wants: bool) {
+        self.inflight.published();
+        if wants {
+            self.stats.kicks.add(1);
+            if let Err(error) = self.channel.notify() {
+                tracing::warn!(%error, "could not send an event");
+            }
         }
     }
 }
