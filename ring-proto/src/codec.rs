@@ -9,6 +9,32 @@ use core::ops::Deref;
 #[cfg(not(loom))]
 use core::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
+/// Code of its own for each layout, with the fields' places in it.
+macro_rules! each_layout {
+    ($layout:expr, $words:ident, $fields:ident => $code:expr) => {
+        match $layout {
+            RingLayout::Union(Abi::X86_64) => each_layout!(UNION_64, &X86_64, $words, $fields, $code),
+            RingLayout::Union(Abi::X86_32) => each_layout!(UNION_32, &X86_32, $words, $fields, $code),
+            RingLayout::Split => each_layout!(RingLayout::Split, &SPLIT, $words, $fields, $code),
+        }
+    };
+    ($layout:expr, $its_fields:expr, $words:ident, $fields:ident, $code:expr) => {{
+        const $words: usize = $layout.request_words();
+        let $fields = $its_fields;
+        $code
+    }};
+}
+
+const UNION_64: RingLayout = RingLayout::Union(Abi::X86_64);
+const UNION_32: RingLayout = RingLayout::Union(Abi::X86_32);
+
+/// A slot, as long as its layout says; nobody hands out shorter ones. A length that the compiler knows
+/// saves it a check a word.
+#[inline]
+fn whole<T, const WORDS: usize>(slot: &[T]) -> &[T; WORDS] {
+    slot.first_chunk().unwrap_or_else(|| unreachable!("a slot of {WORDS} words"))
+}
+
 /// A read beyond the slot cannot happen: the fields of a layout lie within its stride.
 #[inline]
 fn load(slot: &[Word], word: usize) -> u32 {
@@ -51,7 +77,10 @@ fn store_id(slot: &[Word], fields: &Fields, id: u64) {
 /// Copies a request out of its slot. Each word is read once, and how many are is decided by the copy (XSA-155).
 #[inline]
 pub(crate) fn decode_request(slot: &[Word], layout: RingLayout, raw: &mut RawRequest) {
-    decode(|word| load(slot, word), layout, raw);
+    each_layout!(layout, WORDS, fields => {
+        let slot: &[_; WORDS] = whole(slot);
+        decode_fields(|word| load(slot, word), fields, raw);
+    });
 }
 
 /// As [`decode_request`], and writes each word that it reads to the same place in `copy`.
@@ -63,31 +92,23 @@ pub(crate) fn decode_request_to(
     copy: &[AtomicU32],
     raw: &mut RawRequest,
 ) {
-    let tee = |word| {
-        let value = load(slot, word);
-        if let Some(to) = copy.get(word) {
-            to.store(value, Relaxed);
-        }
-        value
-    };
-    decode(tee, layout, raw);
+    each_layout!(layout, WORDS, fields => {
+        let (slot, copy): (&[_; WORDS], &[_; WORDS]) = (whole(slot), whole(copy));
+        let tee = |word| {
+            let value = load(slot, word);
+            if let Some(to) = copy.get(word) {
+                to.store(value, Relaxed);
+            }
+            value
+        };
+        decode_fields(tee, fields, raw);
+    });
 }
 
 /// Decodes what [`decode_request_to`] wrote: what is read depends on nothing but what was read before.
 #[cfg(not(loom))]
 pub(crate) fn decode_copy(copy: &[AtomicU32], layout: RingLayout, raw: &mut RawRequest) {
-    decode(|word| copy.get(word).map_or(0, |from| from.load(Relaxed)), layout, raw);
-}
-
-/// Decodes a request, reading each word once. Each layout has code of its own, with its fields' places
-/// in it.
-#[inline]
-fn decode(load: impl Fn(usize) -> u32, layout: RingLayout, raw: &mut RawRequest) {
-    match layout {
-        RingLayout::Union(Abi::X86_64) => decode_fields(load, &X86_64, raw),
-        RingLayout::Union(Abi::X86_32) => decode_fields(load, &X86_32, raw),
-        RingLayout::Split => decode_fields(load, &SPLIT, raw),
-    }
+    decode_fields(|word| copy.get(word).map_or(0, |from| from.load(Relaxed)), layout.fields(), raw);
 }
 
 #[inline(always)]
@@ -125,11 +146,9 @@ pub(crate) fn encode_request<S: Deref<Target = [Segment]>>(
     layout: RingLayout,
     request: &Request<S>,
 ) {
-    match layout {
-        RingLayout::Union(Abi::X86_64) => encode_fields(slot, &X86_64, request),
-        RingLayout::Union(Abi::X86_32) => encode_fields(slot, &X86_32, request),
-        RingLayout::Split => encode_fields(slot, &SPLIT, request),
-    }
+    each_layout!(layout, WORDS, fields => {
+        encode_fields(whole::<_, WORDS>(slot), fields, request);
+    });
 }
 
 #[inline(always)]

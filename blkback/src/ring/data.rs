@@ -179,10 +179,10 @@ impl Data {
     fn fetch_page(&mut self, gref: GrantRef, bytes: usize) -> Result<(), Unreachable> {
         if let Via::Persistent(pool) = &mut self.via {
             let page = Segment::new(gref, 0, SECTORS_PER_PAGE - 1);
-            let found = pool.find(&[page]).map_err(|_| Unreachable::Refused)?;
+            let (found, hold) = pool.find(&[page]).map_err(|_| Unreachable::Refused)?;
             // SAFETY: `hold` keeps the page mapped, and `bytes` is a page at the most.
             unsafe { IoVec::new(found.base, bytes) }.copy_to(&mut self.page[..bytes]);
-            if let Hold::Pin(pin) = found.hold {
+            if let Hold::Pin(pin) = hold {
                 pool.unpin(pin);
             }
             return Ok(());
@@ -246,19 +246,24 @@ impl Data {
             Via::Persistent(pool) => {
                 let mut rest = segments;
                 while !rest.is_empty() {
-                    let Ok(Found { count, base, hold }) = pool.find(rest) else {
+                    let Found { count, base } = if let Some((found, pin)) = pool.known(rest) {
+                        held.pins.push(pin);
+                        found
+                    } else if let Ok((found, hold)) = pool.find(rest) {
+                        match hold {
+                            Hold::Pin(pin) => held.pins.push(pin),
+                            Hold::Map(pages) => {
+                                held.maps.push(pages);
+                                held.mapped += found.count;
+                                self.mapped += found.count;
+                            }
+                        }
+                        found
+                    } else {
                         buffers.clear();
                         self.release(tag);
                         return Err(Unreachable::Refused);
                     };
-                    match hold {
-                        Hold::Pin(pin) => held.pins.push(pin),
-                        Hold::Map(pages) => {
-                            held.maps.push(pages);
-                            held.mapped += count;
-                            self.mapped += count;
-                        }
-                    }
                     let (these, others) = rest.split_at(count);
                     // SAFETY: the pages stay mapped until `release` gives the pin or map back, and
                     // validation keeps each segment within its page.
@@ -351,14 +356,16 @@ impl Data {
                 }
             }
             Via::Persistent(pool) => {
-                for pin in held.pins.drain(..) {
+                while let Some(pin) = held.pins.pop() {
                     pool.unpin(pin);
                 }
             }
             Via::Map | Via::Nothing => {}
         }
-        held.maps.clear();
-        self.mapped -= std::mem::take(&mut held.mapped);
+        if held.mapped > 0 {
+            held.maps.clear();
+            self.mapped -= std::mem::take(&mut held.mapped);
+        }
     }
 }
 
@@ -368,13 +375,16 @@ impl Data {
 /// # Safety
 /// As for [`IoVec::new`], for each segment's part of its page.
 unsafe fn list(base: *mut u8, segments: &[Segment], buffers: &mut IoVecs) {
-    let mut page = base;
-    for piece in segments.chunk_by(Segment::touches) {
-        let offset = piece.first().map_or(0, Segment::offset);
-        let bytes = piece.iter().map(Segment::bytes).sum();
-        // SAFETY: the caller's obligations.
-        buffers.push(unsafe { IoVec::new(page.wrapping_add(offset), bytes) });
-        page = page.wrapping_add(piece.len() * PAGE_SIZE);
+    let (mut from, mut bytes) = (base, 0);
+    for (page, segment) in segments.iter().enumerate() {
+        if bytes == 0 {
+            from = base.wrapping_add(page * PAGE_SIZE + segment.offset());
+        }
+        bytes += segment.bytes();
+        if !segments.get(page + 1).is_some_and(|next| segment.touches(next)) {
+            // SAFETY: the caller's obligations.
+            buffers.push(unsafe { IoVec::new(from, std::mem::take(&mut bytes)) });
+        }
     }
 }
 

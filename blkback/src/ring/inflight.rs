@@ -321,8 +321,8 @@ fn is_open(state: Option<State>, published: u32, slots: u32) -> Option<bool> {
     }
 }
 
-fn entry(words: &[AtomicU32], tag: u16) -> &[AtomicU32] {
-    &words[header::WORDS + usize::from(tag) * entry::WORDS..][..entry::WORDS]
+fn entry(words: &[AtomicU32], tag: u16) -> &[AtomicU32; entry::WORDS] {
+    &words[header::WORDS..].as_chunks().0[usize::from(tag)]
 }
 
 /// Up to four bytes as a word.

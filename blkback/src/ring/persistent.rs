@@ -81,14 +81,12 @@ pub(super) struct PersistentGrants {
 }
 
 /// Memory of the first of some segments.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Found {
     /// How many segments it serves, at least one.
     pub(super) count: usize,
     /// Where the page of the first is mapped; those of the others follow.
     pub(super) base: *mut u8,
-    /// What keeps it mapped.
-    pub(super) hold: Hold,
 }
 
 /// What keeps pages mapped.
@@ -127,35 +125,41 @@ impl PersistentGrants {
         self.tried
     }
 
-    /// The pages of `segments`, or of as many of the first of them as lie side by side, mapped now if
-    /// they were not.
+    /// The pages of `segments`, or of as many of the first of them as lie side by side, if they are mapped.
+    #[inline]
+    pub(super) fn known(&mut self, segments: &[Segment]) -> Option<(Found, Pin)> {
+        let &Place { run: place, page } = self.places.get(&segments.first()?.gref)?;
+        let run = self.runs.get_mut(place as usize)?.as_mut()?;
+        run.pins += 1;
+        run.used = self.tick;
+        let base = run.base.as_ptr().wrapping_add(page as usize * PAGE_SIZE);
+        let mut count = 1;
+        if segments.len() > 1 {
+            let behind = run.refs.get(page as usize + 1..).unwrap_or_default();
+            let pairs = segments.iter().skip(1).zip(behind);
+            count += pairs.take_while(|(segment, gref)| segment.gref == **gref).count();
+        }
+        self.stats.persistent_hits.add(count as u64);
+        Some((Found { count, base }, Pin(place)))
+    }
+
+    /// As [`Self::known`]; the pages are mapped now if they were not.
     ///
     /// # Errors
     /// When the frontend has not granted one of them, or it cannot be mapped.
-    pub(super) fn find(&mut self, segments: &[Segment]) -> xen_platform::Result<Found> {
-        if let Some(first) = segments.first()
-            && let Some(&Place { run: place, page }) = self.places.get(&first.gref)
-            && let Some(Some(run)) = self.runs.get_mut(place as usize)
-        {
-            run.pins += 1;
-            run.used = self.tick;
-            // The first is known: a run of one page need not be looked into.
-            let behind = run.refs.get(page as usize + 1..).unwrap_or_default();
-            let pairs = segments.iter().skip(1).zip(behind);
-            let count = 1 + pairs.take_while(|(segment, gref)| segment.gref == **gref).count();
-            let base = run.base.as_ptr().wrapping_add(page as usize * PAGE_SIZE);
-            self.stats.persistent_hits.add(count as u64);
-            return Ok(Found { count, base, hold: Hold::Pin(Pin(place)) });
+    #[cold]
+    pub(super) fn find(&mut self, segments: &[Segment]) -> xen_platform::Result<(Found, Hold)> {
+        if let Some((found, pin)) = self.known(segments) {
+            return Ok((found, Hold::Pin(pin)));
         }
-        let found = self.add(segments);
+        let added = self.add(segments);
         self.stats.persistent_held.set(self.places.len() as u64);
-        found
+        added
     }
 
     /// Maps and keeps the first of `segments`, up to one whose page is there already. If there is no room
     /// for them, maps them all for this request.
-    #[cold]
-    fn add(&mut self, segments: &[Segment]) -> xen_platform::Result<Found> {
+    fn add(&mut self, segments: &[Segment]) -> xen_platform::Result<(Found, Hold)> {
         let place = self.free.pop().unwrap_or_else(|| {
             self.runs.push(None);
             self.runs.len() as u32 - 1
@@ -179,7 +183,7 @@ impl PersistentGrants {
                 let (count, base) = (refs.len(), pages.base());
                 let run = Run { pages, base, refs: refs.into(), pins: 1, used: self.tick };
                 self.runs[place as usize] = Some(run);
-                Ok(Found { count, base: base.as_ptr(), hold: Hold::Pin(Pin(place)) })
+                Ok((Found { count, base: base.as_ptr() }, Hold::Pin(Pin(place))))
             }
             not_kept => {
                 for gref in &refs {
@@ -190,7 +194,7 @@ impl PersistentGrants {
                 let all: Vec<_> = segments.iter().map(|segment| segment.gref).collect();
                 let pages = self.map(&all)?;
                 let base = pages.base().as_ptr();
-                Ok(Found { count: all.len(), base, hold: Hold::Map(pages) })
+                Ok((Found { count: all.len(), base }, Hold::Map(pages)))
             }
         }
     }

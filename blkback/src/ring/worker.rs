@@ -380,14 +380,14 @@ impl Worker {
                 self.end(tag, Status::Error);
                 continue;
             }
-            let entry = self.table[usize::from(tag)];
-            let kind = match entry.kind {
+            let Entry { kind, offset, .. } = self.table[usize::from(tag)];
+            let kind = match kind {
                 Kind::Read => OpKind::Read,
                 Kind::Write => OpKind::Write { fua: false },
                 Kind::Flush | Kind::FlushThenWrite { .. } => OpKind::Flush,
                 Kind::Discard { bytes, secure } => OpKind::Discard { bytes, secure },
             };
-            self.submit(tag, kind, entry.offset);
+            self.submit(tag, kind, offset);
         }
         self.ready = ready;
     }
@@ -425,8 +425,8 @@ impl Worker {
                 break;
             }
             count += 1;
-            let entry = self.table[usize::from(tag)];
-            let mut status = entry.status.unwrap_or(Status::Error);
+            let Entry { id, operation, taken, status, .. } = self.table[usize::from(tag)];
+            let mut status = status.unwrap_or(Status::Error);
             if status == Status::Okay && self.data.refused(tag) {
                 self.stats.grant_errors.add(1);
                 status = Status::Error;
@@ -435,11 +435,11 @@ impl Worker {
             // disables the device.
             self.data.release(tag);
             self.in_flight -= 1;
-            if let (Some(taken), Some(done)) = (entry.taken, device_done) {
+            if let (Some(taken), Some(done)) = (taken, device_done) {
                 self.stats.device.record(done.get().saturating_sub(taken.get()), 1);
                 timed += 1;
             }
-            self.answer(tag, entry.id, entry.operation, status);
+            self.answer(tag, id, operation, status);
             if self.responses.unshown() >= SHOW_EVERY {
                 let wanted = self.responses.show();
                 self.shown(wanted);

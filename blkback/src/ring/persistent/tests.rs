@@ -97,7 +97,7 @@ impl Rig {
             grefs.into_iter().map(|gref| Segment::new(GrantRef(gref), 0, 7)).collect();
         let (mut rest, mut counts) = (&segments[..], Vec::new());
         while !rest.is_empty() {
-            let Found { count, hold, .. } = self.pool.find(rest)?;
+            let (Found { count, .. }, hold) = self.pool.find(rest)?;
             if let Hold::Pin(pin) = hold {
                 self.pins.push(pin);
             }
