@@ -294,6 +294,7 @@ impl Flight {
     }
 
     /// What goes on the ring for a request; `None` while there is no page for its segments.
+    #[inline(always)]
     pub(crate) fn body(
         &mut self,
         key: u32,

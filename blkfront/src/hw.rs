@@ -130,7 +130,7 @@ impl HwQueue {
 
     /// Puts a request on the ring; `false` when it is full. The backend sees it after
     /// [`HwQueue::publish`] at the latest.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn push(&mut self, owner: Owner, body: Body<&[Segment]>) -> bool {
         let Some(&n) = self.free.last() else { return false };
         let Some(tag) = self.tags.get_mut(n as usize) else { return false };

@@ -324,7 +324,9 @@ impl Worker {
                 }
                 count += 1;
             }
-            slot.buffer = buffer.filter(|_| self.keep);
+            if self.keep {
+                slot.buffer = buffer;
+            }
         }
         self.outcome.record(alike, count, now);
         if let Some(done) = self.shared.done.get(self.n) {
