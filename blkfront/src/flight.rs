@@ -241,10 +241,11 @@ impl Flight {
 
     /// Back or front merge of the piece `key`, a request by itself, with one of the last requests that wait.
     fn join(&mut self, key: u32, new: &Request) -> bool {
-        let (most, end) = (self.limits.segments(), new.sector + u64::from(new.sectors));
+        let end = new.sector + u64::from(new.sectors);
         if !self.edges.touch(new.sector, end) {
             return false;
         }
+        let most = self.limits.segments();
         for back in 0..MERGE_WINDOW.min(self.waiting.len()) {
             let Some(place) = self.waiting.get_mut(self.waiting.len() - 1 - back) else { continue };
             let Some(first) = self.pieces.get_mut(*place) else { continue };

@@ -13,8 +13,12 @@ use core::sync::atomic::{AtomicU32, Ordering::Relaxed};
 macro_rules! each_layout {
     ($layout:expr, $words:ident, $fields:ident => $code:expr) => {
         match $layout {
-            RingLayout::Union(Abi::X86_64) => each_layout!(UNION_64, &X86_64, $words, $fields, $code),
-            RingLayout::Union(Abi::X86_32) => each_layout!(UNION_32, &X86_32, $words, $fields, $code),
+            RingLayout::Union(Abi::X86_64) => {
+                each_layout!(UNION_64, &X86_64, $words, $fields, $code)
+            }
+            RingLayout::Union(Abi::X86_32) => {
+                each_layout!(UNION_32, &X86_32, $words, $fields, $code)
+            }
             RingLayout::Split => each_layout!(RingLayout::Split, &SPLIT, $words, $fields, $code),
         }
     };

@@ -115,6 +115,7 @@ pub(crate) fn full_fence() {
 #[inline]
 fn prefetch(word: Option<&Word>, to_write: bool) {
     let Some(word) = word else { return };
+    #[cfg(all(any(target_arch = "x86_64", target_arch = "aarch64"), not(loom)))]
     macro_rules! hint {
         ($($name:literal)*) => {
             // SAFETY: it has no effect that a program can see, whatever the address.

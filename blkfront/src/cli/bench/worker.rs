@@ -3,7 +3,7 @@
 use super::Shared;
 use super::job::Job;
 use super::verify::Ledger;
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use blkfront::{Completed, Io, IoBuffer, IoError, Queue};
 use hdrhistogram::Histogram;
 use nix::sched::{CpuSet, sched_setaffinity};
@@ -279,13 +279,14 @@ impl Worker {
         now: u64,
     ) -> anyhow::Result<()> {
         let slot = self.slots.get_mut(n).context("no such slot")?;
-        let buffer = slot.buffer.take().or_else(|| self.queue.alloc(len as usize));
-        let mut buffer = buffer.context("no pages left for a buffer")?;
+        let Some(mut buffer) = slot.buffer.take().or_else(|| self.queue.alloc(len as usize)) else {
+            bail!("no pages left for a buffer");
+        };
         buffer.set_len(len as usize);
         if let (true, Some(ledger)) = (write, &mut self.ledger) {
             buffer.write(0, ledger.fill(offset, len as usize));
         }
-        *slot = Slot { buffer: None, write, offset, len, since: now };
+        (slot.write, slot.offset, slot.len, slot.since) = (write, offset, len, now);
         let cookie = n as u64;
         let io = if write {
             Io::write(cookie, offset, buffer)
