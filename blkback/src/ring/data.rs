@@ -354,7 +354,9 @@ impl Data {
         let held = &mut self.held[usize::from(tag)];
         match &mut self.via {
             Via::Copy(bounce) => {
-                self.refused.retain(|&refused| refused != tag);
+                if !self.refused.is_empty() {
+                    self.refused.retain(|&refused| refused != tag);
+                }
                 if let Some(range) = held.bounce.take() {
                     bounce.give(&range);
                 }
