@@ -3,7 +3,7 @@
 #[cfg(not(loom))]
 use crate::codec::decode_request_to;
 use crate::codec::{decode_request, encode_response};
-use crate::progress::{Progress, Shared};
+use crate::progress::{Indices, Progress};
 use crate::request::{RawRequest, Response};
 use crate::shared::{SharedRing, full_fence};
 #[cfg(not(loom))]
@@ -138,6 +138,9 @@ impl RequestConsumer {
 
     /// As [`Self::pop_into`], and leaves a copy of what it read in `copy`, which is
     /// [`RingLayout::request_words`] long, for [`RawRequest::from_copy`].
+    ///
+    /// # Panics
+    /// If `copy` is shorter.
     #[cfg(not(loom))]
     #[inline]
     pub fn pop_to(&mut self, raw: &mut RawRequest, copy: &[AtomicU32]) -> bool {
@@ -254,7 +257,7 @@ impl ResponseProducer {
     #[must_use = "a frontend that asked for an event sleeps until it comes"]
     #[inline]
     pub fn show(&mut self) -> bool {
-        self.progress.show(&shared(&self.ring, &self.halves))
+        self.progress.show(&indices(&self.ring, &self.halves))
     }
 
     /// Shows the frontend what was pushed, and says whether it wants an event for that or for what was shown
@@ -262,11 +265,11 @@ impl ResponseProducer {
     #[must_use = "a frontend that asked for an event sleeps until it comes"]
     #[inline]
     pub fn publish(&mut self) -> bool {
-        self.progress.publish(&shared(&self.ring, &self.halves))
+        self.progress.publish(&indices(&self.ring, &self.halves))
     }
 }
 
 #[inline]
-fn shared<'a>(ring: &'a SharedRing, halves: &'a Halves) -> Shared<'a> {
-    Shared { half: &halves.responses.0, prod: ring.rsp_prod(), event: ring.rsp_event() }
+fn indices<'a>(ring: &'a SharedRing, halves: &'a Halves) -> Indices<'a> {
+    Indices { half: &halves.responses.0, prod: ring.rsp_prod(), event: ring.rsp_event() }
 }

@@ -3,7 +3,7 @@
 use crate::abi::Segment;
 use crate::back::FETCH_AHEAD;
 use crate::codec::{decode_response, encode_request};
-use crate::progress::{Progress, Shared};
+use crate::progress::{Indices, Progress};
 use crate::request::{Request, Response};
 use crate::shared::{SharedRing, full_fence};
 use crate::sync::{Arc, Halves, Ordering};
@@ -117,7 +117,7 @@ impl RequestProducer {
     #[must_use = "a backend that asked for an event sleeps until it comes"]
     #[inline]
     pub fn show(&mut self) -> bool {
-        self.progress.show(&shared(&self.ring, &self.halves))
+        self.progress.show(&indices(&self.ring, &self.halves))
     }
 
     /// Shows the backend what was pushed, and says whether it wants an event for that or for what was shown
@@ -125,13 +125,13 @@ impl RequestProducer {
     #[must_use = "a backend that asked for an event sleeps until it comes"]
     #[inline]
     pub fn publish(&mut self) -> bool {
-        self.progress.publish(&shared(&self.ring, &self.halves))
+        self.progress.publish(&indices(&self.ring, &self.halves))
     }
 }
 
 #[inline]
-fn shared<'a>(ring: &'a SharedRing, halves: &'a Halves) -> Shared<'a> {
-    Shared { half: &halves.requests.0, prod: ring.req_prod(), event: ring.req_event() }
+fn indices<'a>(ring: &'a SharedRing, halves: &'a Halves) -> Indices<'a> {
+    Indices { half: &halves.requests.0, prod: ring.req_prod(), event: ring.req_event() }
 }
 
 /// Takes responses. Owned by one thread, not necessarily the one that pushes requests.

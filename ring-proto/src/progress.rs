@@ -3,9 +3,9 @@
 use crate::shared::full_fence;
 use crate::sync::{AtomicU32, Ordering};
 
-/// The words that a producer shares.
-pub(crate) struct Shared<'a> {
-    /// What the consumer of the other kind on this side knows of it.
+/// The indices that a producer shares.
+pub(crate) struct Indices<'a> {
+    /// What this side's consumer hears of it.
     pub(crate) half: &'a AtomicU32,
     /// `req_prod` or `rsp_prod`.
     pub(crate) prod: &'a AtomicU32,
@@ -43,7 +43,7 @@ impl Progress {
 
     /// Shows the peer what was pushed, and says whether it is known to want an event for it.
     #[inline]
-    pub(crate) fn show(&mut self, Shared { half, prod, event }: &Shared<'_>) -> bool {
+    pub(crate) fn show(&mut self, Indices { half, prod, event }: &Indices<'_>) -> bool {
         if self.shown != self.pushed {
             self.shown = self.pushed;
             // First, or the consumer may see what rests on entries that it has not heard of.
@@ -59,8 +59,8 @@ impl Progress {
 
     /// Shows the peer what was pushed, and says whether it wants an event for what was since the last time.
     #[inline]
-    pub(crate) fn publish(&mut self, shared: &Shared<'_>) -> bool {
-        if self.show(shared) {
+    pub(crate) fn publish(&mut self, indices: &Indices<'_>) -> bool {
+        if self.show(indices) {
             return true;
         }
         if self.is_published() {
@@ -68,7 +68,7 @@ impl Progress {
         }
         // Either we see the peer's wish, or it sees our index: see `final_check`.
         full_fence();
-        let event = shared.event.load(Ordering::Relaxed);
+        let event = indices.event.load(Ordering::Relaxed);
         crosses(core::mem::replace(&mut self.published, self.pushed), self.pushed, event)
     }
 }

@@ -251,7 +251,7 @@ impl Data {
                     let Found { count, base } = if let Some((found, pin)) = pool.known(rest) {
                         held.pins.push(pin);
                         found
-                    } else if let Ok((found, hold)) = pool.find(rest) {
+                    } else if let Ok((found, hold)) = pool.add(rest) {
                         match hold {
                             Hold::Pin(pin) => held.pins.push(pin),
                             Hold::Map(pages) => {

@@ -147,19 +147,26 @@ impl PersistentGrants {
     ///
     /// # Errors
     /// When the frontend has not granted one of them, or it cannot be mapped.
-    #[cold]
     pub(super) fn find(&mut self, segments: &[Segment]) -> xen_platform::Result<(Found, Hold)> {
-        if let Some((found, pin)) = self.known(segments) {
-            return Ok((found, Hold::Pin(pin)));
+        match self.known(segments) {
+            Some((found, pin)) => Ok((found, Hold::Pin(pin))),
+            None => self.add(segments),
         }
-        let added = self.add(segments);
+    }
+
+    /// Maps and keeps the first of `segments`, which is not [known](Self::known), and those behind it up to
+    /// one that is. If there is no room for them, maps them all for this request.
+    ///
+    /// # Errors
+    /// As [`Self::find`].
+    #[cold]
+    pub(super) fn add(&mut self, segments: &[Segment]) -> xen_platform::Result<(Found, Hold)> {
+        let added = self.map_new(segments);
         self.stats.persistent_held.set(self.places.len() as u64);
         added
     }
 
-    /// Maps and keeps the first of `segments`, up to one whose page is there already. If there is no room
-    /// for them, maps them all for this request.
-    fn add(&mut self, segments: &[Segment]) -> xen_platform::Result<(Found, Hold)> {
+    fn map_new(&mut self, segments: &[Segment]) -> xen_platform::Result<(Found, Hold)> {
         let place = self.free.pop().unwrap_or_else(|| {
             self.runs.push(None);
             self.runs.len() as u32 - 1
