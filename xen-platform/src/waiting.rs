@@ -61,7 +61,12 @@ impl Spin {
 
     /// Whether it sleeps at once when there is nothing to do.
     pub fn is_off(&self) -> bool {
-        self.waiting != Waiting::Poll && self.budget.is_zero()
+        self.may_sleep() && self.budget.is_zero()
+    }
+
+    /// Whether it ever sleeps.
+    pub fn may_sleep(&self) -> bool {
+        self.waiting != Waiting::Poll
     }
 
     /// There was nothing to do: whether to look again rather than sleep. Pauses before it says so.
@@ -74,7 +79,7 @@ impl Spin {
             return false;
         }
         self.rounds = self.rounds.wrapping_add(1);
-        if self.waiting != Waiting::Poll && self.rounds.is_multiple_of(ROUNDS_PER_LOOK) {
+        if self.may_sleep() && self.rounds.is_multiple_of(ROUNDS_PER_LOOK) {
             let now = Instant::now();
             let since = *self.since.get_or_insert(now);
             if now - since >= self.budget {

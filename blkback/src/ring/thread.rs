@@ -82,7 +82,7 @@ impl Thread {
                 self.dismiss();
             } else if found {
                 self.spin.found();
-            } else if !self.spin.again() && !self.final_check() {
+            } else if (self.is_in_the_way() || !self.spin.again()) && !self.final_check() {
                 self.sleep();
             }
         }
@@ -140,6 +140,12 @@ impl Thread {
         };
         // For people to read, who do without if it cannot be.
         let _ = CString::new(name).map(|name| nix::sys::prctl::set_name(&name));
+    }
+
+    /// Whether spinning would hold up what is waited for, and need not be.
+    fn is_in_the_way(&self) -> bool {
+        self.spin.may_sleep()
+            && self.rings.iter().any(|ring| ring.worker.queue.is_left_to_threads())
     }
 
     /// Asks for events; whether there are requests after all.

@@ -91,6 +91,10 @@ impl Queue for DelayQueue {
         earliest(&self.held, self.inner.due())
     }
 
+    fn is_left_to_threads(&self) -> bool {
+        self.inner.is_left_to_threads()
+    }
+
     fn in_flight(&self) -> usize {
         self.held.len() + self.inner.in_flight()
     }

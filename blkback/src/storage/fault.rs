@@ -113,6 +113,10 @@ impl Queue for FaultyQueue {
         self.inner.due()
     }
 
+    fn is_left_to_threads(&self) -> bool {
+        self.inner.is_left_to_threads()
+    }
+
     fn in_flight(&self) -> usize {
         self.inner.in_flight()
     }

@@ -34,7 +34,7 @@ pub(super) struct Backing {
     /// How much to ask for at a time.
     pub(super) at_once: AtOnce,
     /// Reads and writes go through the page cache.
-    cached: bool,
+    pub(super) cached: bool,
     /// What the page cache held may be lost: see [`Backing::synced`].
     lost: AtomicBool,
     geometry: Mutex<Geometry>,

@@ -216,6 +216,12 @@ pub trait Queue {
         None
     }
 
+    /// Whether what is in flight is done by threads of the kernel, which may want the very CPU that the
+    /// queue's thread would spin on until then.
+    fn is_left_to_threads(&self) -> bool {
+        false
+    }
+
     /// Operations submitted and not completed yet.
     fn in_flight(&self) -> usize;
 

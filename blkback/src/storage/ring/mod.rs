@@ -266,6 +266,11 @@ impl Queue for RingQueue {
         (!self.ring.submission().is_empty()).then(Instant::now)
     }
 
+    fn is_left_to_threads(&self) -> bool {
+        // What the page cache does not do at once, io_uring has a worker do.
+        self.flight.busy > 0 && self.flight.backing.cached
+    }
+
     fn in_flight(&self) -> usize {
         self.flight.busy + self.ready.len()
     }
