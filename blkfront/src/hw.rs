@@ -15,7 +15,7 @@ const TAG_MASK: u32 = (1 << TAG_BITS) - 1;
 
 /// Requests that are shown to the backend at a time, at the most: enough of them to be worth the fence and
 /// a journey of the index, few enough for the two ends to work at the same time.
-const SHOW_EVERY: u32 = 8;
+const PUBLISH_EVERY: u64 = 8;
 
 /// One connection's ring, with all that must stay as long as it does.
 #[derive(Debug)]
@@ -148,38 +148,31 @@ impl HwQueue {
     }
 
     /// Shows the backend some of what was pushed, so that it works, or wakes up, while we push on.
-    pub(crate) fn show_some(&mut self) -> Result<(), Failure> {
-        if self.ring.producer.unshown() >= self.share() && self.ring.producer.show() {
-            self.notify()?;
-        }
-        Ok(())
+    pub(crate) fn publish_some(&mut self) -> Result<(), Failure> {
+        if self.pushed < self.share() { Ok(()) } else { self.publish() }
     }
 
     /// How many those are: of few in flight a half, so that the backend has some to work on while we make
     /// the others.
-    fn share(&self) -> u32 {
-        let in_flight = (self.tags.len() - self.free.len()) as u32;
-        (in_flight / 2).min(SHOW_EVERY)
+    fn share(&self) -> u64 {
+        let in_flight = (self.tags.len() - self.free.len()) as u64;
+        (in_flight / 2).min(PUBLISH_EVERY)
     }
 
-    /// Shows the backend all that was pushed, and wakes it if it sleeps.
+    /// Shows the backend what was pushed, and wakes it if it sleeps.
     pub(crate) fn publish(&mut self) -> Result<(), Failure> {
         if self.pushed == 0 {
             return Ok(());
         }
         self.counters.requests.add(std::mem::take(&mut self.pushed));
         if self.ring.producer.publish() {
-            self.notify()?;
+            self.counters.kicks_sent.add(1);
+            self.counters.syscalls.add(1);
+            self.ring.channel.notify()?;
         } else {
             self.counters.kicks_avoided.add(1);
         }
         Ok(())
-    }
-
-    fn notify(&self) -> Result<(), Failure> {
-        self.counters.kicks_sent.add(1);
-        self.counters.syscalls.add(1);
-        Ok(self.ring.channel.notify()?)
     }
 
     /// Takes the responses there are, and says how many. Each is checked: to a request in flight, under

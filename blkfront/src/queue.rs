@@ -211,7 +211,7 @@ impl Queue {
                     if !hw.push(Owner { user: self.vcpu, request }, body) {
                         break;
                     }
-                    hw.show_some()
+                    hw.publish_some()
                 }
                 Path::Shared(staging) => {
                     let (connection, body) = (self.connection, body.to_owned());

@@ -3,7 +3,6 @@
 #[cfg(not(loom))]
 use crate::codec::decode_request_to;
 use crate::codec::{decode_request, encode_response};
-use crate::progress::{Indices, Progress};
 use crate::request::{RawRequest, Response};
 use crate::shared::{SharedRing, full_fence};
 #[cfg(not(loom))]
@@ -49,7 +48,7 @@ pub(crate) fn halves(ring: Arc<SharedRing>, index: u32) -> (RequestConsumer, Res
             seen: index,
             answered: index,
         },
-        ResponseProducer { ring, halves, progress: Progress::starting_at(index), taken: index },
+        ResponseProducer { ring, halves, pushed: index, published: index, taken: index },
     )
 }
 
@@ -210,7 +209,10 @@ impl RequestConsumer {
 pub struct ResponseProducer {
     ring: Arc<SharedRing>,
     halves: Arc<Halves>,
-    progress: Progress,
+    /// `rsp_prod_pvt`
+    pushed: u32,
+    /// `rsp_prod` on the page.
+    published: u32,
     /// Requests taken, as last heard from the other half.
     taken: u32,
 }
@@ -222,54 +224,46 @@ impl ResponseProducer {
     /// [`RingFull`] when every request that was taken has had its response.
     #[inline]
     pub fn push(&mut self, response: &Response) -> Result<(), RingFull> {
-        if self.index() == self.taken {
+        if self.pushed == self.taken {
             self.taken = self.halves.requests.0.load(Ordering::Acquire);
-            if self.index() == self.taken {
+            if self.pushed == self.taken {
                 return Err(RingFull);
             }
         }
-        encode_response(self.ring.response(self.index()), self.ring.layout(), response);
-        self.progress.push();
+        encode_response(self.ring.response(self.pushed), self.ring.layout(), response);
+        self.pushed = self.pushed.wrapping_add(1);
         Ok(())
     }
 
     /// Number of the next response to be pushed (`rsp_prod_pvt`).
-    #[inline]
     pub fn index(&self) -> u32 {
-        self.progress.pushed
+        self.pushed
     }
 
     /// Responses pushed and not shown yet.
     #[inline]
-    pub fn unshown(&self) -> u32 {
-        self.progress.unshown()
+    pub fn unpublished(&self) -> u32 {
+        self.pushed.wrapping_sub(self.published)
     }
 
-    /// Whether all that was pushed is [published](Self::publish).
-    #[inline]
-    pub fn is_published(&self) -> bool {
-        self.progress.is_published()
-    }
-
-    /// Shows the frontend what was pushed while more is to come, and says whether it is known to want an
-    /// event. It may want one and not be known to: [`Self::publish`] has to follow. That has a fence, which
-    /// waits until all that was stored is on its way to the other CPU; this has none.
-    #[must_use = "a frontend that asked for an event sleeps until it comes"]
-    #[inline]
-    pub fn show(&mut self) -> bool {
-        self.progress.show(&indices(&self.ring, &self.halves))
-    }
-
-    /// Shows the frontend what was pushed, and says whether it wants an event for that or for what was shown
-    /// before (`RING_PUSH_RESPONSES_AND_CHECK_NOTIFY`).
+    /// Shows the frontend what was pushed, and says whether it wants an event for it
+    /// (`RING_PUSH_RESPONSES_AND_CHECK_NOTIFY`).
     #[must_use = "a frontend that asked for an event sleeps until it comes"]
     #[inline]
     pub fn publish(&mut self) -> bool {
-        self.progress.publish(&indices(&self.ring, &self.halves))
+        if self.published == self.pushed {
+            return false;
+        }
+        let before = core::mem::replace(&mut self.published, self.pushed);
+        // First, or the other half may see requests that rest on responses it has not heard of.
+        self.halves.responses.0.store(self.pushed, Ordering::Relaxed);
+        self.ring.rsp_prod().store(self.pushed, Ordering::Release);
+        full_fence();
+        crosses(before, self.pushed, self.ring.rsp_event().load(Ordering::Relaxed))
     }
 }
 
-#[inline]
-fn indices<'a>(ring: &'a SharedRing, halves: &'a Halves) -> Indices<'a> {
-    Indices { half: &halves.responses.0, prod: ring.rsp_prod(), event: ring.rsp_event() }
+/// Whether an index that moved from `old` to `new` passed the one an event was asked for.
+pub(crate) fn crosses(old: u32, new: u32, event: u32) -> bool {
+    new.wrapping_sub(event) < new.wrapping_sub(old)
 }

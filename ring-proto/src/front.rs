@@ -1,9 +1,8 @@
 //! The frontend's halves: requests go into one, responses come out of the other.
 
 use crate::abi::Segment;
-use crate::back::FETCH_AHEAD;
+use crate::back::{FETCH_AHEAD, crosses};
 use crate::codec::{decode_response, encode_request};
-use crate::progress::{Indices, Progress};
 use crate::request::{Request, Response};
 use crate::shared::{SharedRing, full_fence};
 use crate::sync::{Arc, Halves, Ordering};
@@ -49,7 +48,8 @@ pub(crate) fn halves(ring: Arc<SharedRing>, index: u32) -> (RequestProducer, Res
         RequestProducer {
             ring: ring.clone(),
             halves: halves.clone(),
-            progress: Progress::starting_at(index),
+            pushed: index,
+            published: index,
             freed: index,
         },
         ResponseConsumer { ring, halves, taken: index, seen: index, requested: index },
@@ -62,7 +62,10 @@ pub(crate) fn halves(ring: Arc<SharedRing>, index: u32) -> (RequestProducer, Res
 pub struct RequestProducer {
     ring: Arc<SharedRing>,
     halves: Arc<Halves>,
-    progress: Progress,
+    /// `req_prod_pvt`
+    pushed: u32,
+    /// `req_prod` on the page.
+    published: u32,
     /// Responses taken, as last heard from the other half: each frees a slot.
     freed: u32,
 }
@@ -81,7 +84,7 @@ impl RequestProducer {
     /// Slots that are free now.
     pub fn free(&mut self) -> u32 {
         self.freed = self.halves.responses.0.load(Ordering::Acquire);
-        self.ring.slots() - self.progress.pushed.wrapping_sub(self.freed)
+        self.ring.slots() - self.pushed.wrapping_sub(self.freed)
     }
 
     /// Writes a request. The backend sees it after [`Self::publish`].
@@ -93,8 +96,7 @@ impl RequestProducer {
         &mut self,
         request: &Request<S>,
     ) -> Result<(), RingFull> {
-        let pushed = self.progress.pushed;
-        let full = |freed| pushed.wrapping_sub(freed) >= self.ring.slots();
+        let full = |freed| self.pushed.wrapping_sub(freed) >= self.ring.slots();
         if full(self.freed) {
             let freed = self.halves.responses.0.load(Ordering::Acquire);
             if full(freed) {
@@ -102,36 +104,26 @@ impl RequestProducer {
             }
             self.freed = freed;
         }
-        encode_request(self.ring.request(pushed), self.ring.layout(), request);
-        self.progress.push();
+        encode_request(self.ring.request(self.pushed), self.ring.layout(), request);
+        self.pushed = self.pushed.wrapping_add(1);
         Ok(())
     }
 
-    /// Requests pushed and not shown yet.
-    #[inline]
-    pub fn unshown(&self) -> u32 {
-        self.progress.unshown()
-    }
-
-    /// Shows the backend what was pushed while more is to come, as [`crate::ResponseProducer::show`].
-    #[must_use = "a backend that asked for an event sleeps until it comes"]
-    #[inline]
-    pub fn show(&mut self) -> bool {
-        self.progress.show(&indices(&self.ring, &self.halves))
-    }
-
-    /// Shows the backend what was pushed, and says whether it wants an event for that or for what was shown
-    /// before (`RING_PUSH_REQUESTS_AND_CHECK_NOTIFY`).
+    /// Shows the backend what was pushed, and says whether it wants an event for it
+    /// (`RING_PUSH_REQUESTS_AND_CHECK_NOTIFY`).
     #[must_use = "a backend that asked for an event sleeps until it comes"]
     #[inline]
     pub fn publish(&mut self) -> bool {
-        self.progress.publish(&indices(&self.ring, &self.halves))
+        if self.published == self.pushed {
+            return false;
+        }
+        let before = core::mem::replace(&mut self.published, self.pushed);
+        // First, or the other half may see responses to requests it has not heard of.
+        self.halves.requests.0.store(self.pushed, Ordering::Relaxed);
+        self.ring.req_prod().store(self.pushed, Ordering::Release);
+        full_fence();
+        crosses(before, self.pushed, self.ring.req_event().load(Ordering::Relaxed))
     }
-}
-
-#[inline]
-fn indices<'a>(ring: &'a SharedRing, halves: &'a Halves) -> Indices<'a> {
-    Indices { half: &halves.requests.0, prod: ring.req_prod(), event: ring.req_event() }
 }
 
 /// Takes responses. Owned by one thread, not necessarily the one that pushes requests.

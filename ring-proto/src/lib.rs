@@ -32,7 +32,6 @@ pub mod front;
 mod ids;
 mod layout;
 mod memory;
-mod progress;
 mod request;
 mod shared;
 mod sync;

@@ -110,28 +110,6 @@ fn loom_a_backend_that_sleeps_is_woken() {
 }
 
 #[test]
-fn loom_what_is_shown_first_and_published_later_wakes() {
-    model(|| {
-        let Ring { mut requests, mut taker, .. } = ring(UNION, 2);
-        let event = Arc::new(Event::default());
-        let bell = event.clone();
-        let frontend = thread::spawn(move || {
-            for id in 0..2 {
-                requests.push(&request(id)).unwrap();
-                if requests.show() {
-                    bell.notify();
-                }
-            }
-            if requests.publish() {
-                bell.notify();
-            }
-        });
-        take_all(&mut taker, 0..2, &event);
-        frontend.join().unwrap();
-    });
-}
-
-#[test]
 fn loom_a_frontend_that_sleeps_is_woken() {
     model(|| {
         let Ring { mut requests, mut responses, mut taker, mut answerer } = ring(UNION, 2);

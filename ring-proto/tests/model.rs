@@ -26,13 +26,11 @@ const LIMITS: Limits = Limits {
 #[derive(Clone, Debug)]
 enum Step {
     PushRequests(u8),
-    ShowRequests,
     PublishRequests,
     PollRequests,
     PopRequests(u8),
     SleepBackend,
     PushResponses(u8),
-    ShowResponses,
     PublishResponses,
     PollResponses,
     PopResponses(u8),
@@ -47,13 +45,11 @@ fn steps(hostile: bool) -> impl Strategy<Value = Vec<Step>> {
     let many = 1..80u8;
     let fair = prop_oneof![
         many.clone().prop_map(Step::PushRequests),
-        Just(Step::ShowRequests),
         Just(Step::PublishRequests),
         Just(Step::PollRequests),
         many.clone().prop_map(Step::PopRequests),
         Just(Step::SleepBackend),
         many.clone().prop_map(Step::PushResponses),
-        Just(Step::ShowResponses),
         Just(Step::PublishResponses),
         Just(Step::PollResponses),
         many.prop_map(Step::PopResponses),
@@ -81,12 +77,11 @@ struct Ring {
     rsp: End,
 }
 
-/// One direction: pushed, shown and published by its producer, seen and taken by its consumer, which wants
-/// an event when `event` is published.
+/// One direction: pushed by its producer, published, seen and taken by its consumer, which wants an
+/// event when `event` is published.
 #[derive(Debug)]
 struct End {
     pushed: u64,
-    shown: u64,
     published: u64,
     seen: u64,
     taken: u64,
@@ -94,21 +89,11 @@ struct End {
 }
 
 impl End {
-    const NEW: Self = Self { pushed: 0, shown: 0, published: 0, seen: 0, taken: 0, event: 1 };
-
-    fn show(&mut self) -> bool {
-        self.shown = self.pushed;
-        let wanted = self.published < self.event && self.event <= self.pushed;
-        if wanted {
-            self.published = self.pushed;
-        }
-        wanted
-    }
+    const NEW: Self = Self { pushed: 0, published: 0, seen: 0, taken: 0, event: 1 };
 
     fn publish(&mut self) -> bool {
-        let wanted = self.show();
-        self.published = self.pushed;
-        wanted
+        let before = std::mem::replace(&mut self.published, self.pushed);
+        before < self.event && self.event <= self.published
     }
 }
 
@@ -144,14 +129,14 @@ impl Ring {
     /// What looking for requests must say: at most `slots` beyond the responses that were shown, and
     /// none taken back.
     fn see_requests(&mut self) -> Option<u64> {
-        let seen = self.count(self.index(0), self.req.seen..=self.rsp.shown + self.slots)?;
+        let seen = self.count(self.index(0), self.req.seen..=self.rsp.published + self.slots)?;
         self.req.seen = seen;
         Some(seen - self.req.taken)
     }
 
     /// What looking for responses must say: at most one for each request that was shown.
     fn see_responses(&mut self) -> Option<u64> {
-        let seen = self.count(self.index(2), self.rsp.seen..=self.req.shown)?;
+        let seen = self.count(self.index(2), self.rsp.seen..=self.req.published)?;
         self.rsp.seen = seen;
         Some(seen - self.rsp.taken)
     }
@@ -204,11 +189,6 @@ fn run(
                     }
                 }
             }
-            Step::ShowRequests => {
-                let wanted = ring.req.show();
-                prop_assert!(ring.requests.show() == wanted || hostile);
-                prop_assert_eq!(ring.requests.unshown(), 0);
-            }
             Step::PublishRequests => {
                 let wanted = ring.req.publish();
                 let got = ring.requests.publish();
@@ -231,7 +211,7 @@ fn run(
                     prop_assert_eq!(raw.is_some(), ring.req.taken < ring.req.seen);
                     let Some(raw) = raw else { break };
                     ring.req.taken += 1;
-                    prop_assert!(ring.req.taken - ring.rsp.shown <= ring.slots);
+                    prop_assert!(ring.req.taken - ring.rsp.published <= ring.slots);
                     let request = raw.validate(&LIMITS).map(|request| request.to_owned());
                     if !hostile {
                         prop_assert_eq!(request, Ok(requests.pop_front().unwrap()));
@@ -251,11 +231,6 @@ fn run(
                         responses.push_back(response(open.swap_remove(at)));
                     }
                 }
-            }
-            Step::ShowResponses => {
-                let wanted = ring.rsp.show();
-                prop_assert!(ring.answerer.show() == wanted || hostile);
-                prop_assert_eq!(ring.answerer.unshown(), 0);
             }
             Step::PublishResponses => {
                 let wanted = ring.rsp.publish();
@@ -279,7 +254,7 @@ fn run(
                     prop_assert_eq!(got.is_some(), ring.rsp.taken < ring.rsp.seen);
                     let Some(got) = got else { break };
                     ring.rsp.taken += 1;
-                    prop_assert!(ring.rsp.taken <= ring.req.shown);
+                    prop_assert!(ring.rsp.taken <= ring.req.published);
                     if !hostile {
                         prop_assert_eq!(got, responses.pop_front().unwrap());
                     }

@@ -32,7 +32,7 @@ const MAX_ROUND_SECTORS: u64 = 512;
 const MAX_MAPS: usize = 256;
 /// Responses that are shown at a time, for the same reason; and a frontend that sleeps takes longer
 /// to wake than the rest of a round takes.
-const SHOW_EVERY: u32 = 8;
+const PUBLISH_EVERY: u32 = 8;
 
 /// What is known of a request between its taking and its response.
 #[derive(Clone, Copy, Default)]
@@ -440,9 +440,8 @@ impl Worker {
                 timed += 1;
             }
             self.answer(tag, id, operation, status);
-            if self.responses.unshown() >= SHOW_EVERY {
-                let wanted = self.responses.show();
-                self.shown(wanted);
+            if self.responses.unpublished() >= PUBLISH_EVERY {
+                self.publish();
             }
         }
         ended.drain(..count);
@@ -497,25 +496,19 @@ impl Worker {
     }
 
     fn publish(&mut self) {
-        if self.responses.is_published() {
+        if self.responses.unpublished() == 0 {
             return;
         }
         self.stats.system_calls.set(self.queue.counters().system_calls + self.sleep.calls);
         let wanted = self.responses.publish();
+        self.inflight.published();
         if !wanted {
             self.stats.kicks_saved.add(1);
+            return;
         }
-        self.shown(wanted);
-    }
-
-    /// The frontend can see the responses, and `wants` an event for them.
-    fn shown(&mut self, wants: bool) {
-        self.inflight.published();
-        if wants {
-            self.stats.kicks.add(1);
-            if let Err(error) = self.channel.notify() {
-                tracing::warn!(%error, "could not send an event");
-            }
+        self.stats.kicks.add(1);
+        if let Err(error) = self.channel.notify() {
+            tracing::warn!(%error, "could not send an event");
         }
     }
 }
