@@ -52,6 +52,7 @@ struct Held {
     maps: Vec<Arc<dyn MappedGrants>>,
     /// Pages in `maps`.
     mapped: usize,
+    refused: bool,
 }
 
 enum Via {
@@ -76,8 +77,6 @@ pub(super) struct Data {
     /// Grant copies to be made together, and the tag that each is for.
     copies: Vec<CopySegment>,
     owners: Vec<u16>,
-    /// Tags of requests of whose copies one was refused, until they are released.
-    refused: Vec<u16>,
     /// Where a page of indirect segments is copied to.
     page: Box<[u8; PAGE_SIZE]>,
     scratch: Arc<LocalRegion>,
@@ -117,7 +116,6 @@ impl Data {
             tried: 0,
             copies: Vec::with_capacity(slots * direct_segments),
             owners: Vec::with_capacity(slots * direct_segments),
-            refused: Vec::with_capacity(slots),
             page: Box::new([0; PAGE_SIZE]),
             scratch: Arc::new(LocalRegion::new(1)?),
             refs: Vec::with_capacity(indirect_segments.max(direct_segments)),
@@ -321,10 +319,8 @@ impl Data {
         self.stats.grant_copies.add(self.copies.len() as u64);
         let whole = self.copier.copy(bounce.region(), &mut self.copies);
         for (copy, &tag) in self.copies.iter().zip(&self.owners) {
-            let refused = whole.is_err() || copy.status.is_err();
-            // A request's copies stand together.
-            if refused && self.refused.last() != Some(&tag) {
-                self.refused.push(tag);
+            if whole.is_err() || copy.status.is_err() {
+                self.held[usize::from(tag)].refused = true;
             }
         }
         self.copies.clear();
@@ -333,7 +329,7 @@ impl Data {
 
     /// Whether a grant copy for request `tag` was refused.
     pub(super) fn refused(&self, tag: u16) -> bool {
-        !self.refused.is_empty() && self.refused.contains(&tag)
+        self.held[usize::from(tag)].refused
     }
 
     /// Pages that were to be mapped so far, whether that succeeded or not.
@@ -352,11 +348,9 @@ impl Data {
     /// Lets go of everything that request `tag` holds. What was mapped for it alone is unmapped when this returns.
     pub(super) fn release(&mut self, tag: u16) {
         let held = &mut self.held[usize::from(tag)];
+        held.refused = false;
         match &mut self.via {
             Via::Copy(bounce) => {
-                if !self.refused.is_empty() {
-                    self.refused.retain(|&refused| refused != tag);
-                }
                 if let Some(range) = held.bounce.take() {
                     bounce.give(&range);
                 }
