@@ -92,7 +92,7 @@ impl RingOwner {
             self.read_mail();
             if self.turn() {
                 if std::mem::take(&mut slept) { self.spin.woken() } else { self.spin.found() }
-            } else if self.spin.again() {
+            } else if self.spin.again(|| false) {
                 self.counters.spins.add(1);
             } else {
                 slept = true;

@@ -382,7 +382,7 @@ impl Queue {
             if count > 0 || self.in_flight() == 0 {
                 return count;
             }
-            if self.spin.again() {
+            if self.spin.again(|| false) {
                 self.counters.spins.add(1);
                 turns = turns.wrapping_add(1);
                 if turns.is_multiple_of(TURNS_PER_LOOK) && deadline.left().is_none() {

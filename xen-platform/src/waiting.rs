@@ -8,6 +8,8 @@ pub const DEFAULT_SPIN: Duration = Duration::from_micros(50);
 /// Looks at the clock only once in this many rounds: a round takes tens of nanoseconds, as does a look,
 /// or in a domain whose clock user space cannot read a system call.
 const ROUNDS_PER_LOOK: u32 = 32;
+/// Who polls gives the CPU up once in this many rounds, where others may want it: that takes as long as some.
+const ROUNDS_PER_YIELD: u32 = 8;
 /// While spinning does not pay, one sleep in this many is timed, to see whether it would.
 const SLEEPS_PER_LOOK: u32 = 8;
 /// What spinning starts with once it seems to pay.
@@ -70,7 +72,11 @@ impl Spin {
     }
 
     /// There was nothing to do: whether to look again rather than sleep. Pauses before it says so.
-    pub fn again(&mut self) -> bool {
+    ///
+    /// What is waited for may be `left_to_others`, who may have no other CPU than this. Who polls gives it up
+    /// from time to time then. Who sleeps does not: a sleeper is woken at once, where one who gave the CPU up
+    /// waits until the scheduler takes it from the other.
+    pub fn again(&mut self, left_to_others: impl FnOnce() -> bool) -> bool {
         if self.is_off() {
             if let Waiting::Adaptive(_) = self.waiting {
                 self.sleeps = self.sleeps.wrapping_add(1);
@@ -86,7 +92,12 @@ impl Spin {
                 return false;
             }
         }
-        std::hint::spin_loop();
+        let yields = !self.may_sleep() && self.rounds.is_multiple_of(ROUNDS_PER_YIELD);
+        if yields && left_to_others() {
+            std::thread::yield_now();
+        } else {
+            std::hint::spin_loop();
+        }
         true
     }
 
@@ -122,7 +133,7 @@ mod tests {
     /// Spins to the end of the budget, sleeps, and is woken when it has waited for `wait` in all.
     fn wait_for(spin: &mut Spin, wait: Duration) {
         let begin = Instant::now();
-        while spin.again() {}
+        while spin.again(|| false) {}
         std::thread::sleep(wait.saturating_sub(begin.elapsed()));
         spin.woken();
     }
@@ -130,29 +141,29 @@ mod tests {
     #[test]
     fn spinning_ends_while_it_does_not_pay_and_comes_back_when_it_does() {
         let mut spin = Spin::new(Waiting::Adaptive(MOST));
-        assert!(!spin.is_off() && spin.again());
+        assert!(!spin.is_off() && spin.again(|| false));
         // Far longer than any budget, each time.
         let waits = (0..100).take_while(|_| {
             wait_for(&mut spin, 2 * MOST);
             !spin.is_off()
         });
         assert!(waits.count() < 10, "halved until it is off");
-        assert!(!spin.again(), "sleeps at once");
+        assert!(!spin.again(|| false), "sleeps at once");
         // Shorter than the most: one in a few is timed. More tries than that, for a busy machine.
         let tries = (0..1000 * SLEEPS_PER_LOOK).take_while(|_| {
             wait_for(&mut spin, Duration::ZERO);
             spin.is_off()
         });
         assert!(tries.count() < 1000 * SLEEPS_PER_LOOK as usize, "never tried again");
-        assert!(spin.again());
+        assert!(spin.again(|| false));
     }
 
     #[test]
     fn who_polls_never_sleeps_and_who_waits_for_events_never_spins() {
         let (mut poll, mut event) = (Spin::new(Waiting::Poll), Spin::new(Waiting::Event));
         for _ in 0..10 * ROUNDS_PER_LOOK {
-            assert!(poll.again() && !poll.is_off());
-            assert!(!event.again() && event.is_off());
+            assert!(poll.again(|| false) && !poll.is_off());
+            assert!(!event.again(|| false) && event.is_off());
             event.woken();
         }
     }

@@ -29,7 +29,7 @@ pub(super) struct Sleep {
     idle_since: Instant,
     /// The idle time-out has been seen to.
     quiet: bool,
-    /// System calls of its sleeps that were not its queue's.
+    /// System calls of its waits that were not its queue's.
     pub(super) calls: u64,
 }
 

@@ -82,7 +82,7 @@ impl Thread {
                 self.dismiss();
             } else if found {
                 self.spin.found();
-            } else if (self.is_in_the_way() || !self.spin.again()) && !self.final_check() {
+            } else if !self.spins() && !self.final_check() {
                 self.sleep();
             }
         }
@@ -142,10 +142,18 @@ impl Thread {
         let _ = CString::new(name).map(|name| nix::sys::prctl::set_name(&name));
     }
 
-    /// Whether spinning would hold up what is waited for, and need not be.
-    fn is_in_the_way(&self) -> bool {
-        self.spin.may_sleep()
-            && self.rings.iter().any(|ring| ring.worker.queue.is_left_to_threads())
+    /// Whether to look again rather than sleep.
+    fn spins(&mut self) -> bool {
+        let Self { spin, rings, .. } = self;
+        let mut queues = rings.iter().map(|ring| &ring.worker.queue);
+        if spin.may_sleep() && queues.any(|queue| queue.is_left_to_threads()) {
+            return false;
+        }
+        // Many a device is threads of the kernel, too: a loop device, one that encrypts.
+        spin.again(|| {
+            let busy = rings.iter_mut().find(|ring| ring.worker.queue.in_flight() > 0);
+            busy.map(|ring| ring.worker.sleep.calls += 1).is_some()
+        })
     }
 
     /// Asks for events; whether there are requests after all.
