@@ -5,14 +5,17 @@
 //! backend is replaced, the pieces of every unanswered request are put together anew, within whatever limits
 //! the new one has.
 
+mod table;
+
 use crate::limits::{FlushMode, Limits};
 use crate::pool::{IoBuffer, Pool};
-use crate::slab::{NONE, Slab};
+use crate::slab::NONE;
 use crate::stats::Counters;
 use crate::{Completed, Io, IoError, Op};
 use ring_proto::abi::{MAX_INDIRECT_PAGES, MAX_INDIRECT_SEGMENTS, SECTOR_SIZE, SECTORS_PER_PAGE};
 use ring_proto::{Body, GrantRef, Segment, Segments, Status, Transfer, encode_segment};
 use std::collections::VecDeque;
+use table::{Flying, Kind, Piece, Request, Table};
 
 /// Requests at the tail of those waiting that a new piece is tried against. The last one is hit by a
 /// sequential stream; the others by as many interleaved streams.
@@ -20,56 +23,20 @@ const MERGE_WINDOW: usize = 4;
 /// 512-byte sectors in a page, as the arithmetic here needs it.
 const PAGE_SECTORS: u32 = SECTORS_PER_PAGE as u32;
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Kind {
-    Read,
-    Write,
-    Barrier,
-    Flush,
-    Discard { sectors: u64, secure: bool },
-}
-
-impl Kind {
-    fn merges(self) -> bool {
-        matches!(self, Self::Read | Self::Write)
-    }
-}
-
-#[derive(Debug)]
-struct Flying {
-    cookie: u64,
-    buffer: Option<IoBuffer>,
-    /// It is to be durable when it is complete.
-    fua: bool,
-    /// Pieces not answered.
-    left: u32,
-    result: Result<(), IoError>,
-    /// A flush is to follow.
-    flush_after: bool,
-}
-
-/// A part of an I/O that starts at a page of its buffer.
-#[derive(Clone, Copy, Debug)]
-struct Piece {
-    io: u32,
+/// A part of a disk, and the page that its data begins with.
+#[derive(Clone, Copy)]
+struct Range {
+    sector: u64,
     page: u32,
     sectors: u32,
-    /// The piece behind it in its request.
-    next: u32,
-    /// Of the first piece of a request, which goes by that piece's number.
-    request: Request,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Request {
-    kind: Kind,
-    sector: u64,
-    sectors: u32,
-    segments: u32,
-    /// Its last piece, if there are several.
-    last: u32,
-    /// Counted as waiting for a slot.
-    waited: bool,
+impl Range {
+    /// What is behind the first `part` of it, in sectors.
+    fn behind(self, part: u32, pool: &Pool) -> Self {
+        let page = (0..part / PAGE_SECTORS).fold(self.page, |page, _| pool.next(page));
+        Self { sector: self.sector + u64::from(part), page, sectors: self.sectors - part }
+    }
 }
 
 /// Where the requests that came to wait last begin and end: what touches none of them, as most of a
@@ -103,8 +70,7 @@ impl Edges {
 pub(crate) struct Flight {
     pub(crate) limits: Limits,
     merge: bool,
-    ios: Slab<Flying>,
-    pieces: Slab<Piece>,
+    table: Table,
     /// By request, its page of segments while the backend has it.
     indirect: Box<[Option<IoBuffer>]>,
     /// Requests held back by a plug, or waiting for a slot.
@@ -122,10 +88,9 @@ impl Flight {
         Self {
             limits,
             merge,
-            ios: Slab::new(depth),
-            pieces: Slab::new(depth + pages),
-            indirect: (0..depth + pages).map(|_| None).collect(),
-            waiting: VecDeque::with_capacity(depth + pages),
+            table: Table::new(depth, pages),
+            indirect: (0..Self::max_requests(depth, pages)).map(|_| None).collect(),
+            waiting: VecDeque::with_capacity(Self::max_requests(depth, pages)),
             edges: Edges { starts: [0; MERGE_WINDOW], ends: [0; MERGE_WINDOW], newest: 0 },
             segments: Segments::EMPTY,
             list: Box::new([0; SEGMENT_LIST_BYTES]),
@@ -134,15 +99,16 @@ impl Flight {
 
     /// The most requests there can be at a time.
     pub(crate) fn max_requests(depth: usize, pages: usize) -> usize {
-        depth + pages
+        Table::numbers(depth, pages)
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.ios.len()
+        self.table.len()
     }
 
-    pub(crate) fn is_full(&self) -> bool {
-        self.ios.is_full()
+    /// I/Os there may be at a time.
+    pub(crate) fn depth(&self) -> usize {
+        self.table.depth()
     }
 
     /// Whether requests wait to be issued.
@@ -178,65 +144,60 @@ impl Flight {
             }
         };
         let fua = op == Op::Write { fua: true };
-        let flying = Flying { cookie, buffer, fua, left: 0, result: Ok(()), flush_after };
-        let Some(key) = self.ios.insert(flying) else { return };
+        let part = sectors.min(self.most());
+        let request = Request::new(kind, sector, part);
+        let flags = (fua, flush_after);
+        let Some(key) = self.table.admit(cookie, buffer, flags, (page, part), request) else {
+            return;
+        };
         if op == Op::Flush && flush == FlushMode::None {
             return self.land(key, done);
         }
-        self.assemble(key, kind, sector, page, sectors, pool, counters);
+        self.line_up(key, &request, counters);
+        if sectors > part {
+            let rest = Range { sector, page, sectors }.behind(part, pool);
+            counters.splits.add(1);
+            self.assemble(key, kind, rest, pool, counters);
+        }
     }
 
-    /// Cuts a range into pieces and finds or makes a request for each.
-    #[expect(clippy::too_many_arguments, reason = "a range of an I/O, and what is done with it")]
+    /// Cuts a range of an I/O into pieces and finds or makes a request for each.
     fn assemble(
         &mut self,
         io: u32,
         kind: Kind,
-        mut sector: u64,
-        mut page: u32,
-        mut sectors: u32,
+        mut range: Range,
         pool: &Pool,
         counters: &Counters,
     ) {
-        let most = self.limits.segments() * PAGE_SECTORS;
         loop {
-            let part = sectors.min(most);
-            self.add_piece(io, page, kind, sector, part, counters);
-            sectors -= part;
-            if sectors == 0 {
+            let part = range.sectors.min(self.most());
+            let request = Request::new(kind, range.sector, part);
+            let piece = Piece { io, page: range.page, sectors: part, next: NONE, request };
+            // Cannot fail: there is room for every page.
+            let Some(key) = self.table.insert(piece) else { return };
+            self.line_up(key, &request, counters);
+            if range.sectors == part {
                 return;
             }
             counters.splits.add(1);
-            sector += u64::from(part);
-            for _ in 0..part / PAGE_SECTORS {
-                page = pool.next(page);
-            }
+            range = range.behind(part, pool);
         }
     }
 
-    fn add_piece(
-        &mut self,
-        io: u32,
-        page: u32,
-        kind: Kind,
-        sector: u64,
-        sectors: u32,
-        counters: &Counters,
-    ) {
-        let segments = sectors.div_ceil(PAGE_SECTORS);
-        let request = Request { kind, sector, sectors, segments, last: NONE, waited: false };
-        let piece = Piece { io, page, sectors, next: NONE, request };
-        // Cannot fail: `new` made room for every page and every I/O.
-        let Some(key) = self.pieces.insert(piece) else { return };
-        if let Some(flying) = self.ios.get_mut(io) {
-            flying.left += 1;
-        }
-        if self.merge && kind.merges() && self.join(key, &request) {
+    /// 512-byte sectors that one request transfers at the most.
+    fn most(&self) -> u32 {
+        self.limits.segments() * PAGE_SECTORS
+    }
+
+    /// Has the piece `key`, a request by itself, wait, or joins it with one that does.
+    fn line_up(&mut self, key: u32, request: &Request, counters: &Counters) {
+        if self.merge && request.kind.merges() && self.join(key, request) {
             counters.merges.add(1);
             return;
         }
         self.waiting.push_back(key);
-        self.edges.push(sector, sector + u64::from(sectors));
+        self.edges.push(request.sector, request.sector + u64::from(request.sectors));
     }
 
     /// Back or front merge of the piece `key`, a request by itself, with one of the last requests that wait.
@@ -248,7 +209,7 @@ impl Flight {
         let most = self.limits.segments();
         for back in 0..MERGE_WINDOW.min(self.waiting.len()) {
             let Some(place) = self.waiting.get_mut(self.waiting.len() - 1 - back) else { continue };
-            let Some(first) = self.pieces.get_mut(*place) else { continue };
+            let Some(first) = self.table.get_mut(*place) else { continue };
             let old = first.request;
             let behind = old.sector + u64::from(old.sectors) == new.sector;
             let touches = behind || old.sector == end;
@@ -265,10 +226,10 @@ impl Flight {
             };
             if behind {
                 first.request = joined;
-                if let Some(last) = self.pieces.get_mut(last) {
+                if let Some(last) = self.table.get_mut(last) {
                     last.next = key;
                 }
-            } else if let Some(piece) = self.pieces.get_mut(key) {
+            } else if let Some(piece) = self.table.get_mut(key) {
                 piece.request = joined;
                 piece.next = std::mem::replace(place, key);
             }
@@ -290,7 +251,7 @@ impl Flight {
 
     /// [`Flight::front`] found no slot: says whether for the first time.
     pub(crate) fn blocked(&mut self) -> bool {
-        let first = self.front().and_then(|key| self.pieces.get_mut(key));
+        let first = self.front().and_then(|key| self.table.get_mut(key));
         first.is_some_and(|first| !std::mem::replace(&mut first.request.waited, true))
     }
 
@@ -302,7 +263,8 @@ impl Flight {
         pool: &Pool,
         lists: &mut Pool,
     ) -> Option<Body<&[Segment]>> {
-        let request = self.pieces.get(key)?.request;
+        let first = self.table.get(key)?;
+        let request = &first.request;
         let transfer = match request.kind {
             Kind::Read => Transfer::Read,
             Kind::Write => Transfer::Write,
@@ -317,7 +279,7 @@ impl Flight {
         let sector = request.sector;
         if request.segments <= u32::from(self.limits.direct) {
             self.segments.clear();
-            each_segment(&self.pieces, key, pool, |segment| {
+            each_segment(&self.table, first, pool, |segment| {
                 self.segments.push(segment);
             });
             return Some(Body::Direct { transfer, sector, segments: &self.segments });
@@ -325,7 +287,7 @@ impl Flight {
         let mut list = lists.alloc(SEGMENT_LIST_BYTES)?;
         let mut places = self.list.as_chunks_mut().0.iter_mut();
         let mut used = 0;
-        each_segment(&self.pieces, key, pool, |segment| {
+        each_segment(&self.table, first, pool, |segment| {
             if let Some(place) = places.next() {
                 *place = encode_segment(&segment);
                 used += place.len();
@@ -348,20 +310,20 @@ impl Flight {
         counters: &Counters,
         done: &mut Vec<Completed>,
     ) {
-        let Some(kind) = self.pieces.get(key).map(|first| first.request.kind) else { return };
-        let result = match (status, kind) {
+        let result = match (status, self.table.get(key).map(|first| first.request.kind)) {
             (Status::Okay, _) => Ok(()),
+            (_, None) => return,
             // As in Linux: there is nothing to flush, then.
-            (Status::NotSupported, Kind::Flush) => {
+            (Status::NotSupported, Some(Kind::Flush)) => {
                 self.limits.flush = FlushMode::None;
                 Ok(())
             }
             // Here Linux calls it done. It was not written.
-            (Status::NotSupported, Kind::Barrier) => {
+            (Status::NotSupported, Some(Kind::Barrier)) => {
                 self.limits.flush = FlushMode::None;
                 return self.reassemble(key, pool, counters);
             }
-            (Status::NotSupported, kind) => {
+            (Status::NotSupported, Some(kind)) => {
                 if matches!(kind, Kind::Discard { .. }) {
                     self.limits.discard = false;
                 }
@@ -371,17 +333,17 @@ impl Flight {
         };
         self.drop_list(key);
         let mut next = key;
-        while let Some(piece) = self.pieces.remove(next) {
+        while next != NONE {
+            let Some((piece, flying)) = self.table.take(next) else { return };
             next = piece.next;
-            let Some(flying) = self.ios.get_mut(piece.io) else { continue };
-            flying.left -= 1;
             flying.result = flying.result.and(result);
             if flying.left > 0 {
                 continue;
             }
             let flush = std::mem::take(&mut flying.flush_after) && flying.result.is_ok();
             if flush && self.limits.flush != FlushMode::None {
-                self.assemble(piece.io, Kind::Flush, 0, NONE, 0, pool, counters);
+                let nothing = Range { sector: 0, page: NONE, sectors: 0 };
+                self.assemble(piece.io, Kind::Flush, nothing, pool, counters);
             } else {
                 self.land(piece.io, done);
             }
@@ -396,7 +358,7 @@ impl Flight {
     }
 
     fn land(&mut self, key: u32, done: &mut Vec<Completed>) {
-        if let Some(Flying { cookie, buffer, result, .. }) = self.ios.remove(key) {
+        if let Some(Flying { cookie, buffer, result, .. }) = self.table.land(key) {
             done.push(Completed { cookie, result, buffer });
         }
     }
@@ -419,7 +381,7 @@ impl Flight {
     }
 
     fn reassemble(&mut self, key: u32, pool: &Pool, counters: &Counters) {
-        let Some(request) = self.pieces.get(key).map(|first| first.request) else { return };
+        let Some(request) = self.table.get(key).map(|first| first.request) else { return };
         // There may be no barriers now, or none that take so much, or flushes where none were needed.
         let (kind, flush) = match request.kind {
             Kind::Barrier | Kind::Write => (Kind::Write, self.limits.flush != FlushMode::None),
@@ -427,12 +389,10 @@ impl Flight {
         };
         self.drop_list(key);
         let (mut next, mut sector) = (key, request.sector);
-        while let Some(piece) = self.pieces.remove(next) {
-            if let Some(flying) = self.ios.get_mut(piece.io) {
-                flying.left -= 1;
-                flying.flush_after = flush && flying.fua;
-            }
-            self.assemble(piece.io, kind, sector, piece.page, piece.sectors, pool, counters);
+        while let Some((piece, flying)) = self.table.take(next) {
+            flying.flush_after = flush && flying.fua;
+            let range = Range { sector, page: piece.page, sectors: piece.sectors };
+            self.assemble(piece.io, kind, range, pool, counters);
             sector += u64::from(piece.sectors);
             next = piece.next;
         }
@@ -441,14 +401,13 @@ impl Flight {
     /// Fails everything.
     pub(crate) fn abandon(&mut self, done: &mut Vec<Completed>) {
         self.waiting.clear();
-        self.pieces.drain().for_each(drop);
         self.indirect.fill_with(|| None);
         let gone = |flying: Flying| Completed {
             cookie: flying.cookie,
             result: Err(IoError::Gone),
             buffer: flying.buffer,
         };
-        done.extend(self.ios.drain().map(gone));
+        done.extend(self.table.drain().map(gone));
     }
 }
 
@@ -456,16 +415,22 @@ impl Flight {
 const SEGMENT_LIST_BYTES: usize = MAX_INDIRECT_SEGMENTS * size_of::<Segment>();
 const _: () = assert!(SEGMENT_LIST_BYTES <= ring_proto::abi::PAGE_SIZE);
 
-fn each_segment(pieces: &Slab<Piece>, first: u32, pool: &Pool, mut to: impl FnMut(Segment)) {
-    let mut next = first;
-    while let Some(piece) = pieces.get(next) {
+fn each_segment(table: &Table, first: &Piece, pool: &Pool, mut to: impl FnMut(Segment)) {
+    let mut piece = first;
+    loop {
         let (mut page, mut sectors) = (piece.page, piece.sectors);
         while sectors > 0 {
             let part = sectors.min(PAGE_SECTORS);
             to(Segment::new(pool.gref(page), 0, (part - 1) as u8));
-            page = pool.next(page);
             sectors -= part;
+            if sectors > 0 {
+                page = pool.next(page);
+            }
         }
-        next = piece.next;
+        if piece.next == NONE {
+            return;
+        }
+        let Some(next) = table.get(piece.next) else { return };
+        piece = next;
     }
 }

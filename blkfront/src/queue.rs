@@ -155,7 +155,7 @@ impl Queue {
 
     fn check(&self, io: &Io) -> Result<(), Refusal> {
         // What has completed still counts until it is taken back: there is room for no more.
-        if self.flight.is_full() || self.in_flight() >= self.done.capacity() {
+        if self.in_flight() >= self.flight.depth() {
             return Err(Refusal::WouldBlock);
         }
         if self.backend == Backend::Gone {

@@ -29,16 +29,18 @@ impl<T> Slab<T> {
         self.len
     }
 
-    pub(crate) fn is_full(&self) -> bool {
-        self.free == NONE
-    }
-
     /// Puts a value into the place that was freed last.
     pub(crate) fn insert(&mut self, value: T) -> Option<u32> {
+        self.insert_with(|_| value)
+    }
+
+    /// As [`Slab::insert`], of a value that may know its number.
+    #[inline]
+    pub(crate) fn insert_with(&mut self, value: impl FnOnce(u32) -> T) -> Option<u32> {
         let key = self.free;
         let place = self.places.get_mut(key as usize)?;
         let Place::Free { next } = *place else { return None };
-        *place = Place::Used(value);
+        *place = Place::Used(value(key));
         self.free = next;
         self.len += 1;
         Some(key)

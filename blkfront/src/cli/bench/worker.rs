@@ -21,8 +21,6 @@ const DIGITS: u8 = 3;
 const SHOWN: u64 = 10;
 /// How long a job that waits for a completion may not notice that the run is over.
 const PATIENCE: Duration = Duration::from_millis(100);
-/// Sizes are drawn from a table of this many, so that per cents come out whole.
-const DRAWS: usize = 100;
 /// Places that are tried for one that does not overlap what is in flight, before one is waited for.
 const TRIES: u32 = 16;
 
@@ -121,6 +119,15 @@ struct Slot {
     since: u64,
 }
 
+/// A block size that is drawn.
+#[derive(Clone, Copy, Debug)]
+struct Block {
+    /// Bytes.
+    len: u64,
+    /// Places that a random one may be at. As in fio they are multiples of the smallest block.
+    places: u64,
+}
+
 #[derive(Debug)]
 pub(crate) struct Worker {
     n: usize,
@@ -138,7 +145,10 @@ pub(crate) struct Worker {
     size: u64,
     /// Where a sequential pattern goes on, from `start`.
     position: u64,
-    sizes: Vec<u64>,
+    /// Bytes from place to place.
+    unit: u64,
+    /// Each as often as its per cent, or the only one.
+    blocks: Vec<Block>,
     random: u64,
     outcome: Outcome,
 }
@@ -168,8 +178,12 @@ impl Worker {
             Some(_) => Some(Ledger::new(start, size, job.min_block(), job.max_block())?),
             None => None,
         };
-        let sizes = job.bssplit.iter();
-        let sizes = sizes.flat_map(|b| std::iter::repeat_n(b.bytes, b.percent.into())).collect();
+        let unit = job.min_block();
+        let blocks = job.bssplit.iter().flat_map(|share| {
+            let (len, places) = (share.bytes, (size - share.bytes) / unit + 1);
+            std::iter::repeat_n(Block { len, places }, share.percent.into())
+        });
+        let blocks = if keep { blocks.take(1).collect() } else { blocks.collect() };
         let seed = job.randseed.wrapping_add(n as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         Ok(Self {
             n,
@@ -184,7 +198,8 @@ impl Worker {
             start,
             size,
             position: 0,
-            sizes,
+            unit,
+            blocks,
             random: seed | 1,
             outcome: Outcome::default(),
         })
@@ -263,11 +278,11 @@ impl Worker {
     /// Starts an I/O, of how many bytes; `None` when every place overlaps what is in flight.
     fn issue(&mut self, now: u64) -> anyhow::Result<Option<u64>> {
         let write = self.draw_direction();
-        let len = self.draw_size();
-        let Some(offset) = self.draw_place(len) else { return Ok(None) };
+        let Some(block) = self.draw_block() else { return Ok(None) };
+        let Some(offset) = self.draw_place(block) else { return Ok(None) };
         let Some(n) = self.idle.pop() else { return Ok(None) };
-        self.submit(n, write, offset, len, now)?;
-        Ok(Some(len))
+        self.submit(n, write, offset, block.len, now)?;
+        Ok(Some(block.len))
     }
 
     fn submit(
@@ -377,12 +392,16 @@ impl Worker {
         }
     }
 
-    fn draw_size(&mut self) -> u64 {
-        let n = if self.job.bssplit.len() == 1 { 0 } else { self.draw(DRAWS as u64) as usize };
-        self.sizes.get(n).copied().unwrap_or_else(|| self.job.min_block())
+    fn draw_block(&mut self) -> Option<Block> {
+        let n = match self.blocks.len() {
+            1 => 0,
+            several => self.draw(several as u64) as usize,
+        };
+        self.blocks.get(n).copied()
     }
 
-    fn draw_place(&mut self, len: u64) -> Option<u64> {
+    fn draw_place(&mut self, block: Block) -> Option<u64> {
+        let len = block.len;
         if !self.job.rw.random() {
             let at = if self.position + len > self.size { 0 } else { self.position };
             let place = self.start + at;
@@ -392,11 +411,8 @@ impl Worker {
             self.position = at + len;
             return Some(place);
         }
-        // As in fio, places are multiples of the smallest block.
-        let unit = self.job.min_block();
-        let places = (self.size - len) / unit + 1;
         for _ in 0..TRIES {
-            let place = self.start + self.draw(places) * unit;
+            let place = self.start + self.draw(block.places) * self.unit;
             if !self.overlaps(place, len) {
                 return Some(place);
             }
