@@ -176,7 +176,9 @@ pub enum Violation {
 }
 
 /// How an I/O failed.
+// As large as a field beside it may be: [`crate::Completed`] is moved about in whole words then.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[repr(u32)]
 pub enum IoError {
     /// The backend said so (`BLKIF_RSP_ERROR`).
     #[error("the backend reported an I/O error")]

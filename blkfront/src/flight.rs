@@ -15,29 +15,13 @@ use crate::{Completed, Io, IoError, Op};
 use ring_proto::abi::{MAX_INDIRECT_PAGES, MAX_INDIRECT_SEGMENTS, SECTOR_SIZE, SECTORS_PER_PAGE};
 use ring_proto::{Body, GrantRef, Segment, Segments, Status, Transfer, encode_segment};
 use std::collections::VecDeque;
-use table::{Flying, Kind, Piece, Request, Table};
+use table::{Kind, Piece, Range, Request, Table};
 
 /// Requests at the tail of those waiting that a new piece is tried against. The last one is hit by a
 /// sequential stream; the others by as many interleaved streams.
 const MERGE_WINDOW: usize = 4;
 /// 512-byte sectors in a page, as the arithmetic here needs it.
-const PAGE_SECTORS: u32 = SECTORS_PER_PAGE as u32;
-
-/// A part of a disk, and the page that its data begins with.
-#[derive(Clone, Copy)]
-struct Range {
-    sector: u64,
-    page: u32,
-    sectors: u32,
-}
-
-impl Range {
-    /// What is behind the first `part` of it, in sectors.
-    fn behind(self, part: u32, pool: &Pool) -> Self {
-        let page = (0..part / PAGE_SECTORS).fold(self.page, |page, _| pool.next(page));
-        Self { sector: self.sector + u64::from(part), page, sectors: self.sectors - part }
-    }
-}
+const PAGE_SECTORS: u64 = SECTORS_PER_PAGE as u64;
 
 /// Where the requests that came to wait last begin and end: what touches none of them, as most of a
 /// random stream does not, is told without a look at the requests.
@@ -130,97 +114,98 @@ impl Flight {
         // What has no data may have a buffer all the same, which stays as it is.
         let has_data = matches!(op, Op::Read | Op::Write { .. });
         let data = buffer.as_ref().filter(|_| has_data);
-        let data = data.map(|b| (b.page_at(0), (b.len() / SECTOR_SIZE) as u32));
+        let data = data.map(|b| (b.page_at(0), (b.len() / SECTOR_SIZE) as u64));
         let (page, sectors) = data.unwrap_or((NONE, 0));
-        let barrier = flush == FlushMode::Barrier
-            && sectors.div_ceil(PAGE_SECTORS) <= u32::from(self.limits.direct);
-        let (kind, flush_after) = match op {
-            Op::Read => (Kind::Read, false),
-            Op::Write { fua: true } if barrier => (Kind::Barrier, false),
-            Op::Write { fua } => (Kind::Write, fua && flush != FlushMode::None),
-            Op::Flush => (Kind::Flush, false),
+        let whole = |kind, sectors| Range { kind, sector, sectors, page };
+        let (range, flush_after) = match op {
+            Op::Read => (whole(Kind::Read, sectors), false),
+            Op::Write { fua } => {
+                let barrier = fua
+                    && flush == FlushMode::Barrier
+                    && whole(Kind::Barrier, sectors).segments() <= u32::from(self.limits.direct);
+                let kind = if barrier { Kind::Barrier } else { Kind::Write };
+                (whole(kind, sectors), fua && !barrier && flush != FlushMode::None)
+            }
+            Op::Flush => (whole(Kind::Flush, 0), false),
             Op::Discard { len, secure } => {
-                (Kind::Discard { sectors: len / SECTOR_SIZE as u64, secure }, false)
+                (whole(Kind::Discard { secure }, len / SECTOR_SIZE as u64), false)
             }
         };
         let fua = op == Op::Write { fua: true };
-        let part = sectors.min(self.most());
-        let request = Request::new(kind, sector, part);
-        let flags = (fua, flush_after);
-        let Some(key) = self.table.admit(cookie, buffer, flags, (page, part), request) else {
-            return;
-        };
+        let first = self.first(range);
+        let key = self.table.admit((cookie, buffer), (fua, flush_after), first);
+        let Some(key) = key else { return };
         if op == Op::Flush && flush == FlushMode::None {
             return self.land(key, done);
         }
-        self.line_up(key, &request, counters);
-        if sectors > part {
-            let rest = Range { sector, page, sectors }.behind(part, pool);
+        self.line_up(key, first, counters);
+        if first.sectors < range.sectors {
             counters.splits.add(1);
-            self.assemble(key, kind, rest, pool, counters);
+            self.assemble(key, behind(range, first, pool), pool, counters);
         }
     }
 
     /// Cuts a range of an I/O into pieces and finds or makes a request for each.
-    fn assemble(
-        &mut self,
-        io: u32,
-        kind: Kind,
-        mut range: Range,
-        pool: &Pool,
-        counters: &Counters,
-    ) {
+    fn assemble(&mut self, io: u32, mut range: Range, pool: &Pool, counters: &Counters) {
         loop {
-            let part = range.sectors.min(self.most());
-            let request = Request::new(kind, range.sector, part);
-            let piece = Piece { io, page: range.page, sectors: part, next: NONE, request };
-            // Cannot fail: there is room for every page.
-            let Some(key) = self.table.insert(piece) else { return };
-            self.line_up(key, &request, counters);
-            if range.sectors == part {
+            let part = self.first(range);
+            let Some(key) = self.table.add(io, part) else { return };
+            self.line_up(key, part, counters);
+            if part.sectors == range.sectors {
                 return;
             }
             counters.splits.add(1);
-            range = range.behind(part, pool);
+            range = behind(range, part, pool);
         }
     }
 
-    /// 512-byte sectors that one request transfers at the most.
-    fn most(&self) -> u32 {
-        self.limits.segments() * PAGE_SECTORS
+    /// As much of a range as a request can do.
+    #[inline]
+    fn first(&self, range: Range) -> Range {
+        match range.kind {
+            Kind::Read | Kind::Write | Kind::Barrier => {
+                let most = u64::from(self.limits.segments()) * PAGE_SECTORS;
+                Range { sectors: range.sectors.min(most), ..range }
+            }
+            Kind::Flush | Kind::Discard { .. } => range,
+        }
     }
 
     /// Has the piece `key`, a request by itself, wait, or joins it with one that does.
-    fn line_up(&mut self, key: u32, request: &Request, counters: &Counters) {
-        if self.merge && request.kind.merges() && self.join(key, request) {
+    #[inline]
+    fn line_up(&mut self, key: u32, piece: Range, counters: &Counters) {
+        if self.merge && piece.kind.merges() && self.join(key, piece) {
             counters.merges.add(1);
             return;
         }
         self.waiting.push_back(key);
-        self.edges.push(request.sector, request.sector + u64::from(request.sectors));
+        self.edges.push(piece.sector, piece.sector + piece.sectors);
     }
 
     /// Back or front merge of the piece `key`, a request by itself, with one of the last requests that wait.
-    fn join(&mut self, key: u32, new: &Request) -> bool {
-        let end = new.sector + u64::from(new.sectors);
-        if !self.edges.touch(new.sector, end) {
-            return false;
-        }
+    #[inline]
+    fn join(&mut self, key: u32, new: Range) -> bool {
+        let end = new.sector + new.sectors;
+        self.edges.touch(new.sector, end) && self.join_touching(key, new, end)
+    }
+
+    #[inline(never)]
+    fn join_touching(&mut self, key: u32, new: Range, end: u64) -> bool {
         let most = self.limits.segments();
         for back in 0..MERGE_WINDOW.min(self.waiting.len()) {
             let Some(place) = self.waiting.get_mut(self.waiting.len() - 1 - back) else { continue };
             let Some(first) = self.table.get_mut(*place) else { continue };
             let old = first.request;
-            let behind = old.sector + u64::from(old.sectors) == new.sector;
+            let behind = old.sector + old.sectors == new.sector;
             let touches = behind || old.sector == end;
-            if !touches || old.kind != new.kind || old.segments + new.segments > most {
+            if !touches || old.kind != new.kind || old.segments + new.segments() > most {
                 continue;
             }
             let last = if old.last == NONE { *place } else { old.last };
             let joined = Request {
                 sector: old.sector.min(new.sector),
                 sectors: old.sectors + new.sectors,
-                segments: old.segments + new.segments,
+                segments: old.segments + new.segments(),
                 last: if behind { key } else { last },
                 ..old
             };
@@ -233,7 +218,7 @@ impl Flight {
                 piece.request = joined;
                 piece.next = std::mem::replace(place, key);
             }
-            self.edges.set(back, joined.sector, joined.sector + u64::from(joined.sectors));
+            self.edges.set(back, joined.sector, joined.sector + joined.sectors);
             return true;
         }
         false
@@ -272,8 +257,9 @@ impl Flight {
             Kind::Flush => {
                 return Some(Body::Flush { barrier: self.limits.flush == FlushMode::Barrier });
             }
-            Kind::Discard { sectors, secure } => {
-                return Some(Body::Discard { sector: request.sector, sectors, secure });
+            Kind::Discard { secure } => {
+                let Request { sector, sectors, .. } = *request;
+                return Some(Body::Discard { sector, sectors, secure });
             }
         };
         let sector = request.sector;
@@ -336,14 +322,17 @@ impl Flight {
         while next != NONE {
             let Some((piece, flying)) = self.table.take(next) else { return };
             next = piece.next;
-            flying.result = flying.result.and(result);
+            let outcome = &mut flying.completed.result;
+            if result.is_err() && outcome.is_ok() {
+                *outcome = result;
+            }
             if flying.left > 0 {
                 continue;
             }
-            let flush = std::mem::take(&mut flying.flush_after) && flying.result.is_ok();
+            let flush = std::mem::take(&mut flying.flush_after) && flying.completed.result.is_ok();
             if flush && self.limits.flush != FlushMode::None {
-                let nothing = Range { sector: 0, page: NONE, sectors: 0 };
-                self.assemble(piece.io, Kind::Flush, nothing, pool, counters);
+                let flush = Range { kind: Kind::Flush, sector: 0, sectors: 0, page: NONE };
+                self.assemble(piece.io, flush, pool, counters);
             } else {
                 self.land(piece.io, done);
             }
@@ -358,9 +347,7 @@ impl Flight {
     }
 
     fn land(&mut self, key: u32, done: &mut Vec<Completed>) {
-        if let Some(Flying { cookie, buffer, result, .. }) = self.table.land(key) {
-            done.push(Completed { cookie, result, buffer });
-        }
+        done.extend(self.table.land(key));
     }
 
     /// Puts requests that will not be answered, in the order in which they were issued, and those that
@@ -391,9 +378,9 @@ impl Flight {
         let (mut next, mut sector) = (key, request.sector);
         while let Some((piece, flying)) = self.table.take(next) {
             flying.flush_after = flush && flying.fua;
-            let range = Range { sector, page: piece.page, sectors: piece.sectors };
-            self.assemble(piece.io, kind, range, pool, counters);
-            sector += u64::from(piece.sectors);
+            let range = Range { kind, sector, sectors: piece.sectors, page: piece.page };
+            self.assemble(piece.io, range, pool, counters);
+            sector += piece.sectors;
             next = piece.next;
         }
     }
@@ -402,11 +389,7 @@ impl Flight {
     pub(crate) fn abandon(&mut self, done: &mut Vec<Completed>) {
         self.waiting.clear();
         self.indirect.fill_with(|| None);
-        let gone = |flying: Flying| Completed {
-            cookie: flying.cookie,
-            result: Err(IoError::Gone),
-            buffer: flying.buffer,
-        };
+        let gone = |io| Completed { result: Err(IoError::Gone), ..io };
         done.extend(self.table.drain().map(gone));
     }
 }
@@ -414,6 +397,13 @@ impl Flight {
 /// Bytes of the longest list of segments; it fits in one page.
 const SEGMENT_LIST_BYTES: usize = MAX_INDIRECT_SEGMENTS * size_of::<Segment>();
 const _: () = assert!(SEGMENT_LIST_BYTES <= ring_proto::abi::PAGE_SIZE);
+
+/// What is behind `part`, the first of a range.
+fn behind(range: Range, part: Range, pool: &Pool) -> Range {
+    let page = (0..part.sectors / PAGE_SECTORS).fold(range.page, |page, _| pool.next(page));
+    let (sector, sectors) = (range.sector + part.sectors, range.sectors - part.sectors);
+    Range { kind: range.kind, sector, sectors, page }
+}
 
 fn each_segment(table: &Table, first: &Piece, pool: &Pool, mut to: impl FnMut(Segment)) {
     let mut piece = first;

@@ -1,7 +1,11 @@
 //! I/Os and the pieces that they were cut into.
+//!
+//! Values here are written and read in one piece, or field by field, but not the one and then soon the
+//! other: a load that several recent stores add up to waits until they have reached the cache, for as
+//! long as the rest of an I/O takes.
 
 use crate::slab::{NONE, Slab};
-use crate::{IoBuffer, IoError};
+use crate::{Completed, IoBuffer};
 use ring_proto::abi::SECTORS_PER_PAGE;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -10,7 +14,7 @@ pub(super) enum Kind {
     Write,
     Barrier,
     Flush,
-    Discard { sectors: u64, secure: bool },
+    Discard { secure: bool },
 }
 
 impl Kind {
@@ -19,22 +23,29 @@ impl Kind {
     }
 }
 
+/// What a request is to do, or a part of that.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Range {
+    pub(super) kind: Kind,
+    pub(super) sector: u64,
+    pub(super) sectors: u64,
+    /// That its data begins with, if it has any.
+    pub(super) page: u32,
+}
+
 /// An I/O.
 #[derive(Debug)]
 pub(super) struct Flying {
-    pub(super) cookie: u64,
-    pub(super) buffer: Option<IoBuffer>,
-    /// It is to be durable when it is complete.
-    pub(super) fua: bool,
+    /// What its caller will get.
+    pub(super) completed: Completed,
     /// Pieces not answered.
     pub(super) left: u32,
-    pub(super) result: Result<(), IoError>,
+    /// It is to be durable when it is complete.
+    pub(super) fua: bool,
     /// A flush is to follow.
     pub(super) flush_after: bool,
-    /// The only piece of most, which goes by the I/O's number.
+    /// The only piece of most, which goes by the I/O's number; of no I/O once it is answered.
     own: Piece,
-    /// `own` is one of the pieces not answered.
-    owns: bool,
 }
 
 /// A part of an I/O that starts at a page of its buffer.
@@ -42,7 +53,7 @@ pub(super) struct Flying {
 pub(super) struct Piece {
     pub(super) io: u32,
     pub(super) page: u32,
-    pub(super) sectors: u32,
+    pub(super) sectors: u64,
     /// The piece behind it in its request.
     pub(super) next: u32,
     /// Of the first piece of a request, which goes by that piece's number.
@@ -53,7 +64,7 @@ pub(super) struct Piece {
 pub(super) struct Request {
     pub(super) kind: Kind,
     pub(super) sector: u64,
-    pub(super) sectors: u32,
+    pub(super) sectors: u64,
     pub(super) segments: u32,
     /// Its last piece, if there are several.
     pub(super) last: u32,
@@ -61,10 +72,22 @@ pub(super) struct Request {
     pub(super) waited: bool,
 }
 
-impl Request {
-    pub(super) const fn new(kind: Kind, sector: u64, sectors: u32) -> Self {
-        let segments = sectors.div_ceil(SECTORS_PER_PAGE as u32);
-        Self { kind, sector, sectors, segments, last: NONE, waited: false }
+impl Piece {
+    /// A request by itself, of no other's data than `range`'s.
+    #[inline]
+    fn new(io: u32, range: Range) -> Self {
+        let Range { kind, sector, sectors, page } = range;
+        let (segments, last, waited) = (range.segments(), NONE, false);
+        let request = Request { kind, sector, sectors, segments, last, waited };
+        Self { io, page, sectors, next: NONE, request }
+    }
+}
+
+impl Range {
+    /// Pages of its data.
+    #[inline]
+    pub(super) fn segments(&self) -> u32 {
+        self.sectors.div_ceil(SECTORS_PER_PAGE.into()) as u32
     }
 }
 
@@ -96,31 +119,32 @@ impl Table {
         self.depth as usize
     }
 
-    /// Takes in an I/O of which so much is the first piece. It must not be full.
-    #[inline]
+    /// Takes in an I/O, there being fewer than `depth`, of which `range` is the first piece.
+    #[inline(always)]
     pub(super) fn admit(
         &mut self,
-        cookie: u64,
-        buffer: Option<IoBuffer>,
+        (cookie, buffer): (u64, Option<IoBuffer>),
         (fua, flush_after): (bool, bool),
-        (page, sectors): (u32, u32),
-        request: Request,
+        range: Range,
     ) -> Option<u32> {
-        self.ios.insert_with(|io| {
-            let own = Piece { io, page, sectors, next: NONE, request };
-            Flying { cookie, buffer, fua, left: 1, result: Ok(()), flush_after, own, owns: true }
+        self.ios.insert_with(|io| Flying {
+            completed: Completed { cookie, result: Ok(()), buffer },
+            left: 1,
+            fua,
+            flush_after,
+            own: Piece::new(io, range),
         })
     }
 
-    /// Takes in a piece of an I/O.
-    pub(super) fn insert(&mut self, piece: Piece) -> Option<u32> {
-        let flying = self.ios.get_mut(piece.io)?;
-        let key = if flying.owns {
-            // Cannot fail: `new` made room for every page.
-            self.depth + self.more.insert_with(|_| piece)?
+    /// Takes in another piece of an I/O.
+    pub(super) fn add(&mut self, io: u32, range: Range) -> Option<u32> {
+        let flying = self.ios.get_mut(io)?;
+        let key = if flying.own.io == NONE {
+            flying.own = Piece::new(io, range);
+            io
         } else {
-            (flying.own, flying.owns) = (piece, true);
-            piece.io
+            // Cannot fail: `new` made room for every page.
+            self.depth + self.more.insert_with(|_| Piece::new(io, range))?
         };
         flying.left += 1;
         Some(key)
@@ -129,7 +153,9 @@ impl Table {
     #[inline]
     pub(super) fn get(&self, key: u32) -> Option<&Piece> {
         match key.checked_sub(self.depth) {
-            None => self.ios.get(key).filter(|flying| flying.owns).map(|flying| &flying.own),
+            None => {
+                self.ios.get(key).filter(|flying| flying.own.io != NONE).map(|flying| &flying.own)
+            }
             Some(key) => self.more.get(key),
         }
     }
@@ -137,9 +163,11 @@ impl Table {
     #[inline]
     pub(super) fn get_mut(&mut self, key: u32) -> Option<&mut Piece> {
         match key.checked_sub(self.depth) {
-            None => {
-                self.ios.get_mut(key).filter(|flying| flying.owns).map(|flying| &mut flying.own)
-            }
+            None => self
+                .ios
+                .get_mut(key)
+                .filter(|flying| flying.own.io != NONE)
+                .map(|flying| &mut flying.own),
             Some(key) => self.more.get_mut(key),
         }
     }
@@ -147,25 +175,31 @@ impl Table {
     /// Takes a piece out. Its I/O stays.
     #[inline]
     pub(super) fn take(&mut self, key: u32) -> Option<(Piece, &mut Flying)> {
-        let piece = match key.checked_sub(self.depth) {
-            None => self.ios.get_mut(key).filter(|flying| flying.owns)?.own,
-            Some(key) => self.more.remove(key)?,
+        let (piece, flying) = match key.checked_sub(self.depth) {
+            None => {
+                let flying = self.ios.get_mut(key).filter(|flying| flying.own.io != NONE)?;
+                let piece = flying.own;
+                flying.own.io = NONE;
+                (piece, flying)
+            }
+            Some(key) => {
+                let piece = self.more.remove(key)?;
+                (piece, self.ios.get_mut(piece.io)?)
+            }
         };
-        let flying = self.ios.get_mut(piece.io)?;
-        flying.owns &= piece.io != key;
         flying.left -= 1;
         Some((piece, flying))
     }
 
     /// Takes an I/O out.
     #[inline]
-    pub(super) fn land(&mut self, io: u32) -> Option<Flying> {
-        self.ios.remove(io)
+    pub(super) fn land(&mut self, io: u32) -> Option<Completed> {
+        self.ios.remove(io).map(|flying| flying.completed)
     }
 
     /// Takes everything out.
-    pub(super) fn drain(&mut self) -> impl Iterator<Item = Flying> + '_ {
+    pub(super) fn drain(&mut self) -> impl Iterator<Item = Completed> + '_ {
         self.more.drain().for_each(drop);
-        self.ios.drain()
+        self.ios.drain().map(|flying| flying.completed)
     }
 }

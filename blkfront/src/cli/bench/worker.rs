@@ -4,7 +4,7 @@ use super::Shared;
 use super::job::Job;
 use super::verify::Ledger;
 use anyhow::{Context, anyhow, bail};
-use blkfront::{Completed, Io, IoBuffer, IoError, Queue};
+use blkfront::{Completed, Io, IoBuffer, IoError, Op, Queue};
 use hdrhistogram::Histogram;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
@@ -294,20 +294,17 @@ impl Worker {
         now: u64,
     ) -> anyhow::Result<()> {
         let slot = self.slots.get_mut(n).context("no such slot")?;
-        let Some(mut buffer) = slot.buffer.take().or_else(|| self.queue.alloc(len as usize)) else {
-            bail!("no pages left for a buffer");
-        };
-        buffer.set_len(len as usize);
+        let op = if write { Op::Write { fua: false } } else { Op::Read };
+        let buffer = slot.buffer.take().or_else(|| self.queue.alloc(len as usize));
+        let mut io = Io { cookie: n as u64, op, offset, buffer };
+        let Some(buffer) = &mut io.buffer else { bail!("no pages left for a buffer") };
+        if buffer.len() != len as usize {
+            buffer.set_len(len as usize);
+        }
         if let (true, Some(ledger)) = (write, &mut self.ledger) {
             buffer.write(0, ledger.fill(offset, len as usize));
         }
         (slot.write, slot.offset, slot.len, slot.since) = (write, offset, len, now);
-        let cookie = n as u64;
-        let io = if write {
-            Io::write(cookie, offset, buffer)
-        } else {
-            Io::read(cookie, offset, buffer)
-        };
         self.queue
             .submit(io)
             .map_err(|refused| anyhow!("{len} bytes at offset {offset}: {}", refused.reason))
