@@ -45,14 +45,15 @@ pub(super) enum Unreachable {
 
 /// What a request holds on to until its response.
 #[derive(Default)]
-struct Held {
+pub(super) struct Held {
     segments: Vec<Segment>,
     bounce: Option<Range<usize>>,
     pins: Vec<Pin>,
     maps: Vec<Arc<dyn MappedGrants>>,
     /// Pages in `maps`.
     mapped: usize,
-    refused: bool,
+    /// A grant copy for it was refused.
+    pub(super) refused: bool,
 }
 
 enum Via {
@@ -68,9 +69,7 @@ pub(super) struct Data {
     copier: Box<dyn GrantCopier>,
     peer: DomId,
     via: Via,
-    /// By tag.
-    held: Vec<Held>,
-    /// Pages that all of them have mapped.
+    /// Pages that are mapped for single requests.
     mapped: usize,
     /// Pages that were to be mapped for single requests so far, whether that succeeded or not.
     tried: usize,
@@ -111,7 +110,6 @@ impl Data {
             copier,
             peer,
             via,
-            held: (0..slots).map(|_| Held::default()).collect(),
             mapped: 0,
             tried: 0,
             copies: Vec::with_capacity(slots * direct_segments),
@@ -144,9 +142,12 @@ impl Data {
         pool.purge()
     }
 
-    /// All mappings, when no request uses them any more.
-    pub(super) fn into_mappings(self) -> Vec<Arc<dyn MappedGrants>> {
-        let held = self.held.into_iter().flat_map(|held| held.maps);
+    /// All mappings, those of requests among them, when none uses them any more.
+    pub(super) fn into_mappings(
+        self,
+        held: impl Iterator<Item = Held>,
+    ) -> Vec<Arc<dyn MappedGrants>> {
+        let held = held.flat_map(|held| held.maps);
         match self.via {
             Via::Persistent(pool) => held.chain(pool.into_pages()).collect(),
             Via::Copy(_) | Via::Map | Via::Nothing => held.collect(),
@@ -205,7 +206,7 @@ impl Data {
         Ok(())
     }
 
-    /// Finds memory for the data of request `tag`, and lists it in `buffers`.
+    /// Finds memory for the data of request `tag`, which will hold on to it, and lists it in `buffers`.
     ///
     /// For a write it holds the data only after [`Data::fetch`].
     pub(super) fn prepare(
@@ -213,13 +214,14 @@ impl Data {
         tag: u16,
         write: bool,
         segments: &[Segment],
+        held: &mut Held,
         buffers: &mut IoVecs,
     ) -> Result<(), Unreachable> {
+        buffers.clear();
         // A request of its own always fits.
         if self.mapped > 0 && self.mapped + segments.len() > MAX_MAPPED_PAGES {
             return Err(Unreachable::Busy);
         }
-        let held = &mut self.held[usize::from(tag)];
         match &mut self.via {
             Via::Copy(bounce) => {
                 let bytes = segments.iter().map(Segment::bytes).sum();
@@ -260,8 +262,7 @@ impl Data {
                         }
                         found
                     } else {
-                        buffers.clear();
-                        self.release(tag);
+                        self.release(held);
                         return Err(Unreachable::Refused);
                     };
                     let (these, others) = rest.split_at(count);
@@ -292,44 +293,44 @@ impl Data {
         Ok(())
     }
 
-    /// Fetches the data of every write prepared since the last call, in one operation.
-    pub(super) fn fetch(&mut self) {
-        self.copy();
+    /// Fetches the data of every write prepared since the last call, in one operation. Names those for which
+    /// that was refused.
+    #[inline]
+    pub(super) fn fetch(&mut self, refused: impl FnMut(u16)) {
+        if !self.copies.is_empty() {
+            self.copy(refused);
+        }
     }
 
     /// Notes that the device has filled the buffers of read `tag`.
-    pub(super) fn filled(&mut self, tag: u16) {
-        let held = &self.held[usize::from(tag)];
+    #[inline]
+    pub(super) fn filled(&mut self, tag: u16, held: &Held) {
         if let (Via::Copy(_), Some(range)) = (&self.via, &held.bounce) {
             let to = CopyDirection::ToPeer;
             stage(&mut self.copies, &mut self.owners, tag, &held.segments, range.start, to);
         }
     }
 
-    /// Hands the data of every read noted since the last call to the guest, in one operation.
-    pub(super) fn deliver(&mut self) {
-        self.copy();
+    /// Hands the data of every read noted since the last call to the guest, in one operation. Names those for
+    /// which that was refused.
+    #[inline]
+    pub(super) fn deliver(&mut self, refused: impl FnMut(u16)) {
+        if !self.copies.is_empty() {
+            self.copy(refused);
+        }
     }
 
-    fn copy(&mut self) {
+    fn copy(&mut self, mut refused: impl FnMut(u16)) {
         let Via::Copy(bounce) = &self.via else { return };
-        if self.copies.is_empty() {
-            return;
-        }
         self.stats.grant_copies.add(self.copies.len() as u64);
         let whole = self.copier.copy(bounce.region(), &mut self.copies);
         for (copy, &tag) in self.copies.iter().zip(&self.owners) {
             if whole.is_err() || copy.status.is_err() {
-                self.held[usize::from(tag)].refused = true;
+                refused(tag);
             }
         }
         self.copies.clear();
         self.owners.clear();
-    }
-
-    /// Whether a grant copy for request `tag` was refused.
-    pub(super) fn refused(&self, tag: u16) -> bool {
-        self.held[usize::from(tag)].refused
     }
 
     /// Pages that were to be mapped so far, whether that succeeded or not.
@@ -345,9 +346,8 @@ impl Data {
         self.mapped
     }
 
-    /// Lets go of everything that request `tag` holds. What was mapped for it alone is unmapped when this returns.
-    pub(super) fn release(&mut self, tag: u16) {
-        let held = &mut self.held[usize::from(tag)];
+    /// Lets go of everything that a request holds. What was mapped for it alone is unmapped when this returns.
+    pub(super) fn release(&mut self, held: &mut Held) {
         held.refused = false;
         match &mut self.via {
             Via::Copy(bounce) => {

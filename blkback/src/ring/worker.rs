@@ -5,7 +5,7 @@
 //! together, and answers, a few to a push, with an event where the frontend asked for one.
 
 use super::clock::{Clock, Nanos};
-use super::data::{Data, Unreachable};
+use super::data::{Data, Held, Unreachable};
 use super::inflight::Inflight;
 use super::setup::{Exit, Orders, RingSetup};
 use super::sleep::Sleep;
@@ -35,33 +35,38 @@ const MAX_MAPS: usize = 256;
 const PUBLISH_EVERY: u32 = 8;
 
 /// What is known of a request between its taking and its response.
-#[derive(Clone, Copy, Default)]
 struct Entry {
     id: u64,
+    /// For the response.
     operation: u8,
-    kind: Kind,
+    op: OpKind,
+    /// A flush is to be done before that.
+    flush_first: bool,
     /// In bytes.
     offset: u64,
     /// When it was taken, where that is timed.
     taken: Option<Nanos>,
-    status: Option<Status>,
+    status: Status,
+    /// The memory of its data...
+    buffers: IoVecs,
+    /// ...and what keeps that.
+    held: Held,
 }
 
-/// What is still to be done for a request.
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
-enum Kind {
-    Read,
-    Write,
-    #[default]
-    Flush,
-    /// A flush, and then the write, with or without FUA.
-    FlushThenWrite {
-        fua: bool,
-    },
-    Discard {
-        bytes: u64,
-        secure: bool,
-    },
+impl Entry {
+    fn new() -> Self {
+        Self {
+            id: 0,
+            operation: 0,
+            op: OpKind::Flush,
+            flush_first: false,
+            offset: 0,
+            taken: None,
+            status: Status::Error,
+            buffers: IoVecs::new(),
+            held: Held::default(),
+        }
+    }
 }
 
 pub(super) struct Worker {
@@ -74,11 +79,11 @@ pub(super) struct Worker {
     round_sectors: u64,
     orders: Arc<Orders>,
     pub(super) stats: Arc<RingStats>,
-    // Before `data`: a queue that is dropped waits for its operations, which use the memory in `data`.
+    // Before `table` and `data`: a queue that is dropped waits for its operations, which use their memory.
     pub(super) queue: Box<dyn Queue>,
-    pub(super) data: Data,
     /// Requests in flight, by tag.
     table: Vec<Entry>,
+    pub(super) data: Data,
     /// Of them, those that were begun and are not answered.
     pub(super) in_flight: usize,
     /// Tags of requests that were prepared in this round.
@@ -87,10 +92,8 @@ pub(super) struct Worker {
     done: Vec<Completion>,
     /// Tags of requests to be answered in this round.
     ended: Vec<u16>,
-    /// Emptied buffer lists.
-    spare: Vec<IoVecs>,
-    /// Buffer lists of requests that have not gone to the device yet, by tag.
-    buffers: Vec<IoVecs>,
+    /// Some of them were timed.
+    is_timed: bool,
     /// Segments of the indirect request at hand.
     segments: Vec<Segment>,
     /// Something has completed since a request was put off: it may start now.
@@ -139,13 +142,12 @@ impl Worker {
             stats: setup.stats,
             queue,
             data,
-            table: vec![Entry::default(); slots],
+            table: std::iter::repeat_with(Entry::new).take(slots).collect(),
             in_flight: 0,
             ready: Vec::with_capacity(slots),
             done: Vec::with_capacity(slots),
             ended: Vec::with_capacity(slots),
-            spare: (0..slots).map(|_| IoVecs::new()).collect(),
-            buffers: (0..slots).map(|_| IoVecs::new()).collect(),
+            is_timed: false,
             segments: Vec::new(),
             freed: false,
             barrier: false,
@@ -186,7 +188,7 @@ impl Worker {
     pub(super) fn close(self) -> Vec<Arc<dyn MappedGrants>> {
         // The queue waits for its operations, which use the memory.
         drop(self.queue);
-        self.data.into_mappings()
+        self.data.into_mappings(self.table.into_iter().map(|entry| entry.held))
     }
 
     /// Whether it has stopped, and nothing is in flight any more. What is still on the ring is left for
@@ -289,35 +291,34 @@ impl Worker {
         request: &Request<&[Segment]>,
         now: Option<Nanos>,
     ) -> Result<(), Refusal> {
-        let mut entry = Entry {
-            id: request.id,
-            operation: request.response_operation(),
-            taken: now,
-            ..Entry::default()
-        };
+        let entry = &mut self.table[usize::from(tag)];
+        entry.id = request.id;
+        entry.operation = request.response_operation();
+        entry.flush_first = false;
+        entry.taken = now;
         match &request.body {
             Body::Direct { transfer, sector, segments } => {
                 entry.offset = sector * SECTOR_SIZE as u64;
-                entry.kind = kind_of(*transfer);
                 self.memory(tag, *transfer, segments)?;
             }
             Body::Indirect { transfer, sector, nr_segments, pages } => {
+                entry.offset = sector * SECTOR_SIZE as u64;
                 let mut segments = std::mem::take(&mut self.segments);
                 let result =
                     self.indirect(tag, *transfer, *sector, *nr_segments, pages, &mut segments);
                 self.segments = segments;
                 result?;
-                entry.offset = sector * SECTOR_SIZE as u64;
-                entry.kind = kind_of(*transfer);
             }
-            Body::Flush { .. } => self.stats.f_req.add(1),
+            Body::Flush { .. } => {
+                entry.op = OpKind::Flush;
+                self.stats.f_req.add(1);
+            }
             Body::Discard { sector, sectors, secure } => {
-                self.stats.ds_req.add(1);
                 entry.offset = sector * SECTOR_SIZE as u64;
-                entry.kind = Kind::Discard { bytes: sectors * SECTOR_SIZE as u64, secure: *secure };
+                entry.op = OpKind::Discard { bytes: sectors * SECTOR_SIZE as u64, secure: *secure };
+                self.stats.ds_req.add(1);
             }
         }
-        self.table[usize::from(tag)] = entry;
         Ok(())
     }
 
@@ -347,15 +348,16 @@ impl Worker {
         segments: &[Segment],
     ) -> Result<(), Refusal> {
         let write = transfer != Transfer::Read;
-        let buffers = &mut self.buffers[usize::from(tag)];
+        let entry = &mut self.table[usize::from(tag)];
+        (entry.op, entry.flush_first) = op_of(transfer);
         self.data
-            .prepare(tag, write, segments, buffers)
+            .prepare(tag, write, segments, &mut entry.held, &mut entry.buffers)
             .map_err(|e| unreachable_status(&self.stats, e))?;
         let sectors = segments.iter().map(|s| u64::from(s.sectors())).sum();
         if write {
             self.stats.wr_req.add(1);
             self.stats.wr_sect.add(sectors);
-            if matches!(transfer, Transfer::FlushWrite | Transfer::Barrier) {
+            if entry.flush_first {
                 self.stats.f_req.add(1);
             }
         } else {
@@ -371,36 +373,30 @@ impl Worker {
 
     /// Sends what was prepared to the device.
     fn start(&mut self) {
-        self.data.fetch();
+        let table = &mut self.table;
+        self.data.fetch(|tag| table[usize::from(tag)].held.refused = true);
         let mut ready = std::mem::take(&mut self.ready);
         for tag in ready.drain(..) {
-            if self.data.refused(tag) {
+            if self.table[usize::from(tag)].held.refused {
                 self.stats.grant_errors.add(1);
-                self.buffers[usize::from(tag)].clear();
                 self.end(tag, Status::Error);
-                continue;
+            } else {
+                self.submit(tag);
             }
-            let Entry { kind, offset, .. } = self.table[usize::from(tag)];
-            let kind = match kind {
-                Kind::Read => OpKind::Read,
-                Kind::Write => OpKind::Write { fua: false },
-                Kind::Flush | Kind::FlushThenWrite { .. } => OpKind::Flush,
-                Kind::Discard { bytes, secure } => OpKind::Discard { bytes, secure },
-            };
-            self.submit(tag, kind, offset);
         }
         self.ready = ready;
     }
 
-    fn submit(&mut self, tag: u16, kind: OpKind, offset: u64) {
-        let buffers = match kind {
-            OpKind::Read | OpKind::Write { .. } => {
-                let spare = self.spare.pop().unwrap_or_default();
-                std::mem::replace(&mut self.buffers[usize::from(tag)], spare)
+    fn submit(&mut self, tag: u16) {
+        let Entry { op, flush_first, offset, buffers, .. } = &self.table[usize::from(tag)];
+        let op = match op {
+            _ if *flush_first => Op { tag, kind: OpKind::Flush, offset: 0, buffers: &[] },
+            OpKind::Read | OpKind::Write { .. } => Op { tag, kind: *op, offset: *offset, buffers },
+            OpKind::Flush | OpKind::Discard { .. } => {
+                Op { tag, kind: *op, offset: *offset, buffers: &[] }
             }
-            OpKind::Flush | OpKind::Discard { .. } => IoVecs::new(),
         };
-        self.queue.submit(Op { tag, kind, offset, buffers }, &mut self.done);
+        self.queue.submit(op, &mut self.done);
     }
 
     /// Answers what the device has completed, or as much of it as a turn may unmap. Returns how many requests
@@ -415,25 +411,27 @@ impl Worker {
             return 0;
         }
         let mut ended = std::mem::take(&mut self.ended);
-        let is_timed = ended.iter().any(|&tag| self.table[usize::from(tag)].taken.is_some());
-        let device_done = is_timed.then(|| self.clock.now());
-        self.data.deliver();
+        let device_done = std::mem::take(&mut self.is_timed).then(|| self.clock.now());
+        let table = &mut self.table;
+        self.data.deliver(|tag| table[usize::from(tag)].held.refused = true);
         let mapped = self.data.mapped();
         let (mut count, mut timed) = (0, 0);
         for &tag in &ended {
             if mapped - self.data.mapped() >= MAX_MAPS {
+                // Those that are left are timed again.
+                self.is_timed = device_done.is_some();
                 break;
             }
             count += 1;
-            let Entry { id, operation, taken, status, .. } = self.table[usize::from(tag)];
-            let mut status = status.unwrap_or(Status::Error);
-            if status == Status::Okay && self.data.refused(tag) {
+            let entry = &mut self.table[usize::from(tag)];
+            let Entry { id, operation, taken, mut status, .. } = *entry;
+            if status == Status::Okay && entry.held.refused {
                 self.stats.grant_errors.add(1);
                 status = Status::Error;
             }
             // Unmap, then answer: a frontend that finds a grant in use when the response is there
             // disables the device.
-            self.data.release(tag);
+            self.data.release(&mut entry.held);
             self.in_flight -= 1;
             if let (Some(taken), Some(done)) = (taken, device_done) {
                 self.stats.device.record(done.get().saturating_sub(taken.get()), 1);
@@ -459,33 +457,32 @@ impl Worker {
 
     fn sort_completions(&mut self) {
         // Popped one by one: a write that follows its flush may complete while it is submitted.
-        while let Some(Completion { tag, result, mut buffers }) = self.done.pop() {
-            if buffers.capacity() > 0 {
-                buffers.clear();
-                self.spare.push(buffers);
-            }
-            let Entry { kind, offset, .. } = self.table[usize::from(tag)];
-            match (result, kind) {
-                (Ok(()), Kind::FlushThenWrite { fua }) => {
-                    self.table[usize::from(tag)].kind = Kind::Write;
-                    self.submit(tag, OpKind::Write { fua }, offset);
+        while let Some(Completion { tag, result }) = self.done.pop() {
+            let entry = &mut self.table[usize::from(tag)];
+            match result {
+                Ok(()) if entry.flush_first => {
+                    entry.flush_first = false;
+                    self.submit(tag);
                 }
-                (Ok(()), Kind::Read) => {
-                    self.data.filled(tag);
+                Ok(()) => {
+                    if entry.op == OpKind::Read {
+                        self.data.filled(tag, &entry.held);
+                    }
                     self.end(tag, Status::Okay);
                 }
-                (Ok(()), _) => self.end(tag, Status::Okay),
-                (Err(error), _) => {
+                Err(errno) => {
                     self.stats.device_errors.add(1);
-                    self.buffers[usize::from(tag)].clear();
-                    self.end(tag, status_of(&error, kind));
+                    let status = status_of(errno, entry.op);
+                    self.end(tag, status);
                 }
             }
         }
     }
 
     fn end(&mut self, tag: u16, status: Status) {
-        self.table[usize::from(tag)].status = Some(status);
+        let entry = &mut self.table[usize::from(tag)];
+        entry.status = status;
+        self.is_timed |= entry.taken.is_some();
         self.ended.push(tag);
     }
 
@@ -529,22 +526,25 @@ fn unreachable_status(stats: &RingStats, why: Unreachable) -> Refusal {
     }
 }
 
-const fn kind_of(transfer: Transfer) -> Kind {
+/// What a transfer is done by, and whether a flush comes first.
+const fn op_of(transfer: Transfer) -> (OpKind, bool) {
     match transfer {
-        Transfer::Read => Kind::Read,
-        Transfer::Write => Kind::Write,
-        Transfer::FlushWrite => Kind::FlushThenWrite { fua: false },
-        Transfer::Barrier => Kind::FlushThenWrite { fua: true },
+        Transfer::Read => (OpKind::Read, false),
+        Transfer::Write => (OpKind::Write { fua: false }, false),
+        Transfer::FlushWrite => (OpKind::Write { fua: false }, true),
+        Transfer::Barrier => (OpKind::Write { fua: true }, true),
     }
 }
 
 /// Only what carries no data may be answered with "not supported": Linux's frontend takes that for
 /// success of a barrier, and the data would be lost (`blkif_interrupt` in xen-blkfront.c).
-fn status_of(error: &io::Error, kind: Kind) -> Status {
-    let dataless = matches!(kind, Kind::Flush | Kind::Discard { .. });
-    if dataless && error.kind() == io::ErrorKind::Unsupported {
-        Status::NotSupported
-    } else {
-        Status::Error
+fn status_of(errno: i32, op: OpKind) -> Status {
+    match op {
+        OpKind::Flush | OpKind::Discard { .. } if is_unsupported(errno) => Status::NotSupported,
+        _ => Status::Error,
     }
+}
+
+fn is_unsupported(errno: i32) -> bool {
+    io::Error::from_raw_os_error(errno).kind() == io::ErrorKind::Unsupported
 }

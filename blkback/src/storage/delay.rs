@@ -61,7 +61,7 @@ impl DelayQueue {
 }
 
 impl Queue for DelayQueue {
-    fn submit(&mut self, op: Op, _done: &mut Vec<Completion>) {
+    fn submit(&mut self, op: Op<'_>, _done: &mut Vec<Completion>) {
         self.inner.submit(op, &mut self.fresh);
         self.hold();
     }

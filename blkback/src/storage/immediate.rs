@@ -15,7 +15,7 @@ pub(super) struct Immediate<F> {
     system_calls: u64,
 }
 
-impl<F: FnMut(&Op) -> Result<(), i32>> Immediate<F> {
+impl<F: FnMut(&Op<'_>) -> Result<(), i32>> Immediate<F> {
     pub(super) fn new(setup: QueueSetup, execute: F) -> Self {
         let mut wake = setup.wake;
         wake.extend(setup.events.map(|file| file.descriptor));
@@ -23,10 +23,9 @@ impl<F: FnMut(&Op) -> Result<(), i32>> Immediate<F> {
     }
 }
 
-impl<F: FnMut(&Op) -> Result<(), i32>> Queue for Immediate<F> {
-    fn submit(&mut self, op: Op, done: &mut Vec<Completion>) {
-        let result = (self.execute)(&op);
-        done.push(op.complete(result));
+impl<F: FnMut(&Op<'_>) -> Result<(), i32>> Queue for Immediate<F> {
+    fn submit(&mut self, op: Op<'_>, done: &mut Vec<Completion>) {
+        done.push(Completion { tag: op.tag, result: (self.execute)(&op) });
     }
 
     fn reap(&mut self, _done: &mut Vec<Completion>) {}

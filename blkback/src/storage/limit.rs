@@ -1,7 +1,9 @@
 //! A disk that takes only so much a second.
 
 use super::delay::{earliest, sooner};
-use super::{Completion, Geometry, Op, Queue, QueueCounters, QueueSetup, Storage, Woken};
+use super::{
+    Completion, Geometry, IoVecs, Op, OpKind, Queue, QueueCounters, QueueSetup, Storage, Woken,
+};
 use std::collections::VecDeque;
 use std::io;
 use std::num::NonZeroU64;
@@ -51,7 +53,7 @@ struct Bucket {
 
 impl Bucket {
     /// The time from which `op` may be started. It is reserved: who asks later starts later.
-    fn admit(&self, op: &Op, now: Instant) -> Instant {
+    fn admit(&self, op: &Op<'_>, now: Instant) -> Instant {
         const SECOND: u128 = 1_000_000_000;
         let amount = match self.unit {
             Unit::Operations => 1,
@@ -79,8 +81,9 @@ impl Storage for Limited {
 
     fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn Queue>> {
         let held = VecDeque::with_capacity(setup.depth);
+        let buffers = vec![IoVecs::new(); setup.depth];
         let inner = self.inner.open_queue(setup)?;
-        Ok(Box::new(LimitedQueue { bucket: self.bucket.clone(), inner, held }))
+        Ok(Box::new(LimitedQueue { bucket: self.bucket.clone(), inner, held, buffers }))
     }
 }
 
@@ -88,24 +91,38 @@ struct LimitedQueue {
     bucket: Arc<Bucket>,
     inner: Box<dyn Queue>,
     /// Operations and when they may start, soonest first as the bucket's time does not go back.
-    held: VecDeque<(Instant, Op)>,
+    held: VecDeque<(Instant, Held)>,
+    /// Their memory, by tag.
+    buffers: Vec<IoVecs>,
+}
+
+/// An operation without its memory.
+struct Held {
+    tag: u16,
+    kind: OpKind,
+    offset: u64,
 }
 
 impl LimitedQueue {
     fn release(&mut self, now: Instant, done: &mut Vec<Completion>) {
         while self.held.front().is_some_and(|(due, _)| *due <= now) {
-            if let Some((_, op)) = self.held.pop_front() {
-                self.inner.submit(op, done);
+            if let Some((_, Held { tag, kind, offset })) = self.held.pop_front() {
+                let buffers = &self.buffers[usize::from(tag)];
+                self.inner.submit(Op { tag, kind, offset, buffers }, done);
             }
         }
     }
 }
 
 impl Queue for LimitedQueue {
-    fn submit(&mut self, op: Op, done: &mut Vec<Completion>) {
+    fn submit(&mut self, op: Op<'_>, done: &mut Vec<Completion>) {
         let now = Instant::now();
         let due = self.bucket.admit(&op, now);
-        self.held.push_back((due, op));
+        let Op { tag, kind, offset, buffers } = op;
+        let kept = &mut self.buffers[usize::from(tag)];
+        kept.clear();
+        kept.extend_from_slice(buffers);
+        self.held.push_back((due, Held { tag, kind, offset }));
         self.release(now, done);
     }
 

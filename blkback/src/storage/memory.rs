@@ -62,19 +62,19 @@ struct Shared {
 }
 
 impl Shared {
-    fn execute(&self, op: &Op) -> Result<(), i32> {
+    fn execute(&self, op: &Op<'_>) -> Result<(), i32> {
         op.check(self.bytes, self.read_only)?;
         // It fits: the check bounds it by the region's length, a usize.
         let mut at = op.offset as usize;
         match op.kind {
             OpKind::Read => {
-                for piece in &op.buffers {
+                for piece in op.buffers {
                     piece.fill_from(&*self.region, at);
                     at += piece.len();
                 }
             }
             OpKind::Write { .. } => {
-                for piece in &op.buffers {
+                for piece in op.buffers {
                     piece.copy_into(&*self.region, at);
                     at += piece.len();
                 }

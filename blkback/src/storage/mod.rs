@@ -3,8 +3,8 @@
 //! [`Storage`] is a disk, shared by every ring of its device. Each ring's thread opens a [`Queue`]
 //! of its own on it and never shares that, so that nothing on the I/O path takes a lock.
 //!
-//! An [`Op`] owns its buffers from [`Queue::submit`] until its [`Completion`] gives them back: as
-//! long as a queue holds an operation the device may be writing into its memory.
+//! The memory that an [`Op`] names is the device's from [`Queue::submit`] until its [`Completion`]: as
+//! long as a queue holds an operation the device may be writing there.
 
 mod buffer;
 mod delay;
@@ -107,20 +107,21 @@ pub enum OpKind {
     },
 }
 
-/// An operation on its way.
-#[derive(Debug)]
-pub struct Op {
+/// An operation, as it is submitted.
+#[derive(Clone, Copy, Debug)]
+pub struct Op<'a> {
     /// Chosen by the caller, below [`QueueSetup::depth`], of one operation in flight at a time.
     pub tag: u16,
     /// What is to be done.
     pub kind: OpKind,
     /// Where, in bytes from the start of the disk.
     pub offset: u64,
-    /// The memory, empty for flush and discard. The sum of its lengths is the operation's length.
-    pub buffers: IoVecs,
+    /// The memory, empty for flush and discard. The sum of its lengths is the operation's length. A queue that
+    /// needs the list for longer copies it.
+    pub buffers: &'a [IoVec],
 }
 
-impl Op {
+impl Op<'_> {
     /// Length in bytes of what is read or written, 0 for flush and discard.
     pub fn transfer(&self) -> u64 {
         self.buffers.iter().map(|piece| piece.len() as u64).sum()
@@ -143,23 +144,15 @@ impl Op {
             _ => Err(libc::EIO),
         }
     }
-
-    /// Ends it. `Err` is an errno: making an [`io::Error`] of it does not allocate.
-    fn complete(self, result: Result<(), i32>) -> Completion {
-        let result = result.map_err(io::Error::from_raw_os_error);
-        Completion { tag: self.tag, result, buffers: self.buffers }
-    }
 }
 
 /// An operation that has ended.
-#[derive(Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Completion {
     /// [`Op::tag`].
     pub tag: u16,
-    /// `Ok` only when all of it was done: a short transfer is finished or failed, never passed on.
-    pub result: io::Result<()>,
-    /// [`Op::buffers`], for the next operation to use.
-    pub buffers: IoVecs,
+    /// `Ok` only when all of it was done: a short transfer is finished or failed, never passed on. `Err` is an errno.
+    pub result: Result<(), i32>,
 }
 
 /// What ended a [`Queue::wait`].
@@ -188,7 +181,7 @@ pub trait Queue {
     /// through `done`, now or from a later call.
     ///
     /// The caller checked `offset` and length against the geometry; a disk that has shrunk since completes with an error.
-    fn submit(&mut self, op: Op, done: &mut Vec<Completion>);
+    fn submit(&mut self, op: Op<'_>, done: &mut Vec<Completion>);
 
     /// Takes what the device has completed, as far as that needs no system call. What is held back stays so,
     /// for the [`Queue::wait`] that is to follow.

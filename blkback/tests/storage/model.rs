@@ -63,8 +63,6 @@ fn batch(rig: &mut Rig, random: &mut Random, model: &mut [u8], unit: usize, disc
     for completion in done {
         completion.result.expect("no operation fails");
         if let Some(data) = &expected[usize::from(completion.tag)] {
-            let length: usize = completion.buffers.iter().map(IoVec::len).sum();
-            assert_eq!(length, data.len(), "the buffers come back as they were");
             assert!(rig.bytes(completion.tag, data.len()) == *data, "a read differs");
         }
     }

@@ -73,7 +73,7 @@ impl Rig {
     }
 
     pub(crate) fn submit(&mut self, tag: u16, kind: OpKind, offset: u64, buffers: Vec<IoVec>) {
-        self.queue.submit(Op { tag, kind, offset, buffers }, &mut self.done);
+        self.queue.submit(Op { tag, kind, offset, buffers: &buffers }, &mut self.done);
     }
 
     /// Runs everything in flight to its end.
@@ -116,7 +116,7 @@ impl Rig {
         self.submit(0, kind, offset, buffers);
         let mut done = self.finish();
         assert_eq!(done.len(), 1);
-        done.remove(0).result
+        done.remove(0).result.map_err(io::Error::from_raw_os_error)
     }
 
     pub(crate) fn write(&mut self, offset: usize, data: &[u8]) -> io::Result<()> {

@@ -195,8 +195,8 @@ impl RingQueue {
 }
 
 impl Queue for RingQueue {
-    fn submit(&mut self, op: Op, done: &mut Vec<Completion>) {
-        self.flight.begin(op, &mut self.ring.submission(), done);
+    fn submit(&mut self, op: Op<'_>, done: &mut Vec<Completion>) {
+        self.flight.begin(&op, &mut self.ring.submission(), done);
     }
 
     fn reap(&mut self, done: &mut Vec<Completion>) {
@@ -298,28 +298,32 @@ impl Drop for RingQueue {
 }
 
 impl Flight {
-    fn begin(&mut self, op: Op, submission: &mut SubmissionQueue<'_>, done: &mut Vec<Completion>) {
-        let left = op.transfer();
+    fn begin(
+        &mut self,
+        op: &Op<'_>,
+        submission: &mut SubmissionQueue<'_>,
+        done: &mut Vec<Completion>,
+    ) {
+        let tag = op.tag;
         let checked = op.check(self.backing.bytes(), self.read_only);
         let idle = match op.kind {
-            OpKind::Read | OpKind::Write { .. } => left == 0,
+            OpKind::Read | OpKind::Write { .. } => op.transfer() == 0,
             OpKind::Flush => self.read_only,
             OpKind::Discard { bytes, .. } => bytes == 0,
         };
         let secure = matches!(op.kind, OpKind::Discard { secure: true, .. });
         let checked = checked.and(if secure { Err(libc::EOPNOTSUPP) } else { Ok(()) });
         if checked.is_err() || idle {
-            done.push(op.complete(checked));
+            done.push(Completion { tag, result: checked });
             return;
         }
-        let tag = op.tag;
         let slot = &mut self.slots[usize::from(tag)];
-        if slot.op.is_some() {
+        if slot.kind.is_some() {
             // Must not happen; the memory of the operation in flight must not go for it.
-            done.push(op.complete(Err(libc::EBUSY)));
+            done.push(Completion { tag, result: Err(libc::EBUSY) });
             return;
         }
-        *slot = Slot { left, offset: op.offset, op: Some(op), ..Slot::default() };
+        slot.begin(op);
         self.busy += 1;
         self.queue(tag, submission, done);
     }
@@ -353,26 +357,21 @@ impl Flight {
     }
 
     fn end(&mut self, tag: u16, result: Result<(), i32>, done: &mut Vec<Completion>) {
-        let slot = &mut self.slots[usize::from(tag)];
-        let cut = slot.cut.take();
-        let Some(mut op) = slot.op.take() else { return };
-        if let Some(piece) = cut {
-            op.buffers[slot.head] = piece;
-        }
+        let Some(kind) = self.slots[usize::from(tag)].kind.take() else { return };
         self.busy -= 1;
         // What was cancelled because the queue closes says nothing of the disk.
         let cancelled = self.closing && result == Err(libc::ECANCELED);
-        let durable = matches!(op.kind, OpKind::Flush | OpKind::Write { fua: true }) && !cancelled;
+        let durable = matches!(kind, OpKind::Flush | OpKind::Write { fua: true }) && !cancelled;
         let result = if durable { self.backing.synced(result) } else { result };
-        done.push(op.complete(result));
+        done.push(Completion { tag, result });
     }
 }
 
 /// Queues an entry; false when the ring is full.
 fn push(submission: &mut SubmissionQueue<'_>, entry: &squeue::Entry) -> bool {
-    // SAFETY: an entry of `Slot::entry` has memory that belongs to an Op, which its slot holds until
-    // the completion, and which stays valid by IoVec::new's contract; the vector itself is read while
-    // it is submitted, before anything can change it. Those of `Events::arm` have memory that `Events`
+    // SAFETY: an entry of `Slot::entry` has memory that stays valid until the operation completes, by
+    // IoVec::new's contract; the vector itself is its slot's, and read while it is submitted, before
+    // anything can change it. Those of `Events::arm` have memory that `Events`
     // keeps. `Drop` waits for both. The others point at nothing.
     unsafe { submission.push(entry) }.is_ok()
 }

@@ -3,7 +3,7 @@
 use super::{DISK, REGION};
 use crate::storage::device::AtOnce;
 use crate::storage::file::punch_hole;
-use crate::storage::{IoVec, Op, OpKind};
+use crate::storage::{IoVec, IoVecs, Op, OpKind};
 use io_uring::types::FsyncFlags;
 use io_uring::{opcode, squeue};
 use std::ops::Range;
@@ -17,16 +17,17 @@ const MAX_RETRIES: u32 = 16;
 
 #[derive(Default)]
 pub(super) struct Slot {
-    pub(super) op: Option<Op>,
+    /// What is under way, if anything.
+    pub(super) kind: Option<OpKind>,
+    /// The memory, less what was moved of its first piece that has something left.
+    pieces: IoVecs,
+    /// That piece.
+    head: usize,
     /// Bytes still to be moved.
-    pub(super) left: u64,
+    left: u64,
     /// Where the next of them is on the disk.
-    pub(super) offset: u64,
-    /// First piece of the buffers with something left to move.
-    pub(super) head: usize,
-    /// That piece as it was submitted, where it has been cut.
-    pub(super) cut: Option<IoVec>,
-    pub(super) retries: u32,
+    offset: u64,
+    retries: u32,
 }
 
 pub(super) enum Step {
@@ -35,14 +36,21 @@ pub(super) enum Step {
 }
 
 impl Slot {
+    /// Begins an operation.
+    pub(super) fn begin(&mut self, op: &Op<'_>) {
+        self.kind = Some(op.kind);
+        self.pieces.clear();
+        self.pieces.extend_from_slice(op.buffers);
+        (self.head, self.left, self.offset, self.retries) = (0, op.transfer(), op.offset, 0);
+    }
+
     /// The entry for what is left, or for as much of it as is done `at_once`.
     pub(super) fn entry(
         &self,
         at_once: AtOnce,
         registered: &Range<usize>,
     ) -> Option<squeue::Entry> {
-        let op = self.op.as_ref()?;
-        let pieces = first(&op.buffers[self.head.min(op.buffers.len())..], at_once);
+        let pieces = first(self.pieces.get(self.head..).unwrap_or_default(), at_once);
         let vector = pieces.as_ptr().cast::<libc::iovec>();
         let count = pieces.len() as u32;
         // No piece is longer than an indirect request: the length fits.
@@ -55,7 +63,7 @@ impl Slot {
             start >= registered.start
                 && start.checked_add(length as usize).is_some_and(|end| end <= registered.end)
         });
-        Some(match (op.kind, single) {
+        Some(match (self.kind?, single) {
             (OpKind::Read, Some((base, length))) if is_registered => {
                 opcode::ReadFixed::new(DISK, base, length, REGION).offset(self.offset).build()
             }
@@ -116,18 +124,13 @@ impl Slot {
 
     /// Steps over `moved` bytes, fewer than are left.
     fn advance(&mut self, mut moved: usize) {
-        let Some(op) = self.op.as_mut() else { return };
         self.offset += moved as u64;
-        while let Some(piece) = op.buffers.get_mut(self.head) {
+        while let Some(piece) = self.pieces.get_mut(self.head) {
             if moved < piece.len() {
-                self.cut.get_or_insert(*piece);
                 *piece = piece.advanced(moved);
                 return;
             }
             moved -= piece.len();
-            if let Some(whole) = self.cut.take() {
-                *piece = whole;
-            }
             self.head += 1;
         }
     }
@@ -166,23 +169,18 @@ mod tests {
         let starts = lengths.iter().scan(0, |at, len| Some(std::mem::replace(at, *at + len)));
         let buffers: Vec<_> = starts.zip(lengths).map(|(at, len)| piece(at, len)).collect();
         for moved in [1, 511, 512, 513, 1000, 1536, 6143] {
-            let op = Op { tag: 0, kind: OpKind::Read, offset: 4096, buffers: buffers.clone() };
-            let mut slot =
-                Slot { left: total as u64, offset: op.offset, op: Some(op), ..Slot::default() };
+            let mut slot = Slot::default();
+            slot.begin(&Op { tag: 0, kind: OpKind::Read, offset: 4096, buffers: &buffers });
             let mut at = 0;
             while let Step::Again = slot.step(moved.min(total - at) as i32) {
                 at += moved;
-                let pieces = &slot.op.as_ref().map_or(&[][..], |op| &op.buffers[slot.head..]);
+                let pieces = &slot.pieces[slot.head..];
                 assert_eq!(slot.offset, 4096 + at as u64);
                 assert_eq!(pieces.iter().map(IoVec::len).sum::<usize>(), total - at);
                 assert_eq!(pieces.first().map(|piece| piece.base().addr()), Some(at));
                 assert!(slot.entry(AtOnce::ANY, &(0..0)).is_some());
             }
             assert!(at + moved >= total && slot.left == 0);
-            // Cut pieces that were stepped over are whole again.
-            let pieces = slot.op.map(|op| op.buffers).unwrap_or_default();
-            let whole = pieces[..slot.head].iter().map(IoVec::len);
-            assert!(whole.eq(lengths[..slot.head].iter().copied()));
         }
     }
 
