@@ -347,7 +347,9 @@ impl Flight {
     }
 
     fn land(&mut self, key: u32, done: &mut Vec<Completed>) {
-        done.extend(self.table.land(key));
+        if let Some(completed) = self.table.land(key) {
+            done.push(completed);
+        }
     }
 
     /// Puts requests that will not be answered, in the order in which they were issued, and those that

@@ -15,7 +15,7 @@ const TAG_MASK: u32 = (1 << TAG_BITS) - 1;
 
 /// Requests that are shown to the backend at a time, at the most: enough of them to be worth the fence and
 /// a journey of the index, few enough for the two ends to work at the same time.
-const PUBLISH_EVERY: u64 = 8;
+const PUBLISH_EVERY: u32 = 8;
 
 /// One connection's ring, with all that must stay as long as it does.
 #[derive(Debug)]
@@ -96,7 +96,6 @@ pub(crate) struct HwQueue {
     tags: Box<[Tag]>,
     free: Vec<u32>,
     issues: u64,
-    pushed: u64,
     masked: bool,
     /// Events in a row that no response came with.
     in_vain: u32,
@@ -113,7 +112,6 @@ impl HwQueue {
             free: (0..slots).rev().collect(),
             ring,
             issues: 0,
-            pushed: 0,
             masked: false,
             in_vain: 0,
             counters,
@@ -143,28 +141,28 @@ impl HwQueue {
         *tag = Tag { id, busy: true, operation, owner, order: self.issues };
         self.free.pop();
         self.issues += 1;
-        self.pushed += 1;
         true
     }
 
     /// Shows the backend some of what was pushed, so that it works, or wakes up, while we push on.
     pub(crate) fn publish_some(&mut self) -> Result<(), Failure> {
-        if self.pushed < self.share() { Ok(()) } else { self.publish() }
+        if self.ring.producer.unpublished() < self.share() { Ok(()) } else { self.publish() }
     }
 
     /// How many those are: of few in flight a half, so that the backend has some to work on while we make
     /// the others.
-    fn share(&self) -> u64 {
-        let in_flight = (self.tags.len() - self.free.len()) as u64;
+    fn share(&self) -> u32 {
+        let in_flight = (self.tags.len() - self.free.len()) as u32;
         (in_flight / 2).min(PUBLISH_EVERY)
     }
 
     /// Shows the backend what was pushed, and wakes it if it sleeps.
     pub(crate) fn publish(&mut self) -> Result<(), Failure> {
-        if self.pushed == 0 {
+        let pushed = self.ring.producer.unpublished();
+        if pushed == 0 {
             return Ok(());
         }
-        self.counters.requests.add(std::mem::take(&mut self.pushed));
+        self.counters.requests.add(pushed.into());
         if self.ring.producer.publish() {
             self.counters.kicks_sent.add(1);
             self.counters.syscalls.add(1);

@@ -109,6 +109,12 @@ impl RequestProducer {
         Ok(())
     }
 
+    /// Requests pushed and not shown yet.
+    #[inline]
+    pub fn unpublished(&self) -> u32 {
+        self.pushed.wrapping_sub(self.published)
+    }
+
     /// Shows the backend what was pushed, and says whether it wants an event for it
     /// (`RING_PUSH_REQUESTS_AND_CHECK_NOTIFY`).
     #[must_use = "a backend that asked for an event sleeps until it comes"]
@@ -172,7 +178,7 @@ impl ResponseConsumer {
     }
 
     /// Copies the next response out of the ring, of those that [`Self::poll`] has seen, and frees its slot.
-    #[inline]
+    #[inline(always)]
     pub fn pop(&mut self) -> Option<Response> {
         if self.taken == self.seen {
             return None;

@@ -13,7 +13,9 @@ use core::ops::Deref;
 #[derive(Clone, Copy)]
 pub struct Segments {
     list: [Segment; MAX_DIRECT_SEGMENTS],
-    len: u8,
+    /// As wide as what is next to it in memory: it is read soon after it was written, and with less than a
+    /// word the load would wait for the store.
+    len: u32,
 }
 
 impl Segments {
@@ -39,7 +41,7 @@ impl Segments {
     /// Appends a segment; `false` when there is no room.
     #[inline]
     pub fn push(&mut self, segment: Segment) -> bool {
-        let Some(place) = self.list.get_mut(usize::from(self.len)) else { return false };
+        let Some(place) = self.list.get_mut(self.len as usize) else { return false };
         *place = segment;
         self.len += 1;
         true
@@ -51,7 +53,7 @@ impl Deref for Segments {
     #[inline]
     fn deref(&self) -> &[Segment] {
         // `push` and the decoder keep `len` within the array.
-        self.list.get(..usize::from(self.len)).unwrap_or(&self.list)
+        self.list.get(..self.len as usize).unwrap_or(&self.list)
     }
 }
 
@@ -374,7 +376,7 @@ impl RawRequest {
         for (k, place) in self.segments.list.iter_mut().take(count).enumerate() {
             *place = at(k);
         }
-        self.segments.len = count.min(MAX_DIRECT_SEGMENTS) as u8;
+        self.segments.len = count.min(MAX_DIRECT_SEGMENTS) as u32;
     }
 
     /// Decodes a copy that [`crate::RequestConsumer::pop_to`] made.
