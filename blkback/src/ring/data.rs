@@ -206,7 +206,8 @@ impl Data {
         Ok(())
     }
 
-    /// Finds memory for the data of request `tag`, which will hold on to it, and lists it in `buffers`.
+    /// Finds memory for the data of request `tag`, which will hold on to it, and lists it in
+    /// `buffers`, which are empty.
     ///
     /// For a write it holds the data only after [`Data::fetch`].
     pub(super) fn prepare(
@@ -217,7 +218,6 @@ impl Data {
         held: &mut Held,
         buffers: &mut IoVecs,
     ) -> Result<(), Unreachable> {
-        buffers.clear();
         // A request of its own always fits.
         if self.mapped > 0 && self.mapped + segments.len() > MAX_MAPPED_PAGES {
             return Err(Unreachable::Busy);

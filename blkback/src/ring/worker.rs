@@ -83,9 +83,9 @@ pub(super) struct Worker {
     pub(super) queue: Box<dyn Queue>,
     /// Requests in flight, by tag.
     table: Vec<Entry>,
-    pub(super) data: Data,
     /// Of them, those that were begun and are not answered.
     pub(super) in_flight: usize,
+    pub(super) data: Data,
     /// Tags of requests that were prepared in this round.
     ready: Vec<u16>,
     /// Completions of this round.
@@ -296,6 +296,7 @@ impl Worker {
         entry.operation = request.response_operation();
         entry.flush_first = false;
         entry.taken = now;
+        entry.buffers.clear();
         match &request.body {
             Body::Direct { transfer, sector, segments } => {
                 entry.offset = sector * SECTOR_SIZE as u64;
@@ -389,12 +390,10 @@ impl Worker {
 
     fn submit(&mut self, tag: u16) {
         let Entry { op, flush_first, offset, buffers, .. } = &self.table[usize::from(tag)];
-        let op = match op {
-            _ if *flush_first => Op { tag, kind: OpKind::Flush, offset: 0, buffers: &[] },
-            OpKind::Read | OpKind::Write { .. } => Op { tag, kind: *op, offset: *offset, buffers },
-            OpKind::Flush | OpKind::Discard { .. } => {
-                Op { tag, kind: *op, offset: *offset, buffers: &[] }
-            }
+        let op = if *flush_first {
+            Op { tag, kind: OpKind::Flush, offset: 0, buffers: &[] }
+        } else {
+            Op { tag, kind: *op, offset: *offset, buffers }
         };
         self.queue.submit(op, &mut self.done);
     }
@@ -539,12 +538,11 @@ const fn op_of(transfer: Transfer) -> (OpKind, bool) {
 /// Only what carries no data may be answered with "not supported": Linux's frontend takes that for
 /// success of a barrier, and the data would be lost (`blkif_interrupt` in xen-blkfront.c).
 fn status_of(errno: i32, op: OpKind) -> Status {
-    match op {
-        OpKind::Flush | OpKind::Discard { .. } if is_unsupported(errno) => Status::NotSupported,
-        _ => Status::Error,
+    let dataless = matches!(op, OpKind::Flush | OpKind::Discard { .. });
+    let error = io::Error::from_raw_os_error(errno);
+    if dataless && error.kind() == io::ErrorKind::Unsupported {
+        Status::NotSupported
+    } else {
+        Status::Error
     }
-}
-
-fn is_unsupported(errno: i32) -> bool {
-    io::Error::from_raw_os_error(errno).kind() == io::ErrorKind::Unsupported
 }
