@@ -5,11 +5,9 @@ use std::time::{Duration, Instant};
 /// The longest that [`Waiting::default`] spins: some five times what a sleep and its wake-up cost.
 pub const DEFAULT_SPIN: Duration = Duration::from_micros(50);
 
-/// Looks at the clock only once in this many rounds: a round takes tens of nanoseconds, as does a look,
-/// or in a domain whose clock user space cannot read a system call.
+/// Looks at the clock, or gives the CPU up, only once in this many rounds: a round takes tens of nanoseconds,
+/// as does a look, or in a domain whose clock user space cannot read a system call.
 const ROUNDS_PER_LOOK: u32 = 32;
-/// Who polls gives the CPU up once in this many rounds, where others may want it: that takes as long as some.
-const ROUNDS_PER_YIELD: u32 = 8;
 /// While spinning does not pay, one sleep in this many is timed, to see whether it would.
 const SLEEPS_PER_LOOK: u32 = 8;
 /// What spinning starts with once it seems to pay.
@@ -85,19 +83,19 @@ impl Spin {
             return false;
         }
         self.rounds = self.rounds.wrapping_add(1);
-        if self.may_sleep() && self.rounds.is_multiple_of(ROUNDS_PER_LOOK) {
-            let now = Instant::now();
-            let since = *self.since.get_or_insert(now);
-            if now - since >= self.budget {
-                return false;
+        if self.rounds.is_multiple_of(ROUNDS_PER_LOOK) {
+            if self.may_sleep() {
+                let now = Instant::now();
+                let since = *self.since.get_or_insert(now);
+                if now - since >= self.budget {
+                    return false;
+                }
+            } else if left_to_others() {
+                std::thread::yield_now();
+                return true;
             }
         }
-        let yields = !self.may_sleep() && self.rounds.is_multiple_of(ROUNDS_PER_YIELD);
-        if yields && left_to_others() {
-            std::thread::yield_now();
-        } else {
-            std::hint::spin_loop();
-        }
+        std::hint::spin_loop();
         true
     }
 
