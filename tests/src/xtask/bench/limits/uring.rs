@@ -51,8 +51,13 @@ fn random_read(path: &Path, depth: u32, time: Duration) -> Result<Sample> {
     let mut idle: Vec<usize> = (0..buffers.len()).collect();
     let (mut done, mut calls, mut random) = (0u64, 0u64, 0x9e37_79b9_7f4a_7c15u64);
     let from = Instant::now();
-    while from.elapsed() < time || idle.len() < buffers.len() {
-        if from.elapsed() < time {
+    loop {
+        // Once a round: between two looks the time may end, and nothing be in flight to wait for.
+        let is_over = from.elapsed() >= time;
+        if is_over && idle.len() == buffers.len() {
+            break;
+        }
+        if !is_over {
             for n in idle.drain(..) {
                 random ^= random << 13;
                 random ^= random >> 7;
