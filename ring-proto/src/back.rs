@@ -201,6 +201,13 @@ impl RequestConsumer {
         full_fence();
         Ok(self.poll()? > 0)
     }
+
+    /// Takes back the wish of [`Self::final_check`], for one who was woken by something else and looks for requests
+    /// by himself: it spares both ends an event. Before the next sleep he asks again.
+    pub fn withdraw(&mut self) {
+        // An event with a request that was published long ago.
+        self.ring.req_event().store(self.taken, Ordering::Relaxed);
+    }
 }
 
 /// Pushes responses. Owned by one thread, not necessarily the one that takes requests.

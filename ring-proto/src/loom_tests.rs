@@ -78,6 +78,10 @@ fn model(test: impl Fn() + Send + Sync + 'static) {
 /// Takes requests `ids`, sleeping whenever the final check allows it.
 fn take_all(taker: &mut RequestConsumer, ids: core::ops::Range<u64>, event: &Event) {
     let mut next = ids.start;
+    // It was about to sleep, or did, when something else came.
+    if !taker.final_check().unwrap() {
+        taker.withdraw();
+    }
     while next < ids.end {
         taker.poll().unwrap();
         while let Some(raw) = taker.pop() {

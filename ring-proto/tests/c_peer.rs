@@ -257,6 +257,8 @@ fn back(peer: &mut Peer, pages: RingPages, layout: RingLayout, order: u8) {
         }
         if done < COUNT && !requests.final_check().unwrap() {
             peer.wait();
+            // Whatever it was that woke it.
+            requests.withdraw();
         }
     }
 }

@@ -30,6 +30,7 @@ enum Step {
     PollRequests,
     PopRequests(u8),
     SleepBackend,
+    WakeBackend,
     PushResponses(u8),
     PublishResponses,
     PollResponses,
@@ -49,6 +50,7 @@ fn steps(hostile: bool) -> impl Strategy<Value = Vec<Step>> {
         Just(Step::PollRequests),
         many.clone().prop_map(Step::PopRequests),
         Just(Step::SleepBackend),
+        Just(Step::WakeBackend),
         many.clone().prop_map(Step::PushResponses),
         Just(Step::PublishResponses),
         Just(Step::PollResponses),
@@ -204,6 +206,10 @@ fn run(
                 if expected == Some(0) {
                     ring.req.event = ring.req.taken + 1;
                 }
+            }
+            Step::WakeBackend => {
+                ring.taker.withdraw();
+                ring.req.event = ring.req.taken;
             }
             Step::PopRequests(n) => {
                 for _ in 0..n {

@@ -118,3 +118,34 @@ fn a_thread_that_polls_gives_way_while_its_disk_is_busy() -> Result<()> {
     ensure!(backend.terminate()?.success(), "{}", backend.log());
     Ok(())
 }
+
+/// How long a disk takes says nothing of how soon a frontend comes back that was answered.
+#[test]
+fn a_slow_disk_does_not_keep_a_thread_from_waiting_for_a_quick_frontend() -> Result<()> {
+    const READS: u64 = 100;
+    let host = Host::start(Programs::beside_us()?)?;
+    // A frontend that was asleep is back sooner than that, even on a busy machine...
+    let mut backend = host.backend(&["--wait", "adaptive", "--spin-us", "5000"])?;
+    host.create_domain("guest", &[])?;
+    // ...and the disk is not.
+    let disk = format!("vdev=xvda,backend={DRIVER_DOMAIN},target=delay:20ms,null:1G");
+    host.attach("guest", &disk)?;
+    let mut reads = host.frontend("guest", "bench");
+    reads.args(["xvda", "--rw=read", "--bs=4k", "--wait=event"]);
+    // Its statistics go with the frontend: they are taken before the end.
+    reads.arg(format!("--size={}k", 4 * 2 * READS));
+    let mut load = Process::start("load", host.dir(), &reads)?;
+    let mut counts = (0, 0);
+    wait_until("some reads are done", || {
+        let stats = host.stats()?;
+        let of = |name| stats["devices"][0]["total"][name].as_u64().unwrap_or(0);
+        counts = (of("rd_req"), of("sleeps"));
+        Ok(counts.0 >= READS)
+    })?;
+    // One a read for the disk; with a common history there is another for the frontend.
+    let (done, sleeps) = counts;
+    ensure!(sleeps < done * 3 / 2, "{sleeps} sleeps for {done} reads");
+    ensure!(load.wait(HUNG)?.success(), "{}", load.describe());
+    ensure!(backend.terminate()?.success(), "{}", backend.log());
+    Ok(())
+}

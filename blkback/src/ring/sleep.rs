@@ -153,6 +153,9 @@ impl Worker {
             } else {
                 self.woken = self.clock.sample_next();
             }
+        } else {
+            // The next requests are looked for, at least for a while.
+            self.requests.withdraw();
         }
         Ok(woken)
     }

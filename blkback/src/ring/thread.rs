@@ -29,7 +29,11 @@ pub(super) struct Thread {
     rings: Vec<Ring>,
     /// The last ring's number.
     number: u64,
-    spin: Spin,
+    /// How it waits for its disks...
+    disks: Spin,
+    /// ...and how for frontends. A disk takes as long as it takes to read, a frontend that was answered as
+    /// long as it takes to wake: a history of both would say little of either.
+    frontends: Spin,
     /// Where it sleeps while it has several rings.
     epoll: Epoll,
 }
@@ -58,8 +62,9 @@ impl Thread {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(inbox.bell(), EpollEvent::new(EpollFlags::EPOLLIN, BELL))?;
         let serve = move || {
-            let (rings, spin) = (Vec::new(), Spin::new(waiting));
-            Self { threads, inbox, rings, number: BELL, spin, epoll }.run();
+            let (disks, frontends) = (Spin::new(waiting), Spin::new(waiting));
+            let rings = Vec::new();
+            Self { threads, inbox, rings, number: BELL, disks, frontends, epoll }.run();
         };
         std::thread::Builder::new().spawn(serve).map(drop)
     }
@@ -72,7 +77,7 @@ impl Thread {
             if self.rings.is_empty() && self.threads.retire(&self.inbox) {
                 return;
             }
-            let sleeps_next = self.rings.len() == 1 && self.spin.is_off();
+            let sleeps_next = self.rings.len() == 1 && self.disks.is_off();
             let (mut found, mut over) = (false, false);
             for ring in &mut self.rings {
                 found |= ring.attempt(|worker| worker.round(sleeps_next)).unwrap_or(true);
@@ -81,7 +86,8 @@ impl Thread {
             if over {
                 self.dismiss();
             } else if found {
-                self.spin.found();
+                self.disks.found();
+                self.frontends.found();
             } else if !self.spins() && !self.final_check() {
                 self.sleep();
             }
@@ -142,16 +148,21 @@ impl Thread {
         let _ = CString::new(name).map(|name| nix::sys::prctl::set_name(&name));
     }
 
+    /// Whether what is to come next is from a disk.
+    fn awaits_disk(&self) -> bool {
+        self.rings.iter().any(|ring| ring.worker.awaits_disk)
+    }
+
     /// Whether to look again rather than sleep.
     fn spins(&mut self) -> bool {
-        let Self { spin, rings, .. } = self;
-        let mut queues = rings.iter().map(|ring| &ring.worker.queue);
+        let spin = if self.awaits_disk() { &mut self.disks } else { &mut self.frontends };
+        let mut queues = self.rings.iter().map(|ring| &ring.worker.queue);
         if spin.may_sleep() && queues.any(|queue| queue.is_left_to_threads()) {
             return false;
         }
         // Many a device is threads of the kernel, too: a loop device, one that encrypts.
         spin.again(|| {
-            let busy = rings.iter_mut().find(|ring| ring.worker.queue.in_flight() > 0);
+            let busy = self.rings.iter_mut().find(|ring| ring.worker.queue.in_flight() > 0);
             busy.map(|ring| ring.worker.sleep.calls += 1).is_some()
         })
     }
@@ -169,7 +180,8 @@ impl Thread {
         };
         match woken {
             // Whoever it was that took its time.
-            Woken::Event | Woken::Device => self.spin.woken(),
+            Woken::Event | Woken::Device if self.awaits_disk() => self.disks.woken(),
+            Woken::Event | Woken::Device => self.frontends.woken(),
             Woken::Descriptor => self.inbox.hush(),
             Woken::Time => {}
         }

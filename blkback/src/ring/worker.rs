@@ -85,6 +85,8 @@ pub(super) struct Worker {
     table: Vec<Entry>,
     /// Of them, those that were begun and are not answered.
     pub(super) in_flight: usize,
+    /// Requests were begun, and none was answered since: what comes next is from the disk.
+    pub(super) awaits_disk: bool,
     pub(super) data: Data,
     /// Tags of requests that were prepared in this round.
     ready: Vec<u16>,
@@ -144,6 +146,7 @@ impl Worker {
             data,
             table: std::iter::repeat_with(Entry::new).take(slots).collect(),
             in_flight: 0,
+            awaits_disk: false,
             ready: Vec::with_capacity(slots),
             done: Vec::with_capacity(slots),
             ended: Vec::with_capacity(slots),
@@ -176,6 +179,9 @@ impl Worker {
             self.queue.poll(&mut self.done)?;
         }
         let ended = self.complete();
+        if ended > 0 || handled > 0 {
+            self.awaits_disk = ended == 0 && self.in_flight > 0;
+        }
         Ok(ended > 0 || handled > 0 && !sleeps_next)
     }
 
