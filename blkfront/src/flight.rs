@@ -132,6 +132,7 @@ impl Flight {
             }
         };
         let fua = op == Op::Write { fua: true };
+        // With its first piece, so that its place is written once.
         let first = self.first(range);
         let key = self.table.admit((cookie, buffer), (fua, flush_after), first);
         let Some(key) = key else { return };

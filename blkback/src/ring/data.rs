@@ -209,7 +209,7 @@ impl Data {
     /// Finds memory for the data of request `tag`, which will hold on to it, and lists it in
     /// `buffers`, which are empty.
     ///
-    /// For a write it holds the data only after [`Data::fetch`].
+    /// For a write it holds the data only after [`Data::copy`].
     pub(super) fn prepare(
         &mut self,
         tag: u16,
@@ -293,15 +293,6 @@ impl Data {
         Ok(())
     }
 
-    /// Fetches the data of every write prepared since the last call, in one operation. Names those for which
-    /// that was refused.
-    #[inline]
-    pub(super) fn fetch(&mut self, refused: impl FnMut(u16)) {
-        if !self.copies.is_empty() {
-            self.copy(refused);
-        }
-    }
-
     /// Notes that the device has filled the buffers of read `tag`.
     #[inline]
     pub(super) fn filled(&mut self, tag: u16, held: &Held) {
@@ -311,16 +302,16 @@ impl Data {
         }
     }
 
-    /// Hands the data of every read noted since the last call to the guest, in one operation. Names those for
-    /// which that was refused.
+    /// Moves the data of every write that was prepared, and of every read that was filled, since the last call,
+    /// in one operation. Names those for which that was refused.
     #[inline]
-    pub(super) fn deliver(&mut self, refused: impl FnMut(u16)) {
+    pub(super) fn copy(&mut self, refused: impl FnMut(u16)) {
         if !self.copies.is_empty() {
-            self.copy(refused);
+            self.copy_all(refused);
         }
     }
 
-    fn copy(&mut self, mut refused: impl FnMut(u16)) {
+    fn copy_all(&mut self, mut refused: impl FnMut(u16)) {
         let Via::Copy(bounce) = &self.via else { return };
         self.stats.grant_copies.add(self.copies.len() as u64);
         let whole = self.copier.copy(bounce.region(), &mut self.copies);

@@ -378,10 +378,15 @@ impl Worker {
         unreachable_status(&self.stats, why)
     }
 
+    /// Moves what data is to be copied.
+    fn copy(&mut self) {
+        let table = &mut self.table;
+        self.data.copy(|tag| table[usize::from(tag)].held.refused = true);
+    }
+
     /// Sends what was prepared to the device.
     fn start(&mut self) {
-        let table = &mut self.table;
-        self.data.fetch(|tag| table[usize::from(tag)].held.refused = true);
+        self.copy();
         let mut ready = std::mem::take(&mut self.ready);
         for tag in ready.drain(..) {
             if self.table[usize::from(tag)].held.refused {
@@ -417,8 +422,7 @@ impl Worker {
         }
         let mut ended = std::mem::take(&mut self.ended);
         let device_done = std::mem::take(&mut self.is_timed).then(|| self.clock.now());
-        let table = &mut self.table;
-        self.data.deliver(|tag| table[usize::from(tag)].held.refused = true);
+        self.copy();
         let mapped = self.data.mapped();
         let (mut count, mut timed) = (0, 0);
         for &tag in &ended {

@@ -83,6 +83,13 @@ impl Piece {
     }
 }
 
+impl Flying {
+    #[inline]
+    fn has_own(&self) -> bool {
+        self.own.io != NONE
+    }
+}
+
 impl Range {
     /// Pages of its data.
     #[inline]
@@ -139,12 +146,12 @@ impl Table {
     /// Takes in another piece of an I/O.
     pub(super) fn add(&mut self, io: u32, range: Range) -> Option<u32> {
         let flying = self.ios.get_mut(io)?;
-        let key = if flying.own.io == NONE {
+        let key = if flying.has_own() {
+            // Cannot fail: `new` made room for every page.
+            self.depth + self.more.insert(Piece::new(io, range))?
+        } else {
             flying.own = Piece::new(io, range);
             io
-        } else {
-            // Cannot fail: `new` made room for every page.
-            self.depth + self.more.insert_with(|_| Piece::new(io, range))?
         };
         flying.left += 1;
         Some(key)
@@ -153,9 +160,7 @@ impl Table {
     #[inline]
     pub(super) fn get(&self, key: u32) -> Option<&Piece> {
         match key.checked_sub(self.depth) {
-            None => {
-                self.ios.get(key).filter(|flying| flying.own.io != NONE).map(|flying| &flying.own)
-            }
+            None => self.ios.get(key).filter(|flying| flying.has_own()).map(|flying| &flying.own),
             Some(key) => self.more.get(key),
         }
     }
@@ -166,7 +171,7 @@ impl Table {
             None => self
                 .ios
                 .get_mut(key)
-                .filter(|flying| flying.own.io != NONE)
+                .filter(|flying| flying.has_own())
                 .map(|flying| &mut flying.own),
             Some(key) => self.more.get_mut(key),
         }
@@ -177,7 +182,7 @@ impl Table {
     pub(super) fn take(&mut self, key: u32) -> Option<(Piece, &mut Flying)> {
         let (piece, flying) = match key.checked_sub(self.depth) {
             None => {
-                let flying = self.ios.get_mut(key).filter(|flying| flying.own.io != NONE)?;
+                let flying = self.ios.get_mut(key).filter(|flying| flying.has_own())?;
                 let piece = flying.own;
                 flying.own.io = NONE;
                 (piece, flying)
