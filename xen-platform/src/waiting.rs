@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-/// The longest that [`Waiting::default`] spins: about what flash takes to read, and three times what a sleep and
-/// its wake-up cost in a virtual machine. (The kernel's for the same purpose, `halt_poll_ns` of KVM, is 200 µs.)
-pub const DEFAULT_SPIN: Duration = Duration::from_micros(100);
+/// The longest that [`Waiting::default`] spins: some five times what a sleep and its wake-up cost, twice that in a
+/// virtual machine. Longer ones take CPUs from kernel threads that disks are waiting for, a loop device's.
+pub const DEFAULT_SPIN: Duration = Duration::from_micros(50);
 
 /// Looks at the clock, or gives the CPU up, only once in this many rounds: a round takes tens of nanoseconds,
 /// as does a look, or in a domain whose clock user space cannot read a system call.
