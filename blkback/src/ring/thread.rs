@@ -179,11 +179,9 @@ impl Thread {
             _ => self.sleep_among(),
         };
         match woken {
-            // Whoever it was that took its time.
-            Woken::Event | Woken::Device if self.awaits_disk() => self.disks.woken(),
-            Woken::Event | Woken::Device => self.frontends.woken(),
             Woken::Descriptor => self.inbox.hush(),
-            Woken::Time => {}
+            _ if self.awaits_disk() => self.disks.woken(),
+            Woken::Event | Woken::Device | Woken::Time => self.frontends.woken(),
         }
     }
 
