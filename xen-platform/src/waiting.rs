@@ -9,10 +9,11 @@ pub const DEFAULT_SPIN: Duration = Duration::from_micros(50);
 /// Looks at the clock, or gives the CPU up, only once in this many rounds: a round takes tens of nanoseconds,
 /// as does a look, or in a domain whose clock user space cannot read a system call.
 const ROUNDS_PER_LOOK: u32 = 32;
-/// While spinning does not pay, one sleep in this many is timed, to see whether it would.
-const SLEEPS_PER_LOOK: u32 = 8;
-/// What spinning starts with once it seems to pay.
-const FIRST_BUDGET: Duration = Duration::from_micros(5);
+/// While spinning does not pay, one wait in this many is spun through, to see whether it would. (How long a sleep
+/// took says less: a wait of 45 µs and the wake-up are 70.)
+const SLEEPS_PER_TRIAL: u32 = 32;
+/// A budget that is less than this is none.
+const LEAST_BUDGET: Duration = Duration::from_micros(1);
 
 /// So many events in a row that brought nothing are a storm (XSA-332, XSA-391)...
 pub const STORM_EVENTS: u32 = 16;
@@ -77,11 +78,12 @@ impl Spin {
     /// waits until the scheduler takes it from the other.
     pub fn again(&mut self, left_to_others: impl FnOnce() -> bool) -> bool {
         if self.is_off() {
-            if let Waiting::Adaptive(_) = self.waiting {
-                self.sleeps = self.sleeps.wrapping_add(1);
-                self.since = self.sleeps.is_multiple_of(SLEEPS_PER_LOOK).then(Instant::now);
+            let Waiting::Adaptive(most) = self.waiting else { return false };
+            self.sleeps = self.sleeps.wrapping_add(1);
+            if !self.sleeps.is_multiple_of(SLEEPS_PER_TRIAL) {
+                return false;
             }
-            return false;
+            self.budget = most;
         }
         self.rounds = self.rounds.wrapping_add(1);
         if self.rounds.is_multiple_of(ROUNDS_PER_LOOK) {
@@ -112,11 +114,11 @@ impl Spin {
             if since.elapsed() > most {
                 // Halving, not zero: one long pause says little about the next.
                 self.budget /= 2;
-                if self.budget < FIRST_BUDGET / 4 {
+                if self.budget < LEAST_BUDGET {
                     self.budget = Duration::ZERO;
                 }
             } else {
-                self.budget = (self.budget * 2).max(FIRST_BUDGET).min(most);
+                self.budget = (self.budget * 2).min(most);
             }
         }
         self.found();
@@ -129,10 +131,14 @@ mod tests {
 
     const MOST: Duration = Duration::from_micros(200);
 
-    /// Spins to the end of the budget, sleeps, and is woken when it has waited for `wait` in all.
+    /// Waits for what comes after `wait`, spinning and then sleeping.
     fn wait_for(spin: &mut Spin, wait: Duration) {
         let begin = Instant::now();
-        while spin.again(|| false) {}
+        while spin.again(|| false) {
+            if begin.elapsed() >= wait {
+                return spin.found();
+            }
+        }
         std::thread::sleep(wait.saturating_sub(begin.elapsed()));
         spin.woken();
     }
@@ -148,12 +154,12 @@ mod tests {
         });
         assert!(waits.count() < 10, "halved until it is off");
         assert!(!spin.again(|| false), "sleeps at once");
-        // Shorter than the most: one in a few is timed. More tries than that, for a busy machine.
-        let tries = (0..1000 * SLEEPS_PER_LOOK).take_while(|_| {
-            wait_for(&mut spin, Duration::ZERO);
+        // Now it would pay. More tries than one, for a busy machine.
+        let tries = (0..100 * SLEEPS_PER_TRIAL).take_while(|_| {
+            wait_for(&mut spin, MOST / 2);
             spin.is_off()
         });
-        assert!(tries.count() < 1000 * SLEEPS_PER_LOOK as usize, "never tried again");
+        assert!(tries.count() < 100 * SLEEPS_PER_TRIAL as usize, "never tried again");
         assert!(spin.again(|| false));
     }
 
