@@ -202,8 +202,8 @@ impl RequestConsumer {
         Ok(self.poll()? > 0)
     }
 
-    /// Takes back the wish of [`Self::final_check`], for one who was woken by something else and looks for requests
-    /// by himself: it spares both ends an event. Before the next sleep he asks again.
+    /// Takes back the wish of [`Self::final_check`]: for a thread that something else has woken, and that looks for
+    /// requests by itself. It spares both ends an event. Before the next sleep, check again.
     pub fn withdraw(&mut self) {
         // An event with a request that was published long ago.
         self.ring.req_event().store(self.taken, Ordering::Relaxed);
