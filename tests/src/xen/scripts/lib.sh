@@ -6,7 +6,8 @@ quoted() {
         awk 'NR > 1 { printf "\\n" } { printf "%s", $0 }')"
 }
 
-# A disk in RAM: /dev/nullb0, MIB. (Its emulated write cache can lock Linux 6.12 up.)
+# MIB [MILLISECONDS]: a disk in RAM, /dev/nullb0, whose requests take that long. (Its emulated write
+# cache can lock Linux 6.12 up.)
 ram_disk() {
     modprobe configfs 2>/dev/null || true
     modprobe null_blk nr_devices=0
@@ -18,6 +19,11 @@ ram_disk() {
     echo 512 >$d/blocksize
     echo 2 >$d/submit_queues
     echo 1 >$d/discard
+    if [ -n "${2:-}" ]; then
+        # By a timer.
+        echo 2 >$d/irqmode
+        echo "${2}000000" >$d/completion_nsec
+    fi
     echo 1 >$d/power
     until [ -b /dev/nullb0 ]; do sleep 0.1; done
 }
