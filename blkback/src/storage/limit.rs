@@ -38,6 +38,13 @@ impl Limited {
         let bucket = Bucket { epoch: Instant::now(), rate, unit, paid: AtomicU64::new(0) };
         Self { bucket: Arc::new(bucket), inner }
     }
+
+    /// Bytes are counted by the memory they lie in, so there must be some: even a `null` disk's data is
+    /// moved.
+    fn counted(&self, geometry: Geometry) -> Geometry {
+        let moves_data = geometry.moves_data || self.bucket.unit == Unit::Bytes;
+        Geometry { moves_data, ..geometry }
+    }
 }
 
 /// A token bucket, kept as the time at which all that was admitted will have been paid for (the
@@ -72,11 +79,11 @@ impl Bucket {
 
 impl Storage for Limited {
     fn geometry(&self) -> Geometry {
-        self.inner.geometry()
+        self.counted(self.inner.geometry())
     }
 
     fn refresh(&self) -> io::Result<Geometry> {
-        self.inner.refresh()
+        Ok(self.counted(self.inner.refresh()?))
     }
 
     fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn Queue>> {

@@ -95,6 +95,19 @@ fn a_limit_is_shared_by_the_queues_of_a_disk() {
     }
 }
 
+/// Whoever does not promise to keep its pages would else have its data left where it is, and nothing to count.
+#[test]
+fn data_is_moved_where_bytes_are_limited() {
+    for (target, moves_data) in
+        [("null:1M", false), ("limit:1000iops,null:1M", false), ("limit:1M/s,null:1M", true)]
+    {
+        let storage = open(&parse(target), Options::default()).expect("open");
+        assert_eq!(storage.geometry().moves_data, moves_data, "{target}");
+        let again = storage.refresh().expect("look again");
+        assert_eq!(again.moves_data, moves_data, "{target}, refreshed");
+    }
+}
+
 /// A thread that sleeps at once takes what it finds without a system call, and else waits.
 #[test]
 fn what_is_held_back_starts_when_its_time_has_come() {
