@@ -38,7 +38,7 @@ const ALLOWED: [u8; 10] = [
     opcode::Fsync::CODE,
     opcode::Fallocate::CODE,
     opcode::PollAdd::CODE,
-    opcode::AsyncCancel::CODE,
+    opcode::PollRemove::CODE,
 ];
 
 /// IORING_UNREGISTER_BUFFERS, IORING_UNREGISTER_FILES, IORING_REGISTER_EVENTFD and
@@ -48,7 +48,7 @@ const ALLOWED_REGISTER: [u8; 4] = [1, 3, 4, 5];
 /// User data of the poll of wake descriptor `n` is this plus `n`; that of an operation is its tag.
 const WAKE: u64 = 1 << 32;
 
-/// User data of the entry that ends what is under way at the event channel.
+/// User data of entries that end a poll.
 const CANCEL: u64 = 3 << 32;
 
 /// One thread's ring on a file or block device.
@@ -62,8 +62,8 @@ pub(super) struct RingQueue {
     /// second time.
     wake: Vec<bool>,
     events: Option<Events>,
-    /// What is under way at the event channel is being cancelled.
-    cancels: bool,
+    /// Polls that are being ended.
+    cancels: usize,
     /// Signalled when there is something to take, while the thread sleeps for others too. An epoll of
     /// the ring itself is not told of what we are left to work on (`IORING_SETUP_DEFER_TASKRUN`).
     signals: Option<EventFd>,
@@ -121,7 +121,7 @@ impl RingQueue {
             ready: Vec::with_capacity(setup.depth),
             wake: vec![false; setup.wake.len()],
             events,
-            cancels: false,
+            cancels: 0,
             signals: None,
             system_calls: 0,
             _region: region,
@@ -140,7 +140,7 @@ impl RingQueue {
                         events.complete(entry.result());
                     }
                 }
-                CANCEL.. => self.cancels = false,
+                CANCEL.. => self.cancels = self.cancels.saturating_sub(1),
             }
         }
     }
@@ -154,20 +154,31 @@ impl RingQueue {
         any
     }
 
-    /// Takes back what is under way at the event channel, and waits for that and for all of `others`.
-    fn withdraw(&mut self, others: impl Fn(&Self) -> usize) -> io::Result<()> {
-        self.settle();
-        let armed = |queue: &Self| queue.events.as_ref().is_some_and(Events::armed);
-        while others(self) > 0 || armed(self) {
-            if armed(self) && !self.cancels {
-                // A chain of which a part is on its way is not found: then once more.
-                let cancel = opcode::AsyncCancel::new(EVENT).build().flags(Flags::FIXED_FILE);
-                self.cancels = push(&mut self.ring.submission(), &cancel.user_data(CANCEL));
+    /// Takes back what is under way at the event channel. If the queue closes, at the wake descriptors, too,
+    /// and waits for all operations.
+    fn withdraw(&mut self, closes: bool) -> io::Result<()> {
+        loop {
+            self.settle();
+            let event = self.events.as_ref().is_some_and(Events::armed).then_some(EVENT);
+            let armed = |(user_data, armed): (u64, &bool)| armed.then_some(user_data);
+            let wakes = (WAKE..).zip(&self.wake).filter(|_| closes).filter_map(armed);
+            let mut polls = wakes.chain(event).peekable();
+            let done = polls.peek().is_none();
+            if done && self.cancels == 0 && !(closes && self.flight.busy > 0) {
+                return Ok(());
+            }
+            if self.cancels == 0 {
+                let mut submission = self.ring.submission();
+                for poll in polls {
+                    // One that fires just now is not found: then once more, if need be. (Not AsyncCancel, which
+                    // refuses registered files before Linux 5.19.)
+                    let cancel = opcode::PollRemove::new(poll).build().flags(Flags::FIXED_FILE);
+                    let pushed = push(&mut submission, &cancel.user_data(CANCEL));
+                    self.cancels += usize::from(pushed);
+                }
             }
             self.enter(1, None)?;
-            self.settle();
         }
-        Ok(())
     }
 
     /// The one system call there is: submits what was queued and waits for `want` completions. Returns
@@ -250,7 +261,7 @@ impl Queue for RingQueue {
             self.ring.submitter().unregister_eventfd()?;
             return Ok(None);
         }
-        self.withdraw(|_| 0)?;
+        self.withdraw(false)?;
         if let Some(events) = &mut self.events {
             events.reset();
         }
@@ -285,13 +296,14 @@ impl Drop for RingQueue {
         // The kernel may still be writing into buffers whose owners trust that they are free once
         // this returns.
         self.flight.closing = true;
-        if let Err(e) = self.withdraw(|queue| queue.flight.busy) {
+        if let Err(e) = self.withdraw(true) {
             tracing::error!("cannot wait for {} operations: {e}", self.flight.busy);
             std::process::abort();
         }
         // The kernel takes a ring apart some time after it was closed. A device must be free for
         // the next to open, and memory be unpinned, at once. What was never registered cannot be
-        // taken back, which is fine.
+        // taken back, which is fine. (Before Linux 6.13 this waits for whatever uses a registered file, be
+        // it a poll.)
         let _ = self.ring.submitter().unregister_files();
         let _ = self.ring.submitter().unregister_buffers();
     }

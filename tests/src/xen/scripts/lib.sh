@@ -47,11 +47,14 @@ start_blkback() {
     tail -F /run/blkback.log 2>/dev/null &
 }
 
-# Ends it.
+# Ends it, in twice the time that its service has for that.
 stop_blkback() {
     kill -0 $backend || fail "blkback has ended: $(tail -1 /run/blkback.log | tr -d '\"')"
     kill -TERM $backend
+    (sleep 20 && kill -9 $backend) &
+    patience=$!
     wait $backend || fail "blkback did not end well"
+    kill $patience || true
 }
 
 # What blkback has open, and how much it has mapped of other domains. One gntdev is its claim on the domain, and
