@@ -72,6 +72,24 @@ fn the_disk_is_connected_when_its_script_has_run_or_nobody_runs_it() -> Result<(
     still_refused(&daemon)
 }
 
+/// As those of OVMF and Mini-OS do, which wait for a backend that is connected.
+#[test]
+fn a_frontend_may_say_connected_at_once() -> Result<()> {
+    let host = Host::start(Programs::beside_us()?)?;
+    let _daemon = host.backend(&[])?;
+    let guest = Guest::create(&host, "guest")?;
+    let device = guest.attach(&host, "vdev=xvda,target=memory:16M")?;
+    device.begin(&guest)?;
+    let link = Link::new(&guest, PLAIN)?;
+    let connected = ("state".to_owned(), state::CONNECTED.into());
+    guest.store.write_all(&device.front, &[link.keys(), vec![connected]].concat())?;
+    device.wait_backend(&guest, &[state::CONNECTED])?;
+    let mut disk = WellBehaved::on(&guest, link)?;
+    disk.round_trip(0)?;
+    disk.disconnect(&guest, &device)?;
+    WellBehaved::connect(&guest, &device, PLAIN)?.round_trip(0)
+}
+
 /// What removes a script's work needs the directory, and the one who runs it removes that.
 #[test]
 fn the_directory_stays_for_who_runs_the_script() -> Result<()> {

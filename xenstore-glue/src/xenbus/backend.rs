@@ -81,8 +81,10 @@ enum Storage {
 /// Decides what a backend does about its frontend, its toolstack and its storage.
 ///
 /// - `Advertise` needs no storage: under xl the script that finds it runs after `InitWait`.
-/// - A frontend seen at `Initialising` is never connected before it was seen at `Initialised`, so
-///   `InitWait` stands for at least the frontend's answer.
+/// - A frontend seen at `Initialising` is never connected before it was seen to have offered its rings,
+///   so `InitWait` stands for at least the frontend's answer.
+/// - `Initialised` is what offers rings. Some frontends (those of OVMF and Mini-OS, and so of pv-grub and
+///   stub domains) say `Connected` at once instead, and wait for us: it is the same, as for Linux's backend.
 /// - `Connect` is never repeated without a `Disconnect` between (XSA-350).
 /// - The link stays up while the frontend is `Closing`, for as long as it likes, and is taken over from a
 ///   predecessor then, too: Linux goes on with I/O until the last user closes. Nor has Linux's backend a
@@ -186,6 +188,8 @@ impl BackendMachine {
     }
 
     fn observe(&mut self, frontend: XenbusState, actions: &mut Vec<BackendAction>) {
+        let frontend =
+            if frontend == Connected && self.is_offered() { Initialised } else { frontend };
         // Back at `Initialised` from anywhere else: new rings, and we missed the states between.
         if frontend == Initialised && self.frontend != Some(Initialised) {
             self.disconnect(actions);
@@ -194,6 +198,13 @@ impl BackendMachine {
             self.refused = false;
         }
         self.frontend = Some(frontend);
+    }
+
+    /// Whether a frontend that is `Connected` can only have offered rings: it was not before, and we have
+    /// served none since.
+    fn is_offered(&self) -> bool {
+        let was_not = matches!(self.frontend, Some(Closed | Initialising | InitWait | Initialised));
+        self.begun && self.link == Link::Down && was_not
     }
 
     fn decide(&mut self, rekeyed: bool, actions: &mut Vec<BackendAction>) {
