@@ -6,7 +6,7 @@ mod stats_cli;
 use anyhow::Context;
 use blkback::config::{Config, Flags};
 use blkback::daemon::Daemon;
-use blkback::metrics::{Clock, Server};
+use blkback::metrics::{Clock, ListenError, Server};
 use blkback::records::Records;
 use blkback::registry::Registry;
 use clap::{Parser, Subcommand};
@@ -15,7 +15,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
 use xen_platform::{Choice, End};
 use xenstore_glue::client::Client;
@@ -66,7 +66,15 @@ fn main() -> anyhow::Result<ExitCode> {
 async fn serve(config: Config) -> anyhow::Result<()> {
     let registry = Arc::new(Registry::default());
     let statistics = match &config.listen {
-        Some(address) => Some(Server::bind(address, registry.clone(), Clock::start()).await?),
+        Some(address) => match Server::bind(address, registry.clone(), Clock::start()).await {
+            Ok(server) => Some(server),
+            Err(error @ ListenError::InUse(_)) => return Err(error.into()),
+            // Disks are not to be kept down by what is only counted.
+            Err(error) => {
+                error!("no statistics: {:#}", anyhow::Error::from(error));
+                None
+            }
+        },
         None => None,
     };
     let records = match Records::open(&config.state_dir) {

@@ -190,6 +190,30 @@ fn a_disk_in_use_that_cannot_be_opened_is_waited_for() -> Result<()> {
     Ok(())
 }
 
+/// A frontend that is connected has made its rings by what the last backend offered, and does not look again.
+#[test]
+fn an_offer_stands_until_the_frontend_starts_over() -> Result<()> {
+    let (host, guest, image) = setup()?;
+    let mut daemon = host.backend(&["--persistent-grants", "false"])?;
+    let device = guest.attach(&host, &format!("vdev=xvda,target={}", image.display()))?;
+    // As Linux's, it says that its grants are persistent whatever it is offered.
+    let persistent = Transport { persistent: true, ..PLAIN };
+    let mut disk = WellBehaved::connect(&guest, &device, Transport { order: 1, ..persistent })?;
+    disk.round_trip(0)?;
+    ensure!(daemon.terminate()?.success(), "{}", daemon.log());
+    let less = ["--max-ring-page-order", "0", "--max-indirect-segments", "0"];
+    let mut daemon = host.backend(&less)?;
+    disk.round_trip(8)?;
+    ensure!(!daemon.log().contains("persistent grants"), "{}", daemon.log());
+    let order = || device.property(&guest, "max-ring-page-order");
+    ensure!(order()?.as_deref() != Some("0"), "the offer has changed behind its back");
+    disk.disconnect(&guest, &device)?;
+    WellBehaved::connect(&guest, &device, persistent)?.round_trip(16)?;
+    ensure!(order()?.as_deref() == Some("0") && daemon.log().contains("persistent grants"));
+    ensure!(daemon.terminate()?.success(), "{}", daemon.log());
+    Ok(())
+}
+
 /// A record that is not one is refused. What was in flight is lost then, and nothing else is.
 #[test]
 fn a_damaged_record_is_refused() -> Result<()> {

@@ -21,6 +21,8 @@ pub(super) enum ConnectError {
     Disk(#[from] std::io::Error),
     #[error("there is no disk")]
     NoDisk,
+    #[error("the disk has {now}-byte sectors now, and the frontend knows it by those of {told}")]
+    Sectors { now: u32, told: u32 },
 }
 
 impl ConnectError {
@@ -30,7 +32,7 @@ impl ConnectError {
             Self::Link(LinkError::Platform { source, .. }) => {
                 !matches!(source, xen_platform::Error::Grant { .. })
             }
-            Self::Link(LinkError::Thread { .. }) | Self::Disk(_) => true,
+            Self::Link(LinkError::Thread { .. }) | Self::Disk(_) | Self::Sectors { .. } => true,
             _ => false,
         }
     }
@@ -40,6 +42,21 @@ impl ConnectError {
 pub(super) async fn reissues(client: &Client, frontend: &str) -> Result<bool, client::Error> {
     let key = format!("{frontend}/{}", FrontendRequest::REISSUE_KEY);
     Ok(read_frontend(client, &key).await?.as_deref() == Some(b"1"))
+}
+
+/// Those of `keys` that are in a directory.
+pub(super) async fn read_keys(
+    client: &Client,
+    dir: &str,
+    keys: &[&str],
+) -> Result<HashMap<String, Vec<u8>>, client::Error> {
+    let mut values = HashMap::new();
+    for key in keys {
+        if let Some(value) = client.read_optional(&format!("{dir}/{key}")).await? {
+            values.insert((*key).to_owned(), value);
+        }
+    }
+    Ok(values)
 }
 
 impl Device {
@@ -54,6 +71,9 @@ impl Device {
             let refreshed = tokio::task::spawn_blocking(move || storage.refresh()).await;
             refreshed.map_err(std::io::Error::other)??
         };
+        if self.machine.takes_over() {
+            self.check_sectors(geometry.sector_size).await?;
+        }
         let setup = LinkSetup {
             platform: &self.context.platform,
             threads: &self.context.threads,
@@ -63,7 +83,6 @@ impl Device {
             storage: &storage,
             geometry: &geometry,
             tuning: &self.context.tuning,
-            ended: &self.ended,
             backend: &self.dir,
             // Where the frontend does not need it, a record would cost time for nothing.
             records: self.context.records.as_deref().filter(|_| !reissues),
@@ -92,6 +111,20 @@ impl Device {
             self.write(&properties.to_keys()).await?;
         }
         Ok(())
+    }
+
+    /// A frontend that is connected is not told of larger sectors: what it reads and writes would be
+    /// refused.
+    async fn check_sectors(&self, now: u32) -> Result<(), ConnectError> {
+        let keys = DeviceProperties::KEYS;
+        let told = read_keys(&self.context.client, &self.dir, keys).await?;
+        match DeviceProperties::from_keys(&|key: &str| told.get(key).cloned()) {
+            Ok(told) if now > told.sector_size => {
+                Err(ConnectError::Sectors { now, told: told.sector_size })
+            }
+            // Nothing was written that makes sense: nothing was told.
+            Ok(_) | Err(_) => Ok(()),
+        }
     }
 
     /// What the frontend has written, as far as it is to be read.

@@ -14,7 +14,7 @@ use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc::{self, UnboundedSender};
+use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 use tracing::warn;
 use xen_platform::{Access, EventChannel, Platform};
 use xenstore_glue::vbd::{Agreement, QueueKeys};
@@ -60,6 +60,7 @@ pub(super) struct Link {
     strategy: Strategy,
     /// Each ring has a sender, until everything of the frontend's is let go of.
     alive: mpsc::Receiver<Infallible>,
+    ended: UnboundedReceiver<RingEnded>,
 }
 
 /// What a link is made from.
@@ -73,7 +74,6 @@ pub(super) struct LinkSetup<'a> {
     pub(super) storage: &'a Arc<dyn Storage>,
     pub(super) geometry: &'a Geometry,
     pub(super) tuning: &'a Tuning,
-    pub(super) ended: &'a UnboundedSender<RingEnded>,
     /// The backend directory.
     pub(super) backend: &'a str,
     /// Where to record what is in flight, for a frontend that cannot issue it again.
@@ -96,12 +96,23 @@ impl Link {
         }
         let strategy = strategy(setup);
         let (ours, alive) = mpsc::channel(1);
-        let link =
-            place.insert(Self { rings: Vec::new(), sectors: geometry.sectors, strategy, alive });
+        let (reports, ended) = mpsc::unbounded_channel();
+        let (rings, sectors) = (Vec::new(), geometry.sectors);
+        let link = place.insert(Self { rings, sectors, strategy, alive, ended });
         for (ring, keys) in setup.agreement.queues.iter().enumerate() {
-            link.rings.push(start_ring(setup, strategy, ring, keys, ours.clone()).await?);
+            let (ours, reports) = (ours.clone(), reports.clone());
+            link.rings.push(start_ring(setup, strategy, ring, keys, ours, reports).await?);
         }
         Ok(link)
+    }
+
+    /// Waits for a ring that ends by itself. May be dropped and called again.
+    pub(super) async fn ended(&mut self) -> RingEnded {
+        match self.ended.recv().await {
+            Some(ended) => ended,
+            // All have, and were told of.
+            None => std::future::pending().await,
+        }
     }
 
     pub(super) fn stats(&self) -> Vec<Arc<RingStats>> {
@@ -165,6 +176,7 @@ async fn start_ring(
     ring: usize,
     keys: &QueueKeys,
     alive: mpsc::Sender<Infallible>,
+    ended: UnboundedSender<RingEnded>,
 ) -> Result<Ring, LinkError> {
     let refused = |source| LinkError::Platform { ring, source };
     let (platform, peer) = (setup.platform, setup.peer);
@@ -207,7 +219,6 @@ async fn start_ring(
         strategy,
         stats: stats.clone(),
     };
-    let ended = setup.ended.clone();
     let tenant = Tenant {
         name: format!("{}.{} r{ring}", setup.peer, setup.name),
         // Nobody listens when the whole device is going away.

@@ -23,7 +23,6 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 use throttle::Throttle;
-use tokio::sync::mpsc;
 use tokio::sync::{Notify, watch};
 use tracing::{Instrument, debug, info, info_span, warn};
 use xen_platform::Platform;
@@ -179,13 +178,12 @@ async fn run(context: Context, paths: DevicePaths, changed: &Notify) -> Result<E
             None => return Ok(End::Stopped),
         }
     }
-    let (ended, ring_ended) = mpsc::unbounded_channel();
-    let (mut device, frontend) =
-        match unless_stopped(&shutdown, Device::find(context, paths, ended)).await {
-            Some(found) => found?,
-            None => return Ok(End::Stopped),
-        };
-    let outcome = unless_stopped(&shutdown, device.attend(frontend, ring_ended, changed)).await;
+    let (mut device, frontend) = match unless_stopped(&shutdown, Device::find(context, paths)).await
+    {
+        Some(found) => found?,
+        None => return Ok(End::Stopped),
+    };
+    let outcome = unless_stopped(&shutdown, device.attend(frontend, changed)).await;
     // Answer what is in flight, and leave `state` for a successor to find.
     device.disconnect().await;
     match outcome {
@@ -215,6 +213,13 @@ async fn next(frontend: &mut Watch) -> Result<(), client::Error> {
     Ok(())
 }
 
+async fn ring_ended(link: &mut Option<Link>) -> RingEnded {
+    match link {
+        Some(link) => link.ended().await,
+        None => std::future::pending().await,
+    }
+}
+
 async fn sleep_until(when: Option<tokio::time::Instant>) {
     match when {
         Some(when) => tokio::time::sleep_until(when).await,
@@ -231,6 +236,8 @@ struct Device {
     /// The frontend's `state`.
     state_node: String,
     description: Description,
+    /// What the frontend makes its rings by, as it stands in the directory. At first that is a
+    /// predecessor's: what was agreed under it is to be kept, whatever we would offer now.
     offer: BackendOffer,
     storage: Option<Arc<dyn Storage>>,
     /// The storage has another size.
@@ -240,7 +247,6 @@ struct Device {
     link: Option<Link>,
     /// The frontend's keys that `link` was made from.
     connected: Option<Vec<QueueKeys>>,
-    ended: mpsc::UnboundedSender<RingEnded>,
     script: Script,
     /// The state that the log has last.
     told: Option<XenbusState>,
@@ -250,11 +256,7 @@ struct Device {
 
 impl Device {
     /// What the toolstack wrote, and the watch on what the frontend does.
-    async fn find(
-        context: Context,
-        paths: DevicePaths,
-        ended: mpsc::UnboundedSender<RingEnded>,
-    ) -> Result<(Self, Watch), Abandoned> {
+    async fn find(context: Context, paths: DevicePaths) -> Result<(Self, Watch), Abandoned> {
         let dir = paths.backend();
         let description = match Description::read(&context.client, &paths).await {
             Ok(description) => description,
@@ -280,7 +282,9 @@ impl Device {
             rings: Vec::new(),
             error: None,
         });
-        let offer = context.tuning.offer();
+        let standing = connect::read_keys(&context.client, &dir, BackendOffer::KEYS).await?;
+        let offer = BackendOffer::from_keys(&|key: &str| standing.get(key).cloned());
+        let offer = offer.unwrap_or_else(|_| context.tuning.offer());
         let device = Self {
             machine: BackendMachine::new(stale),
             context,
@@ -294,7 +298,6 @@ impl Device {
             opened: false,
             link: None,
             connected: None,
-            ended,
             script: Script::None,
             told: None,
             log: Throttle::new(),
@@ -303,12 +306,7 @@ impl Device {
     }
 
     /// Serves until nobody wants the device any more. May be dropped at any point.
-    async fn attend(
-        &mut self,
-        mut frontend: Watch,
-        mut ring_ended: mpsc::UnboundedReceiver<RingEnded>,
-        changed: &Notify,
-    ) -> Result<(), Abandoned> {
+    async fn attend(&mut self, mut frontend: Watch, changed: &Notify) -> Result<(), Abandoned> {
         let resized = self.resized.clone();
         self.observe().await?;
         while !self.machine.has_ended() {
@@ -317,7 +315,7 @@ impl Device {
                 moved = next(&mut frontend) => { moved?; self.observe().await? }
                 () = changed.notified() => self.observe().await?,
                 () = resized.notified() => self.resize().await?,
-                Some(RingEnded { ring, why }) = ring_ended.recv() => {
+                RingEnded { ring, why } = ring_ended(&mut self.link) => {
                     self.fail(&format!("ring {ring}: {why}")).await?;
                     self.feed(BackendEvent::GiveUp).await?;
                 }
@@ -365,12 +363,13 @@ impl Device {
             self.open_storage().await?;
         }
         self.look_for_script().await?;
+        let served = self.machine.is_connected();
         self.feed(BackendEvent::Online(online)).await?;
         self.feed(BackendEvent::Frontend(state)).await?;
         // A watch does not show the states in between: a frontend that started over and is connected
         // again is told by its keys.
         let settled = matches!(state, Some(XenbusState::Initialised | XenbusState::Connected));
-        if settled && self.machine.is_connected() {
+        if settled && served && self.machine.is_connected() {
             match self.frontend_request().await {
                 Ok(request) if self.connected.as_ref() == Some(&request.queues) => {}
                 Err(ConnectError::Store(error)) => return Err(error.into()),
@@ -453,6 +452,7 @@ impl Device {
     async fn perform(&mut self, action: BackendAction) -> Result<(), Abandoned> {
         match action {
             BackendAction::Advertise => {
+                self.offer = self.context.tuning.offer();
                 self.publish(self.offer.to_keys(), XenbusState::InitWait).await
             }
             BackendAction::Publish(state) => self.publish(Vec::new(), state).await,

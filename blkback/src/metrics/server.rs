@@ -63,8 +63,9 @@ pub enum ListenError {
 
 /// Serves statistics.
 pub struct Server {
-    listener: Listener,
+    // Before the listener: a file that nobody answers on is a successor's to replace, and not ours to remove.
     _file: Option<SocketFile>,
+    listener: Listener,
     source: Source,
 }
 
@@ -104,7 +105,7 @@ impl Server {
                 (Listener::Tcp(TcpListener::bind(at).await.map_err(failed)?), None)
             }
         };
-        Ok(Self { listener, _file: file, source: Source { registry, clock } })
+        Ok(Self { _file: file, listener, source: Source { registry, clock } })
     }
 
     /// Serves until it is dropped, which removes the socket.
