@@ -1,6 +1,6 @@
 //! Blocking I/O on a queue, copied through its buffers.
 
-use crate::{Completed, Io, IoBuffer, Queue};
+use crate::{Completed, Io, IoBuffer, Queue, Refusal};
 use ring_proto::abi::PAGE_SIZE;
 use std::io;
 
@@ -96,6 +96,9 @@ impl Queue {
         loop {
             if let Some(buffer) = self.alloc(len) {
                 return Ok(buffer);
+            }
+            if self.is_gone() {
+                return Err(Refusal::Gone.into());
             }
             if len <= PAGE_SIZE {
                 return Err(io::ErrorKind::OutOfMemory.into());

@@ -19,6 +19,10 @@ pub const MAX_VCPUS: u32 = 64;
 /// Segments of an indirect request unless [`Config::max_indirect_segments`] says otherwise: 128 KiB,
 /// as in Linux's frontend (`xen_blkif_max_segments`).
 pub const DEFAULT_INDIRECT_SEGMENTS: u16 = 32;
+/// The longest [`Config::connect_timeout`] and [`Config::reconnect_timeout`]: a century, and short enough to be
+/// added to any time.
+pub const MAX_TIMEOUT: Duration = Duration::from_secs(u32::MAX as u64);
+
 /// How [`crate::Disk::open`] sets a disk up. Everything a backend does not offer is done without.
 #[derive(Clone, Debug)]
 pub struct Config {

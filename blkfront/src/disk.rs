@@ -1,6 +1,6 @@
 //! A disk: one frontend, its rings and its vCPUs.
 
-use crate::config::{MAX_DEPTH, MAX_POOL_BYTES, MAX_VCPUS};
+use crate::config::{MAX_DEPTH, MAX_POOL_BYTES, MAX_TIMEOUT, MAX_VCPUS};
 use crate::control::{self, Opened, Start};
 use crate::fabric::Fabric;
 use crate::limits::Limits;
@@ -250,5 +250,9 @@ fn check(config: &Config) -> Result<(), InvalidOption> {
     let indirect = config.max_indirect_segments.into();
     within("max_indirect_segments", indirect, 0..=MAX_INDIRECT_SEGMENTS)?;
     within("depth", config.depth, 1..=MAX_DEPTH)?;
+    let seconds = 0..=MAX_TIMEOUT.as_secs() as usize;
+    within("connect_timeout", config.connect_timeout.as_secs() as usize, seconds.clone())?;
+    let reconnect_timeout = config.reconnect_timeout.unwrap_or_default().as_secs();
+    within("reconnect_timeout", reconnect_timeout as usize, seconds)?;
     within("pool_bytes", config.pool_bytes, PAGE_SIZE..=MAX_POOL_BYTES)
 }

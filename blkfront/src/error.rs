@@ -105,6 +105,12 @@ pub enum Cause {
         /// What it wrote about why, or nothing.
         error: String,
     },
+    /// The device, or its backend's domain, was removed without having been closed.
+    #[error("{backend}: the device was removed while it was in use")]
+    Removed {
+        /// The backend's directory.
+        backend: String,
+    },
     /// Pages could not be granted, or an event channel not be made.
     #[error("ring {ring}: {source}")]
     Platform {

@@ -388,11 +388,11 @@ impl Flight {
         }
     }
 
-    /// Fails everything.
+    /// Fails everything. The backend may be at work on it still, so nobody gets a buffer back.
     pub(crate) fn abandon(&mut self, done: &mut Vec<Completed>) {
         self.waiting.clear();
         self.indirect.fill_with(|| None);
-        let gone = |io| Completed { result: Err(IoError::Gone), ..io };
+        let gone = |io| Completed { result: Err(IoError::Gone), buffer: None, ..io };
         done.extend(self.table.drain().map(gone));
     }
 }

@@ -228,7 +228,13 @@ impl HwQueue {
     pub(crate) fn unanswered(&self) -> Vec<Owner> {
         let mut busy: Vec<&Tag> = self.tags.iter().filter(|tag| tag.busy).collect();
         busy.sort_unstable_by_key(|tag| tag.order);
-        self.counters.lost.add(busy.len() as u64);
         busy.into_iter().map(|tag| tag.owner).collect()
+    }
+}
+
+impl Drop for HwQueue {
+    /// What is in flight has no answer any more.
+    fn drop(&mut self) {
+        self.counters.lost.add((self.tags.len() - self.free.len()) as u64);
     }
 }

@@ -70,6 +70,7 @@ pub struct Completed {
     pub cookie: u64,
     /// How it ended.
     pub result: Result<(), IoError>,
-    /// As submitted, with what was read.
+    /// As submitted, with what was read. With [`IoError::Gone`] it is kept back: the backend may not know
+    /// that the I/O is over.
     pub buffer: Option<IoBuffer>,
 }

@@ -75,7 +75,7 @@ mod wait;
 pub use asynchronous::AsyncQueue;
 pub use config::{
     Config, DEFAULT_DEPTH, DEFAULT_INDIRECT_SEGMENTS, DEFAULT_POOL_BYTES, MAX_DEPTH,
-    MAX_POOL_BYTES, MAX_VCPUS, Protocol,
+    MAX_POOL_BYTES, MAX_TIMEOUT, MAX_VCPUS, Protocol,
 };
 pub use disk::Disk;
 pub use error::{Cause, Error, InvalidOption, IoError, Refusal, Refused, Result, Violation};

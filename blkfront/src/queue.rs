@@ -132,8 +132,16 @@ impl Queue {
 
     /// A buffer of `len` bytes, or `None` while too few pages of the pool are free. What is in it is
     /// whatever was there before (this queue's data, or zeroes).
+    ///
+    /// There is none once the device is gone: its backend may still be at work on pages that look free, and
+    /// would write to the disk what was meant for another place.
     pub fn alloc(&mut self, len: usize) -> Option<IoBuffer> {
-        self.pool.alloc(len)
+        if self.is_gone() { None } else { self.pool.alloc(len) }
+    }
+
+    /// Whether everything is refused from now on.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.backend == Backend::Gone
     }
 
     /// Takes an I/O of any length. Unless the queue is plugged, it goes to the backend at once, or as
@@ -158,7 +166,7 @@ impl Queue {
         if self.in_flight() >= self.flight.depth() {
             return Err(Refusal::WouldBlock);
         }
-        if self.backend == Backend::Gone {
+        if self.is_gone() {
             return Err(Refusal::Gone);
         }
         let len = match (io.op, &io.buffer) {

@@ -159,7 +159,55 @@ fn a_disk_is_gone_with_its_driver_domain() -> Result<()> {
     run(host.toolstack().args(["domain", "destroy", DRIVER_DOMAIN]))?;
     wait_until("the disk to be gone", || Ok(!disk.take_news()))?;
     ensure!(queue.read_at(0, &mut [0; 512]).is_err(), "a read from nowhere succeeded");
+    let why = disk.close().err().context("nothing was wrong")?;
+    ensure!(matches!(why.cause, Cause::Removed { .. }), "{why}");
     Ok(())
+}
+
+/// One that is detached has nothing to complain of.
+#[test]
+fn a_disk_is_gone_when_it_is_detached() -> Result<()> {
+    let host = Host::start(Programs::beside_us()?)?;
+    let _backend = host.backend(&[])?;
+    host.create_domain("guest", &["--on-crash", "preserve"])?;
+    host.attach("guest", &disk_line("xvda", "memory:16M"))?;
+    let choice = Choice::new(Some(&host.platform()), Some("guest"))?;
+    let (platform, endpoint) = choice.open(End::Frontend)?;
+    let disk = Disk::open(platform, endpoint, "xvda", Config::default())?;
+    disk.queue(0)?.read_at(0, &mut [0; 512])?;
+    run(host.toolstack().args(["detach", "guest", "xvda"]))?;
+    wait_until("the disk to be gone", || Ok(!disk.take_news()))?;
+    disk.close()?;
+    Ok(())
+}
+
+/// What a backend comes back with may not do for a disk that is in use: I/O waits for one that does.
+#[test]
+fn a_disk_waits_for_a_backend_that_can_serve_it() -> Result<()> {
+    let host = Host::start(Programs::beside_us()?)?;
+    let mut backend = host.backend(&["--max-queues", "2"])?;
+    host.create_domain("guest", &["--on-crash", "preserve"])?;
+    host.attach("guest", &disk_line("xvda", "memory:16M"))?;
+    let choice = Choice::new(Some(&host.platform()), Some("guest"))?;
+    let (platform, endpoint) = choice.open(End::Frontend)?;
+    let config = Config { vcpus: 2, ..Config::default() };
+    let disk = Disk::open(platform, endpoint, "xvda", config)?;
+    let mut queue = disk.queue(1)?;
+    queue.read_at(0, &mut [0; 512])?;
+    backend.kill()?;
+    let mut backend = host.backend(&["--max-queues", "1"])?;
+    // It was offered one ring, and closed.
+    backend.wait_for("Closed")?;
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(move || queue.read_at(0, &mut [0; 512]));
+        backend.kill()?;
+        let _backend = host.backend(&["--max-queues", "2"])?;
+        let outcome = reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))?;
+        outcome.context("I/O did not wait")?;
+        ensure!(disk.info().reconnects == 1, "{:?}", disk.info());
+        disk.close()?;
+        Ok(())
+    })
 }
 
 /// A backend that is killed under fio with verification comes back, the frontend issues again what

@@ -40,10 +40,11 @@ pub(crate) fn run(host: &Host, args: &Args) -> anyhow::Result<ExitCode> {
         },
         in_flight: args.in_flight.unwrap_or(DEFAULT_IN_FLIGHT),
     };
+    options.check(args.served.vcpus as usize)?;
     if args.device.is_some() {
         prepare();
     }
-    let disk = args.served.open(host, |config| options.config(config))?;
+    let disk = args.served.open(host, &stop, |config| options.config(config))?;
     if let Some(path) = &args.device {
         BlockDevice::attach(path, &disk, options)?.run(stop, || announce(&path.display()))?;
     } else if let Some(path) = &args.socket {

@@ -1,12 +1,16 @@
 //! A disk that is given to others, until a signal comes.
 
 use super::{Host, Rings};
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use blkfront::{Config, Disk, prepare_process};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use std::fmt::Display;
 use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
 /// Options that `blkfront nbd` and `blkfront ublk` have in common.
@@ -28,13 +32,32 @@ pub(crate) struct Served {
 }
 
 impl Served {
-    /// Opens the disk, with what `suited` makes of its configuration.
+    /// Opens the disk, with what `suited` makes of its configuration. Ends the program if it is told to stop
+    /// before the backend has answered, who may take its time.
     pub(crate) fn open(
         &self,
         host: &Host,
+        stop: &SignalFd,
         suited: impl FnOnce(Config) -> Config,
     ) -> anyhow::Result<Disk> {
-        host.open(&self.disk, suited(self.rings.config(self.vcpus)))
+        let config = suited(self.rings.config(self.vcpus));
+        let (opening, opened) = UnixStream::pair().context("make a socket")?;
+        std::thread::scope(|scope| {
+            let disk = scope.spawn(move || {
+                let disk = host.open(&self.disk, config);
+                // Its end tells that the other is readable.
+                drop(opening);
+                disk
+            });
+            let ends = [stop.as_fd(), opened.as_fd()];
+            let mut ends = ends.map(|end| PollFd::new(end, PollFlags::POLLIN));
+            while poll(&mut ends, PollTimeout::NONE) == Err(Errno::EINTR) {}
+            if ends[1].any() != Some(true) {
+                tracing::warn!("stopped before the disk was open");
+                std::process::exit(0);
+            }
+            disk.join().unwrap_or_else(|_| Err(anyhow!("opening the disk has panicked")))
+        })
     }
 
     /// Closes it.

@@ -30,8 +30,9 @@ pub(crate) fn run(host: &Host, args: &Args) -> anyhow::Result<ExitCode> {
         depth: args.depth,
         max_io: args.max_io.unwrap_or(DEFAULT_MAX_IO),
     };
+    options.check()?;
     prepare();
-    let disk = args.served.open(host, |config| options.config(config))?;
+    let disk = args.served.open(host, &stop, |config| options.config(config))?;
     let device = BlockDevice::add(&disk, options)?;
     let path = device.path();
     device.run(stop, || announce(&path.display()))?;

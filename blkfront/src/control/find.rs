@@ -68,6 +68,8 @@ impl Start {
             backend_state: None,
             fabric: None,
             offered: None,
+            asked: false,
+            complaint: String::new(),
             connection: 0,
             state: Arc::new(Mutex::new(state)),
             cause: None,

@@ -27,6 +27,8 @@ use xenstore_glue::xenbus::{FrontendAction, FrontendEvent, FrontendMachine, Xenb
 const DRAIN: Duration = Duration::from_secs(5);
 /// How often it is looked at meanwhile.
 const DRAIN_LOOK: Duration = Duration::from_millis(5);
+/// Before a backend is asked again that did not connect a disk in use: the reason may last.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
 /// What [`crate::Disk::open`] gets when the disk is connected.
 #[derive(Debug)]
@@ -102,10 +104,14 @@ struct Control {
     frontend: String,
     backend: String,
     backend_domain: DomId,
-    /// When it was last looked at.
+    /// The last that was seen.
     backend_state: Option<XenbusState>,
     fabric: Option<Arc<Fabric>>,
     offered: Option<Offered>,
+    /// An offer was made since the last connection, and nothing came of it yet.
+    asked: bool,
+    /// What the log has last of why nothing came of it.
+    complaint: String,
     connection: u32,
     state: Arc<Mutex<State>>,
     /// Why the device is being closed.
@@ -166,7 +172,7 @@ impl Control {
                 changed = ours.next() => {
                     changed.map_err(xenstore(format!("watch {}/backend", self.frontend)))?;
                     let there = self.client.exists(&format!("{}/backend", self.frontend)).await;
-                    matches!(there, Ok(false)).then_some(FrontendEvent::DirectoryRemoved)
+                    matches!(there, Ok(false)).then(|| self.removed(FrontendEvent::DirectoryRemoved))
                 }
                 Some(command) = commands.recv() => Some(self.command(command)),
                 () = timer => Some(self.expired()),
@@ -183,20 +189,36 @@ impl Control {
 
     async fn look_at_backend(&mut self) -> Option<FrontendEvent> {
         match self.client.read_optional(&format!("{}/state", self.backend)).await {
-            Ok(value) => {
-                self.backend_state = value.and_then(|value| XenbusState::parse(&value));
-                Some(FrontendEvent::Backend(self.backend_state))
-            }
+            Ok(value) => match value.and_then(|value| XenbusState::parse(&value)) {
+                None => Some(self.removed(FrontendEvent::Backend(None))),
+                state => {
+                    self.backend_state = state;
+                    Some(FrontendEvent::Backend(state))
+                }
+            },
             // Gone with its domain: what is left above is not ours to read.
             Err(e) if e.errno() == Some(Errno::Eacces) => {
-                self.backend_state = None;
-                Some(FrontendEvent::Backend(None))
+                Some(self.removed(FrontendEvent::Backend(None)))
             }
             Err(e) => {
                 tracing::warn!("{}: {e}", self.backend);
                 None
             }
         }
+    }
+
+    /// Whether the backend has said that it closes the device.
+    fn is_closed(&self) -> bool {
+        matches!(self.backend_state, Some(XenbusState::Closing | XenbusState::Closed))
+    }
+
+    /// What is removed in good order was closed before.
+    fn removed(&mut self, event: FrontendEvent) -> FrontendEvent {
+        let ours = matches!(self.deadline, Some(Until::Closed(_)));
+        if self.connection > 0 && !ours && !self.is_closed() {
+            self.cause.get_or_insert(Cause::Removed { backend: self.backend.clone() });
+        }
+        event
     }
 
     fn command(&mut self, command: Command) -> FrontendEvent {
@@ -249,9 +271,17 @@ impl Control {
         while let Some(action) = actions.pop_front() {
             tracing::debug!(device = self.frontend, "{action:?}");
             let outcome = match action {
-                FrontendAction::Offer => self.offer().await.map(|()| None),
+                FrontendAction::Offer => {
+                    self.asked = true;
+                    self.offer().await.map(|()| None)
+                }
                 FrontendAction::Connect => self.connect().await.map(Some),
-                FrontendAction::Publish(state) => self.publish(state).await.map(|()| None),
+                FrontendAction::Publish(state) => {
+                    if state == XenbusState::Initialising && self.asked {
+                        self.pause().await;
+                    }
+                    self.publish(state).await.map(|()| None)
+                }
                 FrontendAction::Drain => {
                     self.drain().await;
                     Ok(None)
@@ -269,14 +299,42 @@ impl Control {
             match outcome {
                 Ok(None) => {}
                 Ok(Some(event)) => actions.extend(self.machine.handle(event)),
+                Err(cause) if self.may_pass(action, &cause) => {
+                    self.complain(&cause);
+                    actions.extend(self.machine.handle(FrontendEvent::Failed));
+                }
                 Err(cause) => {
                     tracing::error!(device = self.frontend, "{cause}");
                     self.cause.get_or_insert(cause);
                     self.start_closing();
-                    actions.extend(self.machine.handle(FrontendEvent::Failed));
+                    actions.extend(self.machine.handle(FrontendEvent::Close));
                 }
             }
         }
+    }
+
+    /// Whether a disk that is in use may still be connected some other time: I/O waits for that.
+    fn may_pass(&self, action: FrontendAction, cause: &Cause) -> bool {
+        let connects = matches!(action, FrontendAction::Offer | FrontendAction::Connect);
+        connects && self.connection > 0 && !matches!(cause, Cause::Xenstore { .. })
+    }
+
+    /// Says, once, why a disk that is in use is not connected.
+    fn complain(&mut self, cause: &Cause) {
+        let complaint = cause.to_string();
+        if self.complaint != complaint {
+            tracing::warn!(device = self.frontend, "{complaint}; I/O waits");
+            self.complaint = complaint;
+        }
+    }
+
+    /// Before a backend is asked again.
+    async fn pause(&mut self) {
+        if self.complaint.is_empty() {
+            let refused = self.refused().await;
+            self.complain(&refused);
+        }
+        sleep(RETRY_PAUSE).await;
     }
 
     /// Writes our state, unless the toolstack has removed the directory: writing would bring it back.
@@ -309,8 +367,12 @@ impl Control {
         // Unless it is we who close.
         let closes = matches!(self.deadline, Some(Until::Closed(_)));
         if std::mem::take(&mut state.connected) && !closes {
-            tracing::warn!(device = self.frontend, "the backend went away");
             drop(state);
+            if self.is_closed() {
+                tracing::info!(device = self.frontend, "closed by the backend");
+            } else {
+                tracing::warn!(device = self.frontend, "the backend went away");
+            }
             self.expect_return();
         }
     }
@@ -323,7 +385,7 @@ impl Control {
         }
     }
 
-    /// The backend closed a device that was never connected: what it says about that.
+    /// The backend closed a device that it was to connect: what it says about that.
     async fn refused(&self) -> Cause {
         let domain = format!("/local/domain/{}", self.backend_domain.0);
         let below = self.backend.strip_prefix(&domain).unwrap_or_default();

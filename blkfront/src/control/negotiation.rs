@@ -130,6 +130,8 @@ impl Control {
         let features = Features::new(&limits, &offered.agreement, &device);
         let before = fabric.link.sectors.swap(device.sectors, Ordering::Relaxed);
         self.connection += 1;
+        self.asked = false;
+        self.complaint.clear();
         fabric.connect(self.connection, limits, offered.rings);
         self.deadline = None;
         {
@@ -143,7 +145,12 @@ impl Control {
         if self.connection > 1 && before != device.sectors {
             self.news.ring();
         }
-        tracing::info!(device = self.frontend, backend = self.backend, "connected");
+        if self.connection > 1 {
+            // As loud as what it puts an end to.
+            tracing::warn!(device = self.frontend, "connected again");
+        } else {
+            tracing::info!(device = self.frontend, backend = self.backend, "connected");
+        }
         if let Some(ready) = self.ready.take() {
             let _ = ready.send(Ok(Opened {
                 fabric: fabric.clone(),

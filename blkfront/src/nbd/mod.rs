@@ -98,7 +98,11 @@ impl Options {
         Config { pool_bytes, depth, ..config }
     }
 
-    fn check(&self, vcpus: usize) -> Result<(), InvalidOption> {
+    /// Whether a disk of so many vCPUs can be served like that.
+    ///
+    /// # Errors
+    /// What is out of range.
+    pub fn check(&self, vcpus: usize) -> Result<(), InvalidOption> {
         let (name, in_flight, connections) =
             (self.export.len(), self.in_flight, self.max_connections);
         InvalidOption::unless(name <= MAX_NAME_BYTES, "export name's length", name, || {

@@ -2,7 +2,7 @@
 
 use super::proto::{Command, Errno};
 use crate::slab::Slab;
-use crate::{Completed, Io, IoBuffer, Op, Queue};
+use crate::{Completed, Io, IoBuffer, Op, Queue, Refusal};
 use std::collections::VecDeque;
 
 /// Bytes of zeroes written at once. blkif has no command to zero a range (and a discard may leave
@@ -99,6 +99,9 @@ impl Requests {
         if matches!(command, Command::Flush | Command::Disconnect) {
             return Ok(());
         }
+        if self.queue.is_gone() {
+            return Err(Refusal::Gone.into());
+        }
         if self.read_only && command != Command::Read {
             return Err(Errno::Perm);
         }
@@ -172,6 +175,11 @@ impl Requests {
     /// until it returns `None`, after requests were started or completed.
     pub(super) fn write_zeroes(&mut self) -> Option<Finished> {
         let key = *self.zeroing.front()?;
+        if self.queue.is_gone() {
+            // The zeroes do not come back.
+            self.zeroing.pop_front();
+            return self.end(key, Err(Refusal::Gone.into()), None);
+        }
         let mut buffer = self.zeroes.take()?;
         let Some(Request { work: Work::Zeroes { next, end, .. }, .. }) = self.requests.get_mut(key)
         else {

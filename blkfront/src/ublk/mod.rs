@@ -77,7 +77,11 @@ impl Options {
         Config { pool_bytes: self.max_io.saturating_mul(depth), depth, ..config }
     }
 
-    fn check(&self) -> Result<(), InvalidOption> {
+    /// Whether a device can be like that.
+    ///
+    /// # Errors
+    /// What is out of range.
+    pub fn check(&self) -> Result<(), InvalidOption> {
         let (depth, max_io) = (usize::from(self.depth), self.max_io);
         let fits = (1..=MAX_DEPTH).contains(&depth);
         InvalidOption::unless(fits, "depth", depth, || format!("1 to {MAX_DEPTH}"))?;
@@ -309,12 +313,11 @@ fn tell(threads: &[Thread], what: impl Fn(&Shared) -> &AtomicBool) {
 fn parameters(disk: &Disk, options: &Options) -> Parameters {
     let (geometry, features) = (disk.geometry(), disk.features());
     let read_only = options.read_only || geometry.read_only;
-    let mut attributes = 0;
+    // The backend may have no cache, and the next one may: a flush that is not needed costs nothing, and one
+    // that the kernel leaves out is gone.
+    let mut attributes = abi::ATTR_VOLATILE_CACHE | abi::ATTR_FUA;
     if read_only {
         attributes |= abi::ATTR_READ_ONLY;
-    }
-    if features.flush {
-        attributes |= abi::ATTR_VOLATILE_CACHE | abi::ATTR_FUA;
     }
     // Both are powers of two.
     let logical_shift = geometry.sector_size.trailing_zeros() as u8;

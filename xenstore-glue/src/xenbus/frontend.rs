@@ -9,7 +9,8 @@ pub enum FrontendEvent {
     Backend(Option<XenbusState>),
     /// [`FrontendAction::Connect`] succeeded.
     Connected,
-    /// [`FrontendAction::Offer`] or [`FrontendAction::Connect`] failed.
+    /// [`FrontendAction::Offer`] or [`FrontendAction::Connect`] failed. A device that was in use starts over,
+    /// as if the backend had refused; whoever wants that no more feeds [`FrontendEvent::Close`].
     Failed,
     /// The user is done with the device.
     Close,
@@ -54,8 +55,9 @@ enum Link {
 ///
 /// - A backend that comes back to `InitWait` has lost our rings: disconnect and offer new ones.
 /// - A backend that closes a device that was in use may come back (a daemon that is replaced):
-///   the machine closes, starts over at `Initialising`, and waits. One that closes before the device
-///   was ever in use has refused it, and asking again would be answered the same: the machine ends.
+///   the machine closes, starts over at `Initialising`, and waits. So it does if a connection comes to
+///   nothing then: somebody depends on the device. One that closes before the device was ever in use has
+///   refused it, and asking again would be answered the same: the machine ends.
 /// - A predecessor's `state` is closed first, so that the backend lets go of its rings.
 /// - Grants are revoked only when the backend is `Closed` or starts over (XSA-396).
 #[derive(Clone, Debug)]
@@ -66,6 +68,8 @@ pub struct FrontendMachine {
     inherited: bool,
     /// Whether to start over once closed.
     again: bool,
+    /// It was connected.
+    used: bool,
     closing: bool,
     ended: bool,
 }
@@ -80,6 +84,7 @@ impl FrontendMachine {
             published,
             inherited: published != Initialising,
             again: true,
+            used: false,
             closing: false,
             ended: false,
         }
@@ -120,12 +125,15 @@ impl FrontendMachine {
             FrontendEvent::Connected => {
                 if self.link == Link::Connecting {
                     self.link = Link::Up;
+                    self.used = true;
                     self.again = true;
                     self.publish(Connected, &mut actions);
                 }
             }
             FrontendEvent::Failed => {
-                self.again = false;
+                if !self.closing {
+                    self.again = self.used;
+                }
                 self.close(&mut actions);
             }
             FrontendEvent::Close => {
@@ -151,7 +159,7 @@ impl FrontendMachine {
                 self.link = Link::Offered;
                 self.published = Initialised;
                 // Refused unless it connects.
-                self.again = false;
+                self.again = self.used;
                 actions.push(FrontendAction::Offer);
             }
             (Connected, Link::Offered) => {

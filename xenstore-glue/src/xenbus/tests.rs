@@ -41,6 +41,27 @@ fn storage_may_come_after_the_frontend() {
     assert_eq!(back.handle(B::StorageReady), [BackendAction::Connect]);
 }
 
+/// OVMF's and Mini-OS's: they wait for a backend that is `Connected`, and are so themselves.
+#[test]
+fn a_frontend_may_say_connected_at_once() {
+    let serves = [BackendAction::Connect];
+    for stale in [StalePeer::Attach, StalePeer::Restart] {
+        let mut back = BackendMachine::new(stale);
+        back.handle(B::Frontend(Some(Initialising)));
+        back.handle(B::Online(true));
+        // The disk may take its time.
+        assert_eq!(back.handle(B::Frontend(Some(Connected))), []);
+        assert_eq!(back.handle(B::Frontend(Some(Connected))), []);
+        assert_eq!(back.handle(B::StorageReady), serves);
+        assert_eq!(back.handle(B::Connected), [BackendAction::Publish(Connected)]);
+        assert_eq!(back.handle(B::Frontend(Some(Connected))), []);
+        // The firmware lets go, and the kernel takes its disk up.
+        back.handle(B::Frontend(Some(Closed)));
+        assert_eq!(back.handle(B::Frontend(Some(Initialising))), [BackendAction::Advertise]);
+        assert_eq!(back.handle(B::Frontend(Some(Initialised))), serves);
+    }
+}
+
 #[test]
 fn a_rebooting_guest_finds_initwait_again() {
     let mut back = connected();
@@ -136,6 +157,20 @@ fn a_refused_frontend_is_closed_until_it_starts_over() {
     assert_eq!(front.handle(F::Backend(Some(Closing))), close);
     let gone = [FrontendAction::Disconnect, FrontendAction::Gone];
     assert_eq!(front.handle(F::Backend(Some(Closed))), gone);
+
+    // Unless somebody depends on it.
+    for refused in [F::Backend(Some(Closing)), F::Failed] {
+        let mut front = FrontendMachine::new(Some(Initialising));
+        front.handle(F::Backend(Some(InitWait)));
+        front.handle(F::Backend(Some(Connected)));
+        front.handle(F::Connected);
+        let offers = [FrontendAction::Disconnect, FrontendAction::Offer];
+        assert_eq!(front.handle(F::Backend(Some(InitWait))), offers);
+        assert_eq!(front.handle(refused), close);
+        let again = [FrontendAction::Disconnect, FrontendAction::Publish(Initialising)];
+        assert_eq!(front.handle(F::Backend(Some(Closed))), again);
+        assert_eq!(front.handle(F::Backend(Some(InitWait))), [FrontendAction::Offer]);
+    }
 }
 
 fn state() -> impl Strategy<Value = Option<XenbusState>> {
@@ -168,6 +203,8 @@ proptest! {
             if let B::Frontend(state) = event {
                 seen_initialised = match state {
                     Some(Initialised) => true,
+                    // Without us: it offers rings.
+                    Some(Connected) if !held => true,
                     Some(Initialising | InitWait | Closed) | None => false,
                     _ => seen_initialised,
                 };
