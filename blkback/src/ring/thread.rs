@@ -77,7 +77,9 @@ impl Thread {
             if self.rings.is_empty() && self.threads.retire(&self.inbox) {
                 return;
             }
-            let sleeps_next = self.rings.len() == 1 && self.disks.is_off();
+            // Only then: who spins for a frontend would hold back what the disk could do meanwhile.
+            let sleeps_next =
+                self.rings.len() == 1 && self.disks.is_off() && self.frontends.is_off();
             let (mut found, mut over) = (false, false);
             for ring in &mut self.rings {
                 found |= ring.attempt(|worker| worker.round(sleeps_next)).unwrap_or(true);
