@@ -128,6 +128,7 @@ impl Config {
         set(&mut tuning.wait, flags.wait);
         set(&mut tuning.spin_us, flags.spin_us);
         set(&mut tuning.script_timeout_s, flags.script_timeout_s);
+        tuning.check().map_err(anyhow::Error::msg)?;
         let kinds = flags.kinds.or(file.kinds);
         let kinds = kinds.unwrap_or_else(|| vec!["vbd3".to_owned(), "vbd".to_owned()]);
         let interval = flags.resize_interval_s.or(file.resize_interval_s);
@@ -184,7 +185,7 @@ fn listen(text: Option<String>) -> anyhow::Result<Option<Address>> {
 
 fn read(path: &Path) -> anyhow::Result<File> {
     let text = std::fs::read_to_string(path).with_context(|| format!("read {path:?}"))?;
-    toml::from_str(&text).with_context(|| format!("{path:?}"))
+    toml::from_str(&text).with_context(|| path.display().to_string())
 }
 
 fn kind(name: &str) -> anyhow::Result<BackendKind> {

@@ -17,7 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
-use xen_platform::{Choice, End};
+use xen_platform::{Choice, End, in_one_line};
 use xenstore_glue::client::Client;
 
 /// Xen block backend in user space
@@ -43,7 +43,14 @@ enum Command {
     Doctor(doctor::Args),
 }
 
-fn main() -> anyhow::Result<ExitCode> {
+fn main() -> ExitCode {
+    run().unwrap_or_else(|error| {
+        eprintln!("blkback: {}", in_one_line(error.as_ref()));
+        ExitCode::FAILURE
+    })
+}
+
+fn run() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
@@ -71,12 +78,17 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             Err(error @ ListenError::InUse(_)) => return Err(error.into()),
             // Disks are not to be kept down by what is only counted.
             Err(error) => {
-                error!("no statistics: {:#}", anyhow::Error::from(error));
+                error!("no statistics: {}", in_one_line(&error));
                 None
             }
         },
         None => None,
     };
+    let (platform, endpoint) =
+        config.platform.open(End::Backend).with_context(|| match &config.platform {
+            Choice::Xen => "blkback doctor tells what is missing on this host".to_owned(),
+            embedded => format!("become {embedded}"),
+        })?;
     let records = match Records::open(&config.state_dir) {
         Ok(records) => Some(records),
         Err(error) => {
@@ -85,11 +97,6 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             None
         }
     };
-    let (platform, endpoint) =
-        config.platform.open(End::Backend).with_context(|| match &config.platform {
-            Choice::Xen => "blkback doctor tells what is missing on this host".to_owned(),
-            embedded => format!("become {embedded}"),
-        })?;
     let client = Client::connect(endpoint).await.context("connect to xenstore")?;
     let (stop, stopped) = watch::channel(false);
     let (rescan, rescanned) = watch::channel(());
@@ -108,7 +115,9 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         let _ = stop.send(true);
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     });
-    info!(domain = %platform.domid(), kinds = ?config.kinds, "serving");
+    let kinds: Vec<_> = config.kinds.iter().map(|kind| kind.as_str()).collect();
+    let kinds = kinds.join(",");
+    info!(domain = %platform.domid(), kinds = %kinds, "serving");
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
         warn!(%error, "cannot tell the service manager");
     }

@@ -11,6 +11,9 @@ use xenstore_glue::vbd::{BackendOffer, MAX_QUEUES};
 /// Rings a device gets without being told otherwise: as many as Linux's frontend asks for at the most.
 const DEFAULT_QUEUES: usize = 4;
 
+/// More threads than any machine has CPUs.
+const MAX_THREADS: usize = 4096;
+
 /// Where nobody may be there to run hotplug scripts: what a script takes, with time to spare.
 const DEFAULT_SCRIPT_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -101,16 +104,33 @@ fn cpus() -> usize {
 }
 
 impl Tuning {
-    /// What is written before `InitWait`, with every number brought within its limit.
+    /// Whether every number is within its limit.
+    ///
+    /// # Errors
+    /// Which is not, for a person to read.
+    pub fn check(&self) -> Result<(), String> {
+        let within = |key, value: usize, most: usize| {
+            let error = || Err(format!("{key} is {value}, but must be within 0 to {most}"));
+            if value <= most { Ok(()) } else { error() }
+        };
+        within("max-queues", self.max_queues.into(), MAX_QUEUES.into())?;
+        let order = self.max_ring_page_order.into();
+        within("max-ring-page-order", order, MAX_RING_PAGE_ORDER.into())?;
+        let segments = self.max_indirect_segments.into();
+        within("max-indirect-segments", segments, MAX_INDIRECT_SEGMENTS)?;
+        within("threads", self.threads, MAX_THREADS)
+    }
+
+    /// What is written before `InitWait`.
     pub fn offer(&self) -> BackendOffer {
         let queues = match self.max_queues {
             0 => cpus().min(DEFAULT_QUEUES) as u16,
-            n => n.min(MAX_QUEUES),
+            n => n,
         };
         BackendOffer {
             max_queues: queues,
-            max_ring_page_order: self.max_ring_page_order.min(MAX_RING_PAGE_ORDER),
-            max_indirect_segments: self.max_indirect_segments.min(MAX_INDIRECT_SEGMENTS as u16),
+            max_ring_page_order: self.max_ring_page_order,
+            max_indirect_segments: self.max_indirect_segments,
             persistent: self.persistent_grants,
             split_ring: self.split_rings,
         }

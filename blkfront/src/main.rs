@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand};
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
+use xen_platform::in_one_line;
 
 /// Xen block frontend in user space
 #[derive(Parser)]
@@ -60,20 +61,8 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("blkfront: {}", told(&error));
+            eprintln!("blkfront: {}", in_one_line(error.as_ref()));
             ExitCode::FAILURE
         }
     }
-}
-
-/// The error and its causes, without those that the one before has told already.
-fn told(error: &anyhow::Error) -> String {
-    let mut told = String::new();
-    for cause in error.chain().map(ToString::to_string) {
-        if !told.contains(&cause) {
-            let colon = if told.is_empty() { "" } else { ": " };
-            told = told + colon + &cause;
-        }
-    }
-    told
 }

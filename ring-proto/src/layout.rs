@@ -28,6 +28,16 @@ pub enum RingLayout {
     Split,
 }
 
+impl core::fmt::Display for RingLayout {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(match self {
+            Self::Union(Abi::X86_64) => "x86_64-abi",
+            Self::Union(Abi::X86_32) => "x86_32-abi",
+            Self::Split => "split",
+        })
+    }
+}
+
 /// 64-byte request slots of the split layout: a header of 16 bytes and six segments.
 pub(crate) const SPLIT_REQUEST_WORDS: usize = 16;
 /// 8-byte responses of the split layout.

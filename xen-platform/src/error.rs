@@ -87,3 +87,18 @@ impl Error {
         Self::Io { doing: doing.into(), source: source.into() }
     }
 }
+
+/// An error and its causes, without those that the one before has told already, for a person to read.
+pub fn in_one_line(error: &dyn std::error::Error) -> String {
+    let mut line = String::new();
+    let mut next = Some(error);
+    while let Some(cause) = next {
+        let told = cause.to_string();
+        if !line.contains(&told) {
+            let colon = if line.is_empty() { "" } else { ": " };
+            line = line + colon + &told;
+        }
+        next = cause.source();
+    }
+    line
+}

@@ -18,7 +18,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 pub use choice::{Choice, ChoiceError, End};
-pub use error::Error;
+pub use error::{Error, in_one_line};
 pub use mapping::Mapping;
 pub use region::LocalRegion;
 pub use waiting::{DEFAULT_SPIN, STORM_EVENTS, STORM_PAUSE, Spin, Waiting};

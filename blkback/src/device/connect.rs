@@ -93,7 +93,7 @@ impl Device {
             info!(
                 rings = agreement.queues.len(),
                 slots = agreement.slots(),
-                layout = ?agreement.layout,
+                layout = %agreement.layout,
                 data = link.strategy(),
                 "rings attached"
             );
@@ -101,7 +101,7 @@ impl Device {
         self.context.registry.update(&self.dir, |view| {
             view.sectors = geometry.sectors;
             view.strategy = Some(link.strategy());
-            view.layout = Some(format!("{:?}", agreement.layout));
+            view.layout = Some(agreement.layout.to_string());
             view.rings = link.stats();
             view.error = None;
         });

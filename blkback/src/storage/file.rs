@@ -164,7 +164,9 @@ fn lock(file: &File, path: &Path, options: Options) -> Result<(), OpenError> {
     let lock = || if options.read_only { file.try_lock_shared() } else { file.try_lock() };
     patiently(lock, |error| matches!(error, TryLockError::WouldBlock)).map_err(
         |error| match error {
-            TryLockError::WouldBlock => OpenError::Busy { path: path.into() },
+            TryLockError::WouldBlock => {
+                OpenError::Busy { path: path.into(), read_only: options.read_only }
+            }
             TryLockError::Error(source) => {
                 OpenError::Io { path: path.into(), doing: "lock the file", source }
             }
@@ -275,7 +277,7 @@ fn open_error(path: &Path, read_only: bool, source: io::Error) -> OpenError {
         Some(libc::EACCES | libc::EPERM | libc::EROFS) => {
             OpenError::Permission { path, read_only, source }
         }
-        Some(libc::EBUSY) => OpenError::Busy { path },
+        Some(libc::EBUSY) => OpenError::Busy { path, read_only },
         _ => OpenError::Io { path, doing: "open it", source },
     }
 }

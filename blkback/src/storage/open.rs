@@ -73,11 +73,15 @@ pub enum OpenError {
     },
     /// Somebody else holds the device.
     #[error(
-        "{path:?} is in use (mounted, or held by another program): release it or make the disk read-only"
+        "{path:?} is in use ({}): release it{}",
+        if *.read_only { "a disk or program that may write to it holds it" } else { "mounted, or held by another disk or program" },
+        if *.read_only { "" } else { " or make the disk read-only" }
     )]
     Busy {
         /// As configured.
         path: PathBuf,
+        /// Whether only reading was asked for.
+        read_only: bool,
     },
     /// The disk would have no sectors.
     #[error("{path:?} is empty: give it a size, for example with truncate -s")]

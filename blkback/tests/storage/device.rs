@@ -154,7 +154,7 @@ fn a_device_has_one_writer() {
     first.write(0, &[7; SECTOR]).expect("write");
     assert!(matches!(
         open(&device.target(), Options::default()),
-        Err(OpenError::Busy { path }) if path == device.device
+        Err(OpenError::Busy { path, .. }) if path == device.device
     ));
     let read_only = Options { read_only: true, ..Options::default() };
     let mut reader = Rig::new(&device.target(), read_only);

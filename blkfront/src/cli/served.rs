@@ -83,7 +83,9 @@ pub(crate) fn stop_signals() -> anyhow::Result<SignalFd> {
 /// For a block device of this machine's own.
 pub(crate) fn prepare() {
     if let Err(error) = prepare_process() {
-        tracing::warn!("where memory is short this may hang: {error}");
+        tracing::warn!(
+            "not root: I/O may hang when this machine is short of memory (PR_SET_IO_FLUSHER, mlockall): {error}"
+        );
     }
 }
 

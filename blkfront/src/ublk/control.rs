@@ -102,7 +102,7 @@ impl Control {
         let file = File::options().read(true).write(true).open(PATH).map_err(|e| {
             let remedy = match e.kind() {
                 io::ErrorKind::NotFound => {
-                    ": load the kernel module, which Linux has from 6.0 on: modprobe ublk_drv"
+                    ": load the kernel module, which Linux has from 6.4 on as it is needed here: modprobe ublk_drv"
                 }
                 io::ErrorKind::PermissionDenied => ": only root may add a block device",
                 _ => "",

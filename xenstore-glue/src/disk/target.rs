@@ -90,11 +90,14 @@ pub enum TargetError {
     /// A disk is whole sectors, and at least one.
     #[error("{0:?} is no size of a disk: it must be a multiple of 512 bytes, and not 0")]
     Sectors(String),
-    /// A wrapper without anything behind it, or with nonsense in it.
+    /// A wrapper with nonsense in it.
     #[error(
         "{0:?} is none of delay:200us, limit:5000iops, limit:100M/s, error:1% or error:write@0.5%"
     )]
     Wrapper(String),
+    /// A wrapper without anything behind it.
+    #[error("{0:?} stands in front of a disk: {0},/path")]
+    Bare(String),
     /// More wrappers than anyone needs.
     #[error("more than {} wrappers", Target::MAX_WRAPPERS)]
     TooMany,
@@ -139,9 +142,13 @@ impl FromStr for Target {
             match word {
                 Some("aio" | "tap" | "phy" | "raw") if wrappers.is_empty() => rest = behind,
                 Some(word @ ("delay" | "limit" | "error")) => {
-                    let whole = || TargetError::Wrapper(rest.to_owned());
-                    let (argument, next) = behind.split_once(',').ok_or_else(whole)?;
-                    wrappers.push(wrapper(word, argument).ok_or_else(whole)?);
+                    let (argument, next) = behind.split_once(',').unwrap_or((behind, ""));
+                    let this = || format!("{word}:{argument}");
+                    let wrapper = wrapper(word, argument);
+                    wrappers.push(wrapper.ok_or_else(|| TargetError::Wrapper(this()))?);
+                    if next.is_empty() {
+                        return Err(TargetError::Bare(this()));
+                    }
                     if wrappers.len() > Self::MAX_WRAPPERS {
                         return Err(TargetError::TooMany);
                     }

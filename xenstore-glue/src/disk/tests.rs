@@ -110,8 +110,10 @@ fn targets_are_what_params_may_hold() {
     assert!(matches!(store("null:1000"), Err(TargetError::Sectors(_))));
     assert!(matches!(store("null:-1G"), Err(TargetError::Size(_))));
     assert!(matches!(store("null:16777216T"), Err(TargetError::Size(_))));
+    for bare in ["delay:200us", "limit:5000iops", "delay:200us,error:1%,"] {
+        assert!(matches!(store(bare), Err(TargetError::Bare(_))), "{bare}");
+    }
     for wrapper in [
-        "delay:200us",
         "delay:us,/x",
         "delay:2h,/x",
         "delay:2000000s,/x",

@@ -212,7 +212,10 @@ impl Worker {
         });
         // Also when it failed: the others wait for us here.
         self.shared.ready.wait();
-        pinned.map_err(|e| anyhow!("pin job {} to CPU {cpu:?}: {e}", self.n))?;
+        pinned.map_err(|e| {
+            let cpu = cpu.unwrap_or_default();
+            anyhow!("job {} cannot run on CPU {cpu}: {}", self.n, e.desc())
+        })?;
         let begin = self.now();
         self.load(begin)?;
         if self.ledger.is_some() {

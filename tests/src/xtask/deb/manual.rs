@@ -25,7 +25,7 @@ pub(super) fn page(program: &Path, section: u8) -> Result<String> {
         page.push_str(&format!("{}\n.PP\n.nf\nUsage:{}.fi\n", escaped(about), escaped(rest)));
     }
     page.push_str(".SH \"SEE ALSO\"\n.BR xl (1),\n.BR xl-disk-configuration (5),\n");
-    page.push_str(".I /usr/share/doc/xen\\-blk/deployment.md.gz\n");
+    page.push_str(".I /usr/share/doc/xen\\-blk/docs/deployment.md\n");
     Ok(page)
 }
 

@@ -11,11 +11,12 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use xen_platform::embedded::broker;
 use xen_platform::embedded::control::{self, Answer, Command, NewDomain, OnCrash};
+use xen_platform::in_one_line;
 
 /// A stand-in for a Xen host: domains whose memory, grants, event channels and xenstore live in
 /// ordinary processes of this machine.
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "xen-embedded", version)]
 struct Cli {
     /// Where the broker keeps its sockets
     #[arg(long, global = true, default_value = "/run/xen-embedded")]
@@ -123,7 +124,7 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("xen-embedded: {error:#}");
+            eprintln!("xen-embedded: {}", in_one_line(error.as_ref()));
             ExitCode::FAILURE
         }
     }
