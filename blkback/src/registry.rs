@@ -13,7 +13,7 @@ pub struct DeviceView {
     pub paths: DevicePaths,
     /// `xvda` and the like.
     pub name: String,
-    /// `params` of the backend directory.
+    /// What is behind it: the `target=` of its line.
     pub target: String,
     /// This end's xenbus state.
     pub state: XenbusState,
@@ -54,8 +54,10 @@ impl Registry {
         self.lock().remove(path);
     }
 
-    /// Every device, by the path of its backend directory.
+    /// Every device, by domain and number.
     pub fn devices(&self) -> Vec<DeviceView> {
-        self.lock().values().cloned().collect()
+        let mut devices: Vec<_> = self.lock().values().cloned().collect();
+        devices.sort_by_key(|view| (view.paths.frontend_domain.0, view.paths.device));
+        devices
     }
 }

@@ -273,7 +273,7 @@ impl Device {
         context.registry.insert(DeviceView {
             paths,
             name: description.name.clone(),
-            target: description.params.clone(),
+            target: description.target(),
             state: XenbusState::Initialising,
             sectors: 0,
             read_only: description.read_only,

@@ -92,6 +92,12 @@ impl Description {
         })
     }
 
+    /// The target as its line has it: libxl writes `aio:` in front of it for `backendtype=tap`.
+    pub(super) fn target(&self) -> String {
+        let target = self.params.parse().map(|target: Target| target.to_string());
+        target.unwrap_or_else(|_| self.params.clone())
+    }
+
     /// Opens the disk. Blocks as long as the device does.
     pub(super) fn open(&self, direct: Direct) -> Result<Arc<dyn Storage>, DescriptionError> {
         let target: Target = self

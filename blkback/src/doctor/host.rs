@@ -34,7 +34,7 @@ fn io_uring() -> Finding {
     let remedy = match disabled.as_deref().map(str::trim) {
         Ok("1") => "sysctl kernel.io_uring_disabled=0, or add the user to kernel.io_uring_group",
         Ok("2") => "sysctl kernel.io_uring_disabled=0",
-        _ if error.raw_os_error() == Some(libc::ENOSYS) => "use Linux 5.10 or later",
+        _ if error.raw_os_error() == Some(libc::ENOSYS) => "use Linux 6.1 or later",
         _ => "let the service's system call filter pass @aio",
     };
     Finding::fail("io_uring", format!("refused: {error}"), remedy)

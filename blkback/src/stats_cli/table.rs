@@ -85,8 +85,9 @@ pub(super) fn rates(before: &Snapshot, now: &Snapshot) -> String {
 fn heading(now: &Snapshot) -> String {
     let process = &now.process;
     format!(
-        "blkback: disks: {}, up {}, {} of CPU time, {} resident, {} of {} descriptors\n",
+        "blkback: disks: {}, connected: {}, up {}, {} of CPU time, {} resident, {} of {} descriptors\n",
         now.devices.len(),
+        now.devices.iter().filter(|device| !device.rings.is_empty()).count(),
         duration(process.uptime_ms / 1000),
         duration(process.cpu_ms / 1000),
         bytes(process.resident_bytes),
