@@ -27,7 +27,7 @@ pub(crate) struct Pages {
     dropped: AtomicU32,
     // Taken back, or left to the platform until the peer lets go, when neither a buffer nor the disk needs
     // them any more.
-    _grants: std::sync::Mutex<Box<dyn GrantedPages>>,
+    _grants: Box<dyn GrantedPages>,
 }
 
 impl fmt::Debug for Pages {
@@ -87,7 +87,7 @@ impl Pool {
             refs,
             next,
             dropped: AtomicU32::new(NONE),
-            _grants: std::sync::Mutex::new(grants),
+            _grants: grants,
         };
         Self { pages: Arc::new(pages), free: if count == 0 { NONE } else { 0 }, free_count: count }
     }

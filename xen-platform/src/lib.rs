@@ -68,7 +68,7 @@ pub trait Platform: Send + Sync + Debug {
 pub trait MappedGrants: SharedMemory + Debug {}
 
 /// Pages of our own that a peer may map or copy.
-pub trait GrantedPages: Send + Debug {
+pub trait GrantedPages: Send + Sync + Debug {
     /// The pages, to be shared with the ring or with I/O.
     fn memory(&self) -> Arc<dyn SharedMemory>;
 

@@ -300,7 +300,8 @@ impl Worker {
         let op = if write { Op::Write { fua: false } } else { Op::Read };
         let buffer = slot.buffer.take().or_else(|| self.queue.alloc(len as usize));
         let mut io = Io { cookie: n as u64, op, offset, buffer };
-        let Some(buffer) = &mut io.buffer else { bail!("no pages left for a buffer") };
+        // There are pages for all that is in flight, as long as the disk is there.
+        let Some(buffer) = &mut io.buffer else { bail!("the device is gone") };
         if buffer.len() != len as usize {
             buffer.set_len(len as usize);
         }
