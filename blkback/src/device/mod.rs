@@ -419,7 +419,7 @@ impl Device {
         if now == before {
             return Ok(());
         }
-        info!(before, now, "resized");
+        info!(mib = now >> 11, before = before >> 11, "resized");
         self.feed(BackendEvent::Resized).await
     }
 

@@ -45,8 +45,8 @@ pub(super) fn rates(before: &Snapshot, now: &Snapshot) -> String {
         "batch",
         "kick/r",
         "sys/r",
-        "dev p50",
-        "dev p99",
+        "device-p50",
+        "device-p99",
     ])];
     for device in &now.devices {
         let earlier = before.devices.iter().find(|earlier| earlier.backend == device.backend);
@@ -189,15 +189,15 @@ fn costs(rows: &Rows<'_>) -> Table {
 fn latencies(rows: &Rows<'_>) -> Table {
     let head = [
         "RING",
-        "wait mean",
-        "p50",
-        "p99",
-        "device mean",
-        "p50",
-        "p99",
-        "completion mean",
-        "p50",
-        "p99",
+        "wait",
+        "wait-p50",
+        "wait-p99",
+        "device",
+        "device-p50",
+        "device-p99",
+        "completion",
+        "compl-p50",
+        "compl-p99",
     ];
     table(head, rows, |Ring { derived, .. }| {
         let parts = [&derived.ring_wait_ns, &derived.device_ns, &derived.completion_ns];
@@ -209,7 +209,7 @@ fn latencies(rows: &Rows<'_>) -> Table {
 }
 
 fn grants(rows: &Rows<'_>) -> Table {
-    let head = ["RING", "copies", "maps", "persistent hits", "evicted", "held"];
+    let head = ["RING", "copies", "maps", "hits", "evicted", "held"];
     table(head, rows, |ring| {
         let Ring { counts, persistent_held, .. } = ring;
         [

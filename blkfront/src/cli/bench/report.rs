@@ -183,7 +183,8 @@ impl fmt::Display for Report {
         )?;
         let (jobs, depth) = (self.job.numjobs, self.job.iodepth);
         let seconds = self.elapsed_s;
-        writeln!(f, "{jobs} jobs of depth {depth}, {} waits, {seconds:.2} s\n", self.wait)?;
+        let jobs = if jobs == 1 { "1 job".to_owned() } else { format!("{jobs} jobs") };
+        writeln!(f, "{jobs} of depth {depth}, {} waits, {seconds:.2} s\n", self.wait)?;
         let head = ["", "IOPS", "bytes/s", "min", "mean", "p50", "p99", "p99.9", "max"];
         row(f, &head.map(str::to_owned))?;
         let mixed = self.read.ios > 0 && self.write.ios > 0;
