@@ -12,13 +12,15 @@ mod waiting;
 mod wrappers;
 
 use blkback::storage::{Direct, OpKind, OpenError, Options, open};
-use nix::sys::eventfd::EventFd;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use rig::{DEPTH, HUNG, Rig, SECTOR, TestFile, parse};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
+use xen_platform::EventFile;
 use xenstore_glue::disk::{Store, Target};
 
 const MIB: usize = 1 << 20;
@@ -203,6 +205,35 @@ fn a_wake_descriptor_ends_a_wait_as_long_as_it_is_readable() {
             scope.spawn(|| event.write(1).expect("write"));
             assert!(wait(HUNG) < HUNG, "{target:?}: written to while it slept");
         });
+    }
+}
+
+/// An event and the bell come together, the bell is told of first, and who was woken by it takes the event:
+/// the kernel, which had seen it, finds nothing to read, and goes on waiting with the read.
+#[test]
+fn a_queue_closes_although_its_event_was_taken_by_another() {
+    let (targets, _file) = wakeable();
+    for target in targets {
+        let storage = open(&target, Options::default()).expect("open");
+        let (closed, done) = mpsc::channel();
+        std::thread::spawn(move || {
+            for _ in 0..20 {
+                let bell = EventFd::new().expect("eventfd");
+                let channel = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).expect("eventfd");
+                let descriptor = channel.as_fd().try_clone_to_owned().expect("dup");
+                let events = Some(EventFile { descriptor, event_bytes: 8, unmask: false });
+                let wake = vec![bell.as_fd().try_clone_to_owned().expect("dup")];
+                let mut rig = Rig::woken_by(storage.clone(), true, wake, events);
+                rig.queue().wait(Some(Duration::ZERO)).expect("wait for both");
+                bell.write(1).expect("write");
+                channel.write(1).expect("write");
+                rig.queue().wait(Some(HUNG)).expect("wait");
+                // Where the kernel has read it there is none.
+                let _ = channel.read();
+            }
+            closed.send(()).expect("somebody waits");
+        });
+        done.recv_timeout(HUNG).unwrap_or_else(|_| panic!("{target:?}: a queue does not close"));
     }
 }
 

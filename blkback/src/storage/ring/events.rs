@@ -64,7 +64,7 @@ impl Events {
         // The ring has room for a chain: none of these fails.
         let pushed = if self.reads {
             let write = opcode::Write::new(self.place, memory, length).build().flags(chained);
-            // A read alone would fail where there is nothing yet: the file does not block.
+            // A read alone would fail where there is nothing yet, on kernels that take it at its word: the file does not block.
             let read = opcode::Read::new(self.place, memory, length).build();
             (!(masked && self.file.unmask) || push(write))
                 && push(poll.flags(chained))

@@ -38,7 +38,7 @@ const ALLOWED: [u8; 10] = [
     opcode::Fsync::CODE,
     opcode::Fallocate::CODE,
     opcode::PollAdd::CODE,
-    opcode::PollRemove::CODE,
+    opcode::AsyncCancel::CODE,
 ];
 
 /// IORING_UNREGISTER_BUFFERS, IORING_UNREGISTER_FILES, IORING_REGISTER_EVENTFD and
@@ -170,9 +170,10 @@ impl RingQueue {
             if self.cancels == 0 {
                 let mut submission = self.ring.submission();
                 for poll in polls {
-                    // One that fires just now is not found: then once more, if need be. (Not AsyncCancel, which
-                    // refuses registered files before Linux 5.19.)
-                    let cancel = opcode::PollRemove::new(poll).build().flags(Flags::FIXED_FILE);
+                    // One that fires just now is not found: then once more, if need be. (Not PollRemove, which
+                    // does not find a read that waits: whoever was woken otherwise may have taken the event
+                    // from between poll and read.)
+                    let cancel = opcode::AsyncCancel::new(poll).build().flags(Flags::FIXED_FILE);
                     let pushed = push(&mut submission, &cancel.user_data(CANCEL));
                     self.cancels += usize::from(pushed);
                 }

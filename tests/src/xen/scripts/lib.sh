@@ -51,7 +51,7 @@ start_blkback() {
 stop_blkback() {
     kill -0 $backend || fail "blkback has ended: $(tail -1 /run/blkback.log | tr -d '\"')"
     kill -TERM $backend
-    (sleep 20 && kill -9 $backend) &
+    (sleep 20 && grep '' /proc/$backend/task/*/comm /proc/$backend/task/*/stack; kill -9 $backend) &
     patience=$!
     wait $backend || fail "blkback did not end well"
     kill $patience || true
