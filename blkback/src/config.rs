@@ -1,7 +1,7 @@
 //! The configuration file, and the flags that go before it.
 
 use crate::metrics::Address;
-use crate::tuning::{DataPath, DirectIo, Tuning, WaitMode};
+use crate::tuning::{DataPath, DirectIo, PinGrants, Tuning, WaitMode};
 use anyhow::Context;
 use clap::Args;
 use serde::Deserialize;
@@ -89,6 +89,10 @@ pub struct Flags {
     /// How data is reached where grants are not persistent [default: copy]
     #[arg(long)]
     data: Option<DataPath>,
+    /// Whether a disk with O_DIRECT works on the guest's pages themselves, not on copies; by auto not in a PV
+    /// domain, whose kernel a daemon that is killed then would harm [default: auto]
+    #[arg(long)]
+    pin_grants: Option<PinGrants>,
     /// Use of O_DIRECT: by auto on devices, and on files where 512-byte sectors work [default: auto]
     #[arg(long)]
     direct: Option<DirectIo>,
@@ -123,6 +127,7 @@ impl Config {
         set(&mut tuning.persistent_grants, flags.persistent_grants);
         set(&mut tuning.split_rings, flags.split_rings);
         set(&mut tuning.data, flags.data);
+        set(&mut tuning.pin_grants, flags.pin_grants);
         set(&mut tuning.direct, flags.direct);
         set(&mut tuning.threads, flags.threads);
         set(&mut tuning.wait, flags.wait);

@@ -33,6 +33,8 @@ pub struct Tuning {
     pub split_rings: bool,
     /// How data is reached where grants are not persistent.
     pub data: DataPath,
+    /// Whether a disk may work on the guest's pages themselves, and not on copies.
+    pub pin_grants: PinGrants,
     /// Whether files are read past the page cache.
     pub direct: DirectIo,
     /// Threads that serve rings, at the most; 0 for one a CPU. Rings share them where there are more.
@@ -55,6 +57,7 @@ impl Default for Tuning {
             persistent_grants: true,
             split_rings: true,
             data: DataPath::Copy,
+            pin_grants: PinGrants::Auto,
             direct: DirectIo::Auto,
             threads: 0,
             wait: WaitMode::Adaptive,
@@ -72,6 +75,18 @@ pub enum DataPath {
     Copy,
     /// By mapping for each request.
     Map,
+}
+
+/// Whether a disk with O_DIRECT may work on mapped pages, which the kernel pins for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum PinGrants {
+    /// Where a daemon that is killed over it does no harm ([`xen_platform::Platform::may_pin`]).
+    Auto,
+    /// Everywhere.
+    On,
+    /// Nowhere.
+    Off,
 }
 
 /// Use of O_DIRECT.

@@ -23,11 +23,13 @@ use ring::{Fields, Index, RawRing};
 use ring_proto::{Abi, DomId, RingLayout};
 use scene::{DISK, Scene};
 use std::fs::File;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 use usage::Usage;
 use xen_blk_tests::process::{HUNG, Patience};
+use xen_blk_tests::scratch::Scratch;
 use xen_platform::{Access, GrantedPages, Platform};
 
 /// Malformed requests in all: what the project promises to survive.
@@ -148,6 +150,12 @@ fn malformed_requests_are_answered_and_harm_nobody() -> Result<()> {
 #[test]
 fn malformed_requests_harm_nobody_where_data_is_mapped() -> Result<()> {
     malformed_requests(&["--data", "map"], MALFORMED / 20)
+}
+
+/// The disk does not work on the pages themselves.
+#[test]
+fn malformed_requests_harm_nobody_where_data_is_bounced() -> Result<()> {
+    malformed_requests(&["--pin-grants", "off"], MALFORMED / 20)
 }
 
 fn malformed_requests(options: &[&str], count: u64) -> Result<()> {
@@ -445,15 +453,31 @@ fn mapped_pages(options: &[&str], persistent: bool) -> Result<()> {
 /// in parts, one twice in a request; fewer than are kept, and then more: each page has its own data.
 #[test]
 fn pages_in_any_company_keep_their_data() -> Result<()> {
+    pages_in_any_company(&[], "persistent grants\"")
+}
+
+/// And with a copy on the way.
+#[test]
+fn bounced_pages_in_any_company_keep_their_data() -> Result<()> {
+    pages_in_any_company(&["--pin-grants", "off"], "persistent grants, bounced\"")
+}
+
+fn pages_in_any_company(options: &[&str], strategy: &str) -> Result<()> {
     /// Not quite twice what a ring keeps mapped (1056).
     const PAGES: usize = 2000;
     /// Few enough for it to keep them all.
     const FEW: usize = 900;
     const ROUNDS: usize = 1500;
-    let scene = Scene::new(&[])?;
-    let device = scene.evil.attach(&scene.host, "vdev=xvda,target=memory:16M")?;
+    let scene = Scene::new(options)?;
+    // Where programs are built O_DIRECT is to be had; temporary files may be a tmpfs.
+    let dir = Scratch::new(Path::new(env!("CARGO_TARGET_TMPDIR")))?;
+    let image = dir.path().join("disk.img");
+    File::create(&image)?.set_len(DISK)?;
+    let device =
+        scene.evil.attach(&scene.host, &format!("vdev=xvda,target={}", image.display()))?;
     let transport = Transport { layout: LAYOUTS[0], order: 0, persistent: true };
     WellBehaved::connect(&scene.evil, &device, transport)?.disconnect(&scene.evil, &device)?;
+    ensure!(scene.daemon.log().contains(strategy), "{}", scene.daemon.log());
     let baseline = Usage::of(scene.daemon.pid())?;
     let mut disk = WellBehaved::connect(&scene.evil, &device, transport)?;
     let data = scene.evil.grant(PAGES, Access::ReadWrite)?;

@@ -51,6 +51,13 @@ pub trait Platform: Send + Sync + Debug {
     /// All pages or none: the error names the first grant that was refused and why.
     fn map(&self, peer: DomId, refs: &[GrantRef], access: Access) -> Result<Arc<dyn MappedGrants>>;
 
+    /// Whether the kernel may be given mapped pages to work on by itself (O_DIRECT), which pins them.
+    ///
+    /// Not in a PV domain. There a process that is killed while pages are pinned leaves the kernel's
+    /// counts of them wrong, and I/O of whoever maps others in their place fails: the process's memory is
+    /// taken apart while gntdev, since Linux 5.19, waits with the unmap for the last pin.
+    fn may_pin(&self) -> bool;
+
     /// A handle for grant copies from and to `peer`. Each thread that copies takes its own.
     fn copier(&self, peer: DomId) -> Result<Box<dyn GrantCopier>>;
 

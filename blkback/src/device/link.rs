@@ -4,7 +4,7 @@ use crate::records::{Records, RingName};
 use crate::ring::{Inflight, RingControl, RingSetup, Strategy, Tenant, Threads};
 use crate::stats::RingStats;
 use crate::storage::{Geometry, Storage};
-use crate::tuning::{DataPath, Tuning};
+use crate::tuning::{DataPath, PinGrants, Tuning};
 use ring_proto::abi::SECTOR_SIZE;
 use ring_proto::{
     DomId, GrantRef, Limits, Port, RequestConsumer, RingLayout, RingPages, SetupError,
@@ -123,6 +123,7 @@ impl Link {
         match self.strategy {
             Strategy::Copy => "grant copy",
             Strategy::Persistent => "persistent grants",
+            Strategy::Bounce => "persistent grants, bounced",
             Strategy::Map => "map and unmap",
             Strategy::Nothing => "no data moved",
         }
@@ -157,13 +158,22 @@ impl Drop for Link {
 }
 
 fn strategy(setup: &LinkSetup<'_>) -> Strategy {
+    let LinkSetup { geometry, tuning, .. } = setup;
+    let may_pin = match tuning.pin_grants {
+        PinGrants::Auto => setup.platform.may_pin(),
+        PinGrants::On => true,
+        PinGrants::Off => false,
+    };
     // Where the device cares about the alignment of buffers, the guest's will not do, and ours will.
-    let aligned = setup.geometry.buffer_alignment <= SECTOR_SIZE as u32;
-    if setup.agreement.persistent && aligned {
+    let aligned = geometry.buffer_alignment <= SECTOR_SIZE as u32;
+    let mapped = aligned && (may_pin || !geometry.pins_buffers());
+    if setup.agreement.persistent && mapped {
         Strategy::Persistent
-    } else if !setup.geometry.moves_data {
+    } else if !geometry.moves_data {
         Strategy::Nothing
-    } else if setup.tuning.data == DataPath::Map && aligned {
+    } else if setup.agreement.persistent {
+        Strategy::Bounce
+    } else if tuning.data == DataPath::Map && mapped {
         Strategy::Map
     } else {
         Strategy::Copy

@@ -1,4 +1,4 @@
-//! Buffers that grant copies go through.
+//! Buffers of ours that data goes through where the device does not work on the guest's pages.
 
 use ring_proto::SharedMemory;
 use ring_proto::abi::PAGE_SIZE;
@@ -6,21 +6,31 @@ use std::ops::Range;
 use std::sync::Arc;
 use xen_platform::LocalRegion;
 
-/// Indirect requests that a ring can have in flight at a time when it copies. Each takes up to
-/// 1 MiB; with more of them a guest could make us hold a gigabyte (XSA-300). Eight keep any disk busy.
-const INDIRECT_SLOTS: usize = 8;
+/// Buffers for requests that do not fit a page: their pages, and how many there are. Each ring has them, so
+/// that no guest can make us hold more than 8 MiB for one (XSA-300); that keeps any disk busy.
+const LARGER: [(usize, usize); 3] = [
+    // A direct request.
+    (11, 32),
+    // What Linux's frontend asks for at the most, 128 KiB.
+    (32, 16),
+    // What blkif.h allows.
+    (256, 4),
+];
+/// Buffers are registered with the kernel up to this many pages. Registering takes the memory at once;
+/// for larger ones the kernel's look-up of pages is little beside the copying, and most guests never use them.
+const REGISTERED_PAGES: usize = 11;
 
-/// Page-aligned buffers, of two sizes: one for each direct request the ring can hold, and a few for indirect ones.
+/// Page-aligned buffers of a few sizes, and of a page for each request that the ring can hold.
 pub(super) struct BouncePool {
     region: Arc<LocalRegion>,
-    direct: Class,
-    indirect: Class,
+    /// From small to large, in the order of the region.
+    classes: Vec<Class>,
 }
 
 /// Buffers of one size.
 struct Class {
-    /// Offset of the first in the region.
-    base: usize,
+    /// Where they are in the region, in bytes.
+    range: Range<usize>,
     /// Bytes of each.
     size: usize,
     free: Vec<u16>,
@@ -28,47 +38,94 @@ struct Class {
 
 impl Class {
     fn new(base: usize, pages: usize, count: usize) -> Self {
-        Self { base, size: pages * PAGE_SIZE, free: (0..count as u16).rev().collect() }
-    }
-    fn take(&mut self) -> Option<usize> {
-        self.free.pop().map(|n| self.base + usize::from(n) * self.size)
-    }
-    fn give(&mut self, offset: usize) {
-        self.free.push(((offset - self.base) / self.size) as u16);
+        let size = pages * PAGE_SIZE;
+        // Taken from the end: the first are used most, and the others perhaps never touched.
+        Self { range: base..base + size * count, size, free: (0..count as u16).rev().collect() }
     }
 }
 
 impl BouncePool {
-    pub(super) fn new(
-        slots: usize,
-        direct_pages: usize,
-        indirect_pages: usize,
-    ) -> xen_platform::Result<Self> {
-        let indirect_slots = if indirect_pages > direct_pages { INDIRECT_SLOTS } else { 0 };
-        let direct = Class::new(0, direct_pages, slots);
-        let indirect = Class::new(slots * direct.size, indirect_pages, indirect_slots);
-        let region = LocalRegion::new(slots * direct_pages + indirect_slots * indirect_pages)?;
-        Ok(Self { region: Arc::new(region), direct, indirect })
+    /// For a ring of `slots` requests, each of `pages` pages at the most.
+    pub(super) fn new(slots: usize, pages: usize) -> xen_platform::Result<Self> {
+        let mut classes = vec![Class::new(0, 1, slots)];
+        let mut end = classes[0].range.end;
+        for (size, count) in LARGER {
+            if classes.last().is_some_and(|class| class.size >= pages * PAGE_SIZE) {
+                break;
+            }
+            let class = Class::new(end, size.min(pages), count.min(slots));
+            end = class.range.end;
+            classes.push(class);
+        }
+        Ok(Self { region: Arc::new(LocalRegion::new(end / PAGE_SIZE)?), classes })
     }
 
     pub(super) fn region(&self) -> &Arc<LocalRegion> {
         &self.region
     }
 
+    /// How many bytes of the region, from its start, are worth registering.
+    pub(super) fn registered(&self) -> usize {
+        let small = self.classes.iter().rfind(|class| class.size <= REGISTERED_PAGES * PAGE_SIZE);
+        small.map_or(0, |class| class.range.end)
+    }
+
     /// A buffer for `bytes`, as a range of the region; `None` while all that are large enough are in use.
     pub(super) fn take(&mut self, bytes: usize) -> Option<Range<usize>> {
-        let class = if bytes <= self.direct.size { &mut self.direct } else { &mut self.indirect };
-        debug_assert!(bytes <= class.size, "limits bound a request to the larger class");
-        class.take().map(|offset| offset..offset + bytes)
+        let mut fitting = self.classes.iter_mut().filter(|class| bytes <= class.size);
+        fitting.find_map(|class| {
+            let at = class.range.start + usize::from(class.free.pop()?) * class.size;
+            Some(at..at + bytes)
+        })
     }
 
     pub(super) fn give(&mut self, range: &Range<usize>) {
-        let class =
-            if range.start < self.indirect.base { &mut self.direct } else { &mut self.indirect };
-        class.give(range.start);
+        let class = self.classes.iter_mut().find(|class| class.range.contains(&range.start));
+        debug_assert!(class.is_some(), "what was taken is given back");
+        if let Some(class) = class {
+            class.free.push(((range.start - class.range.start) / class.size) as u16);
+        }
     }
 
     pub(super) fn address(&self, range: &Range<usize>) -> *mut u8 {
         self.region.base().as_ptr().wrapping_add(range.start)
+    }
+
+    /// Gives memory that is not registered back to the kernel, while none of it is in use.
+    pub(super) fn purge(&mut self) {
+        let registered = self.registered();
+        for Class { range, size, free } in &self.classes {
+            if range.start >= registered && free.len() == range.len() / size {
+                // It fails for no range of the region.
+                let _ = self.region.release(range.start / PAGE_SIZE..range.end / PAGE_SIZE);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ring_proto::abi::MAX_INDIRECT_SEGMENTS;
+
+    #[test]
+    fn buffers_are_apart_and_come_back() {
+        for (slots, pages) in [(32, 11), (32, MAX_INDIRECT_SEGMENTS), (1024, 40), (1, 1)] {
+            let mut pool = BouncePool::new(slots, pages).expect("memory");
+            for bytes in [512, PAGE_SIZE, PAGE_SIZE + 512, 11 * PAGE_SIZE, pages * PAGE_SIZE] {
+                let bytes = bytes.min(pages * PAGE_SIZE);
+                let mut taken: Vec<_> = std::iter::from_fn(|| pool.take(bytes)).collect();
+                assert!(!taken.is_empty(), "{bytes} bytes of {pages} pages");
+                taken.sort_by_key(|range| range.start);
+                assert!(taken.windows(2).all(|pair| pair[0].end <= pair[1].start));
+                assert!(taken.last().is_some_and(|range| range.end <= pool.region.len()));
+                if bytes <= PAGE_SIZE {
+                    assert!(taken.len() >= slots, "each request that fits a page has a buffer");
+                }
+                taken.iter().for_each(|range| pool.give(range));
+            }
+            assert!(pool.registered() <= pool.region.len());
+            pool.purge();
+        }
     }
 }

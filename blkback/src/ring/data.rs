@@ -1,4 +1,4 @@
-//! How data gets from the guest's pages to the device and back: one of three strategies, chosen
+//! How data gets from the guest's pages to the device and back: one of a few strategies, chosen
 //! when the frontend connects.
 
 use super::bounce::BouncePool;
@@ -28,6 +28,9 @@ pub enum Strategy {
     Copy,
     /// Mapped once and kept, because the frontend promised to use the same pages again.
     Persistent,
+    /// Mapped as well, but the device works on buffers of ours, and we copy: it wants other alignment, or
+    /// the pages may not be pinned ([`Platform::may_pin`]).
+    Bounce,
     /// Mapped for a request and unmapped before its response.
     Map,
     /// Not reached at all: the device neither reads nor writes data.
@@ -48,6 +51,8 @@ pub(super) enum Unreachable {
 pub(super) struct Held {
     segments: Vec<Segment>,
     bounce: Option<Range<usize>>,
+    /// The frontend's memory, where the device works on a bounce buffer.
+    pages: IoVecs,
     pins: Vec<Pin>,
     maps: Vec<Arc<dyn MappedGrants>>,
     /// Pages in `maps`.
@@ -58,7 +63,7 @@ pub(super) struct Held {
 
 enum Via {
     Copy(BouncePool),
-    Persistent(PersistentGrants),
+    Persistent(PersistentGrants, Option<BouncePool>),
     Map,
     Nothing,
 }
@@ -93,14 +98,12 @@ impl Data {
         indirect_segments: usize,
         stats: Arc<RingStats>,
     ) -> xen_platform::Result<Self> {
+        let bounce = || BouncePool::new(slots, direct_segments.max(indirect_segments));
+        let persistent = || PersistentGrants::new(platform.clone(), peer, stats.clone());
         let via = match strategy {
-            Strategy::Copy => {
-                Via::Copy(BouncePool::new(slots, direct_segments, indirect_segments)?)
-            }
-            Strategy::Persistent => {
-                let (platform, stats) = (platform.clone(), stats.clone());
-                Via::Persistent(PersistentGrants::new(platform, peer, stats))
-            }
+            Strategy::Copy => Via::Copy(bounce()?),
+            Strategy::Persistent => Via::Persistent(persistent(), None),
+            Strategy::Bounce => Via::Persistent(persistent(), Some(bounce()?)),
             Strategy::Map => Via::Map,
             Strategy::Nothing => Via::Nothing,
         };
@@ -121,25 +124,32 @@ impl Data {
         })
     }
 
-    /// Memory that the device will read and write, where it is known beforehand.
-    pub(super) fn region(&self) -> Option<Arc<LocalRegion>> {
+    /// Memory that the device will read and write, where it is known beforehand: the first so many bytes.
+    pub(super) fn region(&self) -> Option<(Arc<LocalRegion>, usize)> {
         match &self.via {
-            Via::Copy(bounce) => Some(bounce.region().clone()),
+            Via::Copy(bounce) | Via::Persistent(_, Some(bounce)) => {
+                Some((bounce.region().clone(), bounce.registered()))
+            }
             _ => None,
         }
     }
 
     /// Starts a new moment for the pool of persistent grants.
     pub(super) fn tick(&mut self) {
-        if let Via::Persistent(pool) = &mut self.via {
+        if let Via::Persistent(pool, _) = &mut self.via {
             pool.tick();
         }
     }
 
-    /// Hands out the mappings that a quiet ring does not need.
+    /// Gives back what a quiet ring does not need: memory now, mappings by handing them out.
     pub(super) fn purge(&mut self) -> Vec<Arc<dyn MappedGrants>> {
-        let Via::Persistent(pool) = &mut self.via else { return Vec::new() };
-        pool.purge()
+        if let Via::Copy(bounce) | Via::Persistent(_, Some(bounce)) = &mut self.via {
+            bounce.purge();
+        }
+        match &mut self.via {
+            Via::Persistent(pool, _) => pool.purge(),
+            _ => Vec::new(),
+        }
     }
 
     /// All mappings, those of requests among them, when none uses them any more.
@@ -149,7 +159,7 @@ impl Data {
     ) -> Vec<Arc<dyn MappedGrants>> {
         let held = held.flat_map(|held| held.maps);
         match self.via {
-            Via::Persistent(pool) => held.chain(pool.into_pages()).collect(),
+            Via::Persistent(pool, _) => held.chain(pool.into_pages()).collect(),
             Via::Copy(_) | Via::Map | Via::Nothing => held.collect(),
         }
     }
@@ -178,7 +188,7 @@ impl Data {
 
     /// Copies the start of a granted page to `self.page`.
     fn fetch_page(&mut self, gref: GrantRef, bytes: usize) -> Result<(), Unreachable> {
-        if let Via::Persistent(pool) = &mut self.via {
+        if let Via::Persistent(pool, _) = &mut self.via {
             let page = Segment::new(gref, 0, SECTORS_PER_PAGE - 1);
             let (found, hold) = pool.find(&[page]).map_err(|_| Unreachable::Refused)?;
             // SAFETY: `hold` keeps the page mapped, and `bytes` is a page at the most.
@@ -245,7 +255,16 @@ impl Data {
                 }
                 held.bounce = Some(range);
             }
-            Via::Persistent(pool) => {
+            Via::Persistent(pool, bounce) => {
+                let pages = match bounce {
+                    None => &mut *buffers,
+                    Some(bounce) => {
+                        let bytes = segments.iter().map(Segment::bytes).sum();
+                        held.bounce = Some(bounce.take(bytes).ok_or(Unreachable::Busy)?);
+                        held.pages.clear();
+                        &mut held.pages
+                    }
+                };
                 let mut rest = segments;
                 while !rest.is_empty() {
                     let Found { count, base } = if let Some((found, pin)) = pool.known(rest) {
@@ -268,8 +287,15 @@ impl Data {
                     let (these, others) = rest.split_at(count);
                     // SAFETY: the pages stay mapped until `release` gives the pin or map back, and
                     // validation keeps each segment within its page.
-                    unsafe { list(base, these, buffers) };
+                    unsafe { list(base, these, pages) };
                     rest = others;
+                }
+                if let (Some(bounce), Some(range)) = (bounce, &held.bounce) {
+                    if write {
+                        each(&held.pages, range, |page, at| page.copy_into(&**bounce.region(), at));
+                    }
+                    // SAFETY: as in grant copy.
+                    buffers.push(unsafe { IoVec::new(bounce.address(range), range.len()) });
                 }
             }
             Via::Map => {
@@ -296,9 +322,15 @@ impl Data {
     /// Notes that the device has filled the buffers of read `tag`.
     #[inline]
     pub(super) fn filled(&mut self, tag: u16, held: &Held) {
-        if let (Via::Copy(_), Some(range)) = (&self.via, &held.bounce) {
-            let to = CopyDirection::ToPeer;
-            stage(&mut self.copies, &mut self.owners, tag, &held.segments, range.start, to);
+        let Some(range) = &held.bounce else { return };
+        match &self.via {
+            Via::Persistent(_, Some(bounce)) => {
+                each(&held.pages, range, |page, at| page.fill_from(&**bounce.region(), at));
+            }
+            _ => {
+                let to = CopyDirection::ToPeer;
+                stage(&mut self.copies, &mut self.owners, tag, &held.segments, range.start, to);
+            }
         }
     }
 
@@ -327,7 +359,7 @@ impl Data {
     /// Pages that were to be mapped so far, whether that succeeded or not.
     pub(super) fn tried(&self) -> usize {
         match &self.via {
-            Via::Persistent(pool) => pool.tried(),
+            Via::Persistent(pool, _) => pool.tried(),
             Via::Copy(_) | Via::Map | Via::Nothing => self.tried,
         }
     }
@@ -340,18 +372,15 @@ impl Data {
     /// Lets go of everything that a request holds. What was mapped for it alone is unmapped when this returns.
     pub(super) fn release(&mut self, held: &mut Held) {
         held.refused = false;
-        match &mut self.via {
-            Via::Copy(bounce) => {
-                if let Some(range) = held.bounce.take() {
-                    bounce.give(&range);
-                }
+        if let Via::Persistent(pool, _) = &mut self.via {
+            while let Some(pin) = held.pins.pop() {
+                pool.unpin(pin);
             }
-            Via::Persistent(pool) => {
-                while let Some(pin) = held.pins.pop() {
-                    pool.unpin(pin);
-                }
-            }
-            Via::Map | Via::Nothing => {}
+        }
+        if let Via::Copy(bounce) | Via::Persistent(_, Some(bounce)) = &mut self.via
+            && let Some(range) = held.bounce.take()
+        {
+            bounce.give(&range);
         }
         if held.mapped > 0 {
             held.maps.clear();
@@ -376,6 +405,15 @@ unsafe fn list(base: *mut u8, segments: &[Segment], buffers: &mut IoVecs) {
             // SAFETY: the caller's obligations.
             buffers.push(unsafe { IoVec::new(from, std::mem::take(&mut bytes)) });
         }
+    }
+}
+
+/// Names the place of each of `pages` in the buffer that `range` is of.
+fn each(pages: &IoVecs, range: &Range<usize>, mut copy: impl FnMut(&IoVec, usize)) {
+    let mut at = range.start;
+    for page in pages {
+        copy(page, at);
+        at += page.len();
     }
 }
 

@@ -77,7 +77,7 @@ impl IoVec {
     pub(crate) fn fill_from(&self, from: &impl SharedMemory, offset: usize) {
         let source = piece(from, offset, self.len());
         // SAFETY: `piece` checked the range in `from`, `new`'s contract covers ours. They are
-        // different mappings: nobody makes an IoVec of memory that serves as a disk.
+        // different mappings: a disk or bounce buffers on one side, what a request named on the other.
         unsafe { copy_volatile(source, self.base(), self.len()) }
     }
 

@@ -48,6 +48,13 @@ pub struct Geometry {
     pub buffer_alignment: u32,
 }
 
+impl Geometry {
+    /// Whether the device works on the buffers themselves (O_DIRECT), and the kernel pins them for it.
+    pub const fn pins_buffers(&self) -> bool {
+        self.buffer_alignment > 1
+    }
+}
+
 /// How space can be given back.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DiscardLimits {
@@ -78,8 +85,9 @@ pub trait Storage: Send + Sync {
 pub struct QueueSetup {
     /// Operations in flight at the most; tags are below this.
     pub depth: usize,
-    /// Memory that buffers often lie in, to be registered with the kernel where that helps.
-    pub region: Option<Arc<LocalRegion>>,
+    /// Memory that buffers often lie in: its first so many bytes, to be registered with the kernel where
+    /// that helps.
+    pub region: Option<(Arc<LocalRegion>, usize)>,
     /// Descriptors that end [`Queue::wait`] when they become readable.
     pub wake: Vec<OwnedFd>,
     /// An event channel that ends it as well.

@@ -44,7 +44,7 @@ impl Rig {
         events: Option<EventFile>,
     ) -> Self {
         let region = Arc::new(LocalRegion::new(DEPTH * AREA / 4096).expect("reserve"));
-        let registered = register.then(|| region.clone());
+        let registered = register.then(|| (region.clone(), region.len()));
         let setup = QueueSetup { depth: DEPTH, region: registered, wake, events };
         let queue = storage.open_queue(setup).expect("open a queue");
         Self { queue, storage, region, done: Vec::new() }

@@ -61,6 +61,10 @@ impl Platform for Host {
         Err(Error::io("map", std::io::ErrorKind::Unsupported))
     }
 
+    fn may_pin(&self) -> bool {
+        true
+    }
+
     fn copier(&self, _: DomId) -> Result<Box<dyn GrantCopier>> {
         Err(Error::io("copy", std::io::ErrorKind::Unsupported))
     }

@@ -107,6 +107,7 @@ fn works(host: &Host) -> Result<Vec<(&'static str, Work)>> {
         ("memory-copy-event", work(&memory, Strategy::Copy, event, true)),
         ("memory-persistent-poll", work(&memory, Strategy::Persistent, poll, true)),
         ("memory-persistent-event", work(&memory, Strategy::Persistent, event, true)),
+        ("memory-bounce-poll", work(&memory, Strategy::Bounce, poll, true)),
         ("memory-map-event", work(&memory, Strategy::Map, event, true)),
         ("file-copy-poll", work(&file, Strategy::Copy, poll, true)),
         ("file-persistent-poll", work(&file, Strategy::Persistent, poll, true)),

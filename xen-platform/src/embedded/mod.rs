@@ -118,6 +118,11 @@ impl Platform for EmbeddedPlatform {
         Ok(Arc::new(grantee::map(found, refs, access)?))
     }
 
+    fn may_pin(&self) -> bool {
+        // Pages of a memfd, counted like any file's.
+        true
+    }
+
     fn copier(&self, peer: DomId) -> Result<Box<dyn GrantCopier>> {
         let found = self.peer(peer)?.ok_or_else(|| no_domain(peer, &[]))?;
         Ok(Box::new(Copier(found)))

@@ -41,10 +41,18 @@ pub fn is_xen() -> bool {
     }
 }
 
+/// Whether this domain's page tables are shown to Xen, which maps grants into them itself. Where the kernel
+/// does not tell, they may be.
+fn is_pv() -> bool {
+    let kind = std::fs::read_to_string("/sys/hypervisor/guest_type");
+    kind.map_or(true, |kind| kind.trim() == "PV")
+}
+
 /// The domain that this process runs in.
 #[derive(Debug)]
 pub struct XenPlatform {
     domid: DomId,
+    may_pin: bool,
     /// Only who grants has it open.
     gntalloc: Option<Arc<File>>,
     /// Keeps other backends of this domain away.
@@ -79,7 +87,8 @@ impl XenPlatform {
                 reason: "another daemon is: stop it first".to_owned(),
             });
         }
-        Ok(Arc::new(Self { domid: own_domid(endpoint)?, gntalloc: None, _claim: claimed }))
+        let (domid, may_pin) = (own_domid(endpoint)?, !is_pv());
+        Ok(Arc::new(Self { domid, may_pin, gntalloc: None, _claim: claimed }))
     }
 
     /// For a process that grants, and uses what others grant.
@@ -89,7 +98,8 @@ impl XenPlatform {
     pub fn for_frontend(endpoint: &Endpoint) -> Result<Arc<Self>> {
         Device::Evtchn.open()?;
         let gntalloc = Some(Arc::new(Device::Gntalloc.open()?));
-        Ok(Arc::new(Self { domid: own_domid(endpoint)?, gntalloc, _claim: None }))
+        let (domid, may_pin) = (own_domid(endpoint)?, !is_pv());
+        Ok(Arc::new(Self { domid, may_pin, gntalloc, _claim: None }))
     }
 }
 
@@ -109,6 +119,10 @@ impl Platform for XenPlatform {
 
     fn map(&self, peer: DomId, refs: &[GrantRef], access: Access) -> Result<Arc<dyn MappedGrants>> {
         Ok(Arc::new(gntdev::map(peer, refs, access)?))
+    }
+
+    fn may_pin(&self) -> bool {
+        self.may_pin
     }
 
     fn copier(&self, peer: DomId) -> Result<Box<dyn GrantCopier>> {

@@ -63,6 +63,10 @@ impl Platform for Host {
         let memory = LocalRegion::new(refs.len())?;
         Ok(Arc::new(Pages { memory, mapped: self.mapped.clone() }))
     }
+    fn may_pin(&self) -> bool {
+        true
+    }
+
     fn copier(&self, _: DomId) -> Result<Box<dyn GrantCopier>> {
         Err(Error::io("copy", std::io::ErrorKind::Unsupported))
     }

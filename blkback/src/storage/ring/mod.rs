@@ -100,7 +100,7 @@ impl RingQueue {
         submitter.register_files(&files)?;
         let silent = ring.params().is_feature_skip_cqe_on_success();
         let events = setup.events.map(|file| Events::new(file, place, silent)).transpose()?;
-        let region = setup.region.filter(|region| register_region(&ring, region));
+        let region = setup.region.filter(|(region, bytes)| register_region(&ring, region, *bytes));
         let mut restrictions: Vec<_> = ALLOWED.map(Restriction::sqe_op).into();
         restrictions.extend(ALLOWED_REGISTER.map(Restriction::register_op));
         let flags = Flags::FIXED_FILE | Flags::IO_LINK | Flags::SKIP_SUCCESS;
@@ -109,9 +109,9 @@ impl RingQueue {
         submitter.register_restrictions(&mut restrictions)?;
         submitter.register_enable_rings()?;
 
-        let registered = region.as_ref().map_or(0..0, |region| {
+        let registered = region.as_ref().map_or(0..0, |(region, bytes)| {
             let base = region.base().addr().get();
-            base..base + region.len()
+            base..base + bytes
         });
         let read_only = backing.geometry().read_only;
         let slots = std::iter::repeat_with(Slot::default).take(setup.depth).collect();
@@ -124,7 +124,7 @@ impl RingQueue {
             cancels: 0,
             signals: None,
             system_calls: 0,
-            _region: region,
+            _region: region.map(|(region, _)| region),
         })
     }
 
@@ -414,17 +414,17 @@ fn build(entries: u32) -> io::Result<IoUring> {
     outcome
 }
 
-/// Registers the memory that buffers often lie in, which saves the kernel from looking up its pages
-/// again and again. Without it everything works, only slower.
-fn register_region(ring: &IoUring, region: &LocalRegion) -> bool {
+/// Registers the first `bytes` of the memory that buffers often lie in, which saves the kernel from
+/// looking up its pages again and again. Without it everything works, only slower.
+fn register_region(ring: &IoUring, region: &LocalRegion, bytes: usize) -> bool {
     static WARNED: Once = Once::new();
-    let vector = libc::iovec { iov_base: region.base().as_ptr().cast(), iov_len: region.len() };
+    let vector = libc::iovec { iov_base: region.base().as_ptr().cast(), iov_len: bytes };
+    debug_assert!(bytes <= region.len(), "a part of the region");
     // SAFETY: the queue keeps the region until the ring has let go of it.
     match unsafe { ring.submitter().register_buffers(&[vector]) } {
         Ok(()) => true,
         Err(e) => {
             WARNED.call_once(|| {
-                let bytes = region.len();
                 tracing::warn!("cannot register {bytes} bytes of buffers, going without: {e}; raise RLIMIT_MEMLOCK");
             });
             false

@@ -59,6 +59,8 @@ pub(super) enum Layout {
 pub(super) enum Data {
     /// Grants stay mapped.
     Persistent,
+    /// Grants stay mapped, and the backend copies between them and its buffers.
+    Bounced,
     /// Grant copy.
     Copy,
     /// Mapped for each request.
@@ -174,6 +176,7 @@ impl fmt::Display for Case {
         }
         match self.data {
             Data::Persistent => Ok(()),
+            Data::Bounced => write!(f, ", bounced"),
             Data::Copy => write!(f, ", copy"),
             Data::Map => write!(f, ", map"),
         }

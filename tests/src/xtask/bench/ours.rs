@@ -81,6 +81,7 @@ fn backend_options(case: &Case) -> Vec<&'static str> {
         .extend(["--direct", if matches!(case.disk, Disk::CachedFile) { "off" } else { "auto" }]);
     match case.data {
         Data::Persistent => {}
+        Data::Bounced => options.extend(["--pin-grants", "off"]),
         Data::Copy => options.extend(["--persistent-grants", "false", "--data", "copy"]),
         Data::Map => options.extend(["--persistent-grants", "false", "--data", "map"]),
     }

@@ -134,6 +134,11 @@ impl Profile {
                     for data in [Data::Persistent, Data::Copy, Data::Map] {
                         add(Case { job, data, ..CACHED });
                     }
+                    for disk in [Disk::DirectFile, Disk::BlockDevice] {
+                        for data in [Data::Persistent, Data::Bounced] {
+                            add(Case { job, data, ..on(disk) });
+                        }
+                    }
                     // A file's writes may need the CPU that a backend polls on.
                     for wait in [Wait::Adaptive, Wait::Event] {
                         add(Case { job, ..CACHED }.waiting(wait));
