@@ -10,8 +10,8 @@ use ring_proto::{Abi, RingLayout};
 use std::fs::File;
 use std::process::Command;
 use std::time::Duration;
-use xen_blk_tests::host::{Host, Programs};
-use xen_blk_tests::process::{Process, wait_until};
+use xen_blk_tests::host::{DRIVER_DOMAIN, Host, Programs};
+use xen_blk_tests::process::{Process, run, wait_until};
 
 const PLAIN: Transport =
     Transport { layout: RingLayout::Union(Abi::X86_64), order: 0, persistent: false };
@@ -88,6 +88,37 @@ fn a_frontend_may_say_connected_at_once() -> Result<()> {
     disk.round_trip(0)?;
     disk.disconnect(&guest, &device)?;
     WellBehaved::connect(&guest, &device, PLAIN)?.round_trip(0)
+}
+
+/// Storage hangs, a lost network's say: here it is a lease that keeps others from opening the file, for 45 s
+/// (`/proc/sys/fs/lease-break-time`).
+#[test]
+fn a_disk_that_cannot_be_opened_for_ever_makes_room() -> Result<()> {
+    /// F_SETLEASE and F_WRLCK of linux/fcntl.h.
+    const LEASE: &str = r#"open(my $file, "+<", shift) or die "open: $!";
+        fcntl($file, 1024, 1) or die "lease: $!";
+        $SIG{IO} = "IGNORE"; $| = 1; print "held\n"; sleep 1 while 1;"#;
+    let host = Host::start(Programs::beside_us()?)?;
+    let daemon = host.backend(&[])?;
+    let guest = Guest::create(&host, "guest")?;
+    let image = host.dir().join("hangs.img");
+    File::create(&image)?.set_len(1 << 20)?;
+    let mut perl = Command::new("perl");
+    perl.args(["-e", LEASE]).arg(&image);
+    let mut holder = Process::start("holder", host.dir(), &perl)?;
+    holder.wait_for("held")?;
+    let hangs =
+        format!("backend={DRIVER_DOMAIN},backendtype=tap,vdev=xvda,target={}", image.display());
+    run(host.toolstack().args(["attach", "guest", &hangs, "--no-wait"]))?;
+    // It is being opened.
+    std::thread::sleep(Duration::from_secs(2));
+    ensure!(!daemon.log().contains("disk opened"), "the lease holds nobody: {}", daemon.log());
+    run(host.toolstack().args(["detach", "guest", "xvda", "--force"]))?;
+    let device = guest.attach(&host, "vdev=xvda,target=memory:16M")?;
+    let mut disk = WellBehaved::connect(&guest, &device, PLAIN)?;
+    disk.round_trip(0)?;
+    ensure!(!daemon.log().contains("hangs.img"), "opened after all: {}", daemon.log());
+    Ok(())
 }
 
 /// What removes a script's work needs the directory, and the one who runs it removes that.

@@ -16,6 +16,9 @@ const SCRIPT_GRACE: Duration = Duration::from_secs(8);
 /// of `state`, and takes a missing node for a failure.
 const RETIRE_GRACE: Duration = Duration::from_secs(1);
 
+/// While a disk is being opened: how often it is looked whether it is still wanted.
+const OPEN_LOOK: Duration = Duration::from_secs(1);
+
 /// What a hotplug script has to do with the disk.
 ///
 /// The toolstack runs it when it has seen `InitWait`, and waits for no other state: a frontend that is
@@ -62,11 +65,17 @@ impl Device {
     /// Opens the disk, and says in xenstore what came of it unless a script is to say that.
     pub(super) async fn open_storage(&mut self) -> Result<(), Abandoned> {
         let (description, direct) = (self.description.clone(), self.context.tuning.direct());
-        let opened = tokio::task::spawn_blocking(move || description.open(direct)).await;
-        // That may have taken long.
-        if self.is_another().await? {
-            return self.feed(BackendEvent::DirectoryRemoved).await;
-        }
+        let mut open = tokio::task::spawn_blocking(move || description.open(direct));
+        let opened = loop {
+            // That may take long, or for ever: storage that hangs keeps no other disk from this one's place.
+            let opened = tokio::time::timeout(OPEN_LOOK, &mut open).await;
+            if self.is_another().await? {
+                return self.feed(BackendEvent::DirectoryRemoved).await;
+            }
+            if let Ok(opened) = opened {
+                break opened;
+            }
+        };
         match opened {
             Ok(Ok(storage)) => {
                 let geometry = storage.geometry();

@@ -1,6 +1,7 @@
 //! What Xen and its toolstack have to be like.
 
 use super::Finding;
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
@@ -95,12 +96,24 @@ fn kernel_backend() -> Finding {
     Finding::ok(ABOUT, "this kernel has none")
 }
 
+/// Where modprobe looks for its configuration: of files of one name, the first counts (modprobe.d(5)).
+const MODPROBE: [&str; 5] = [
+    "/etc/modprobe.d",
+    "/run/modprobe.d",
+    "/usr/local/lib/modprobe.d",
+    "/usr/lib/modprobe.d",
+    "/lib/modprobe.d",
+];
+
 /// Whether modprobe's configuration says not to load it.
 fn is_kept_away() -> bool {
-    let directories =
-        ["/etc/modprobe.d", "/run/modprobe.d", "/usr/lib/modprobe.d", "/lib/modprobe.d"];
-    let files = directories.iter().filter_map(|path| std::fs::read_dir(path).ok()).flatten();
-    files.flatten().filter_map(|file| std::fs::read_to_string(file.path()).ok()).any(|text| {
+    let files = MODPROBE.iter().filter_map(|path| std::fs::read_dir(path).ok()).flatten().flatten();
+    let mut seen = HashSet::new();
+    let counts = files.filter(|file| {
+        let name = file.file_name();
+        name.as_encoded_bytes().ends_with(b".conf") && seen.insert(name)
+    });
+    counts.filter_map(|file| std::fs::read_to_string(file.path()).ok()).any(|text| {
         text.lines().any(|line| {
             let mut words = line.split_whitespace();
             matches!(words.next(), Some("blacklist" | "install"))

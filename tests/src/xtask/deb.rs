@@ -18,7 +18,7 @@ const FILES: &[(&str, &str, u32)] = &[
     ("blkback/dist/block-blkback", "etc/xen/scripts/block-blkback", 0o755),
     ("blkback/dist/blkback.toml", "etc/blkback.toml", 0o644),
     ("blkback/dist/blkback.service", "usr/lib/systemd/system/blkback.service", 0o644),
-    ("blkback/dist/sysctl.conf", "usr/lib/sysctl.d/60-blkback.conf", 0o644),
+    ("blkback/dist/sysctl.conf", "usr/lib/sysctl.d/10-blkback.conf", 0o644),
     ("blkback/dist/modprobe.conf", "usr/lib/modprobe.d/blkback.conf", 0o644),
     ("blkback/debian/copyright", "usr/share/doc/xen-blk/copyright", 0o644),
     ("README.md", "usr/share/doc/xen-blk/README.md", 0o644),
