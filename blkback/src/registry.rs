@@ -40,8 +40,14 @@ impl Registry {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn insert(&self, view: DeviceView) {
-        self.lock().insert(view.paths.backend(), view);
+    /// Puts it in, or anew: what went wrong with it last stays.
+    pub(crate) fn insert(&self, mut view: DeviceView) {
+        let mut devices = self.lock();
+        let path = view.paths.backend();
+        if let Some(before) = devices.remove(&path) {
+            view.error = view.error.or(before.error);
+        }
+        devices.insert(path, view);
     }
 
     pub(crate) fn update(&self, path: &str, change: impl FnOnce(&mut DeviceView)) {

@@ -165,7 +165,11 @@ impl Device {
     /// directory; elsewhere `xl devd` does, or if there is none, we do.
     pub(super) async fn retire(&mut self) -> Result<(), Abandoned> {
         info!("device removed");
-        self.storage = None;
+        if let Some(storage) = self.storage.take() {
+            // That may hang, too.
+            let close = tokio::task::spawn_blocking(move || drop(storage));
+            let _ = tokio::time::timeout(OPEN_LOOK, close).await;
+        }
         if self.context.platform.domid() == DomId(0) {
             return Ok(());
         }

@@ -159,11 +159,14 @@ impl Drop for Link {
 
 fn strategy(setup: &LinkSetup<'_>) -> Strategy {
     let LinkSetup { geometry, tuning, .. } = setup;
-    let may_pin = match tuning.pin_grants {
-        PinGrants::Auto => setup.platform.may_pin(),
-        PinGrants::On => true,
-        PinGrants::Off => false,
-    };
+    // Where others may have the disk, a predecessor that was killed is not waited for: what it still reads
+    // would land in pages that the guest uses for something else by now.
+    let may_pin = geometry.exclusive
+        && match tuning.pin_grants {
+            PinGrants::Auto => setup.platform.may_pin(),
+            PinGrants::On => true,
+            PinGrants::Off => false,
+        };
     // Where the device cares about the alignment of buffers, the guest's will not do, and ours will.
     let aligned = geometry.buffer_alignment <= SECTOR_SIZE as u32;
     let mapped = aligned && (may_pin || !geometry.pins_buffers());

@@ -64,12 +64,15 @@ pub(crate) async fn serve(context: Context, paths: DevicePaths, changed: Arc<Not
         let mut said = String::new();
         loop {
             let outcome = run(context.clone(), paths, &changed).await;
-            context.registry.remove(&path);
             match outcome {
                 Ok(End::Stopped) => return,
-                Ok(End::Gone) => return forget(&context, &path).await,
+                Ok(End::Gone) => {
+                    context.registry.remove(&path);
+                    return forget(&context, &path).await;
+                }
                 // Half a directory: the toolstack writes it in one transaction, so this is none of its.
                 Err(error @ Abandoned::Description(_)) => {
+                    context.registry.remove(&path);
                     debug!(%error, "not a device (yet)");
                     unless_stopped(&context.shutdown, tokio::time::sleep(RETRY_PAUSE)).await;
                     let look = context.client.exists(&path);
@@ -82,6 +85,7 @@ pub(crate) async fn serve(context: Context, paths: DevicePaths, changed: Arc<Not
                 // Tried again here, and not by who finds devices: it may be detached meanwhile.
                 Err(error) => {
                     let says = error.to_string();
+                    context.registry.update(&path, |view| view.error = Some(says.clone()));
                     if said != says {
                         warn!(%error, "device given up for now");
                         said = says;

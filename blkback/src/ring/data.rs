@@ -319,10 +319,10 @@ impl Data {
         Ok(())
     }
 
-    /// Notes that the device has filled the buffers of read `tag`.
+    /// Notes that the device has filled the buffers of read `tag`. Returns how many bytes are to be copied.
     #[inline]
-    pub(super) fn filled(&mut self, tag: u16, held: &Held) {
-        let Some(range) = &held.bounce else { return };
+    pub(super) fn filled(&mut self, tag: u16, held: &Held) -> u64 {
+        let Some(range) = &held.bounce else { return 0 };
         match &self.via {
             Via::Persistent(_, Some(bounce)) => {
                 each(&held.pages, range, |page, at| page.fill_from(&**bounce.region(), at));
@@ -332,6 +332,7 @@ impl Data {
                 stage(&mut self.copies, &mut self.owners, tag, &held.segments, range.start, to);
             }
         }
+        range.len() as u64
     }
 
     /// Moves the data of every write that was prepared, and of every read that was filled, since the last call,

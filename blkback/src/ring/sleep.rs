@@ -136,8 +136,9 @@ impl Worker {
     fn woke(&mut self, mut woken: Woken) -> Result<Woken, Exit> {
         if woken == Woken::Descriptor {
             self.sleep.calls += 1;
+            // Also where there is no event: the unmasking that the queue was to do may have failed.
+            self.sleep.masked = true;
             if self.channel.take()? {
-                self.sleep.masked = true;
                 woken = Woken::Event;
             }
         }

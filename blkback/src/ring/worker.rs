@@ -465,8 +465,12 @@ impl Worker {
     }
 
     fn sort_completions(&mut self) {
-        // Popped one by one: a write that follows its flush may complete while it is submitted.
-        while let Some(Completion { tag, result }) = self.done.pop() {
+        // Popped one by one: a write that follows its flush may complete while it is submitted. Those
+        // that are left come in the next turn.
+        let mut moved = 0;
+        while moved < self.round_sectors
+            && let Some(Completion { tag, result }) = self.done.pop()
+        {
             let entry = &mut self.table[usize::from(tag)];
             match result {
                 Ok(()) if entry.flush_first => {
@@ -475,7 +479,7 @@ impl Worker {
                 }
                 Ok(()) => {
                     if entry.op == OpKind::Read {
-                        self.data.filled(tag, &entry.held);
+                        moved += self.data.filled(tag, &entry.held) / SECTOR_SIZE as u64;
                     }
                     self.end(tag, Status::Okay);
                 }

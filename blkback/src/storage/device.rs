@@ -71,6 +71,13 @@ pub(super) fn bytes(file: &File) -> io::Result<u64> {
     Ok(bytes as u64)
 }
 
+/// Bytes of a sector of the device that a file's file system is on, 0 where there is no such thing or it is
+/// not known.
+pub(super) fn sector_size_below(file: &File) -> u32 {
+    let device = file.metadata().map(|metadata| metadata.dev());
+    device.ok().and_then(|device| Sysfs::of(device).queue("logical_block_size")).unwrap_or(0)
+}
+
 /// The directory of a device below /sys.
 struct Sysfs {
     device: PathBuf,

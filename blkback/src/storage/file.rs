@@ -4,9 +4,11 @@ use super::device::{self, AtOnce, Device};
 use super::ring::RingQueue;
 use super::{Direct, DiscardLimits, Geometry, OpenError, Options, Queue, QueueSetup, Storage};
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
+use nix::unistd::{Whence, lseek};
 use ring_proto::abi::{PAGE_SIZE, SECTOR_SIZE};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -86,6 +88,7 @@ impl FileDisk {
             flush: !options.read_only,
             moves_data: true,
             buffer_alignment: if direct { sector_size } else { 1 },
+            exclusive: !options.read_only && !options.shared,
         };
         tracing::debug!(?path, direct, ?geometry, "opened");
         Ok(Self(Arc::new(Backing {
@@ -121,6 +124,16 @@ impl Storage for FileDisk {
 }
 
 impl Backing {
+    /// The file once more, for a queue that is to be told by itself of data that could not be written back: the
+    /// kernel tells each open file once. `None` where that cannot be had, or nothing is written back.
+    pub(super) fn reopen(&self) -> Option<File> {
+        let open = || {
+            let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            File::options().read(true).write(true).open(path).ok()
+        };
+        (self.cached && !self.geometry().read_only).then(open).flatten()
+    }
+
     pub(super) fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
@@ -128,9 +141,9 @@ impl Backing {
     /// What to make of the outcome of a flush or a durable write, an errno where it failed.
     ///
     /// When the kernel cannot write back the page cache it says so once to each open file, marks the
-    /// pages clean and goes on. All queues share one: a flush of one queue takes the news of data
-    /// that another has written, and the next flush would succeed without it. As in QEMU
-    /// (`page_cache_inconsistent` in block/file-posix.c), none succeeds any more.
+    /// pages clean and goes on: the next flush would succeed without the data. As in QEMU
+    /// (`page_cache_inconsistent` in block/file-posix.c), none succeeds any more, of no queue. Each has an
+    /// open file of its own ([`Self::reopen`]), so that none depends on when another hears of it.
     pub(super) fn synced(&self, outcome: Result<(), i32>) -> Result<(), i32> {
         if !self.cached {
             return outcome;
@@ -226,15 +239,19 @@ fn open_file(path: &Path, is_device: bool, options: Options) -> Result<(File, u3
 }
 
 /// Bytes that O_DIRECT moves at the least, found by reading: statx tells it only of some file
-/// systems, and of some of those wrongly.
+/// systems, and of some of those wrongly. What is read must be data: of a hole the kernel says nothing.
 fn direct_unit(file: &File) -> io::Result<u32> {
+    let (data, least) = match lseek(file, 0, Whence::SeekData) {
+        Ok(data) => (data as u64, 0),
+        Err(_) => (0, device::sector_size_below(file)),
+    };
     let mut memory = vec![0; 3 * PAGE_SIZE];
     let aligned = memory.as_ptr().align_offset(PAGE_SIZE);
     let mut outcome = Ok(0);
-    for unit in DIRECT_UNITS {
+    for unit in DIRECT_UNITS.into_iter().filter(|unit| *unit >= least) {
         let length = unit as usize;
         // Aligned to the unit and no better, as buffers will be.
-        outcome = file.read_at(&mut memory[aligned + length..][..length], 0);
+        outcome = file.read_at(&mut memory[aligned + length..][..length], data);
         if outcome.is_ok() {
             return Ok(unit);
         }

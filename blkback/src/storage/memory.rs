@@ -30,6 +30,7 @@ impl Memory {
             flush: false,
             moves_data: true,
             buffer_alignment: 1,
+            exclusive: true,
         };
         Ok(Self { geometry, region: Arc::new(region) })
     }

@@ -46,6 +46,8 @@ pub struct Geometry {
     pub moves_data: bool,
     /// Bytes that the address of every buffer must be a multiple of (O_DIRECT), 1 where any address will do.
     pub buffer_alignment: u32,
+    /// Whether it could only be opened because nobody else had it, and no request of a predecessor's was left.
+    pub exclusive: bool,
 }
 
 impl Geometry {

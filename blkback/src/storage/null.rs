@@ -24,6 +24,7 @@ impl Null {
                 flush: false,
                 moves_data: false,
                 buffer_alignment: 1,
+                exclusive: true,
             },
         }
     }

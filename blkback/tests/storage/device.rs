@@ -4,22 +4,26 @@ use crate::model;
 use crate::rig::{Rig, SECTOR, TestFile, parse};
 use blkback::storage::{Completion, Direct, OpKind, OpenError, Options, open};
 use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 use xenstore_glue::disk::Target;
 
 /// A loop device on a file.
 struct Loop {
     device: PathBuf,
-    _file: TestFile,
+    file: TestFile,
 }
 
 impl Loop {
     /// `None`, and says so, where that is not possible.
     fn new(bytes: u64, sector_size: &str) -> Option<Self> {
-        let file = TestFile::on_disk(bytes);
+        Self::on(TestFile::on_disk(bytes), sector_size)
+    }
+
+    fn on(file: TestFile, sector_size: &str) -> Option<Self> {
         let output = Command::new("losetup")
             .args(["--find", "--show", "--sector-size", sector_size])
             .arg(&file.0)
@@ -27,7 +31,7 @@ impl Loop {
         match output {
             Ok(output) if output.status.success() => {
                 let device = String::from_utf8_lossy(&output.stdout).trim().into();
-                Some(Self { device, _file: file })
+                Some(Self { device, file })
             }
             other => {
                 eprintln!("skipped: no loop device: {other:?}");
@@ -81,6 +85,77 @@ fn sectors_of_4096_bytes() {
     assert_eq!((geometry.sector_size, geometry.buffer_alignment), (4096, 4096));
     assert_eq!(geometry.sectors as usize * SECTOR, model::DISK);
     model::check(storage, true, 12);
+}
+
+/// A file system, until this is dropped.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    /// By the last of the arguments of `mount` but for the directory. `None` where that is not possible.
+    fn new(arguments: &[&str]) -> Option<Self> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("mounted-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
+        let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+        std::fs::create_dir(&directory).expect("a directory");
+        let mounted = Command::new("mount").args(arguments).arg(&directory).status();
+        let mounted = mounted.is_ok_and(|status| status.success());
+        let this = Self(directory);
+        if !mounted {
+            eprintln!("skipped: nothing can be mounted");
+        }
+        mounted.then_some(this)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").args(["--lazy", "--quiet"]).arg(&self.0).status();
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+/// O_DIRECT needs the sectors of what the file system is on, whatever can be read of a hole.
+#[test]
+fn a_sparse_file_on_sectors_of_4096_bytes() {
+    let Some(device) = Loop::new(64 << 20, "4096") else { return };
+    let made = Command::new("mkfs.ext4").arg("-q").arg(&device.device).status().expect("mkfs");
+    assert!(made.success());
+    let Some(mounted) = Mounted::new(&[&device.device.display().to_string()]) else { return };
+    let file = TestFile::new(&mounted.0, 1 << 20);
+    let check = || {
+        [Direct::Auto, Direct::On].map(|direct| {
+            let storage = open(&file.target(), Options { direct, ..Options::default() });
+            let geometry = storage.expect("open").geometry();
+            (geometry.sector_size, geometry.buffer_alignment)
+        })
+    };
+    // By the page cache, or in larger sectors.
+    assert_eq!(check(), [(512, 1), (4096, 4096)]);
+    let end = File::options().write(true).open(&file.0).expect("open");
+    end.write_all_at(&[1; SECTOR], 1 << 19).expect("write");
+    assert_eq!(check(), [(512, 1), (4096, 4096)]);
+}
+
+/// The kernel says once to an open file that it could not write back, and that may still be on its way to the
+/// queue which asked first.
+#[test]
+fn every_queue_hears_of_data_that_was_lost() {
+    // Where there is no room for what is written.
+    let Some(small) = Mounted::new(&["-t", "tmpfs", "-o", "size=1m", "tmpfs"]) else { return };
+    let Some(device) = Loop::on(TestFile::new(&small.0, 16 << 20), "512") else { return };
+    let options = Options { direct: Direct::Off, ..Options::default() };
+    let storage = open(&device.target(), options).expect("open");
+    let (mut first, mut second) = (Rig::on(storage.clone(), true), Rig::on(storage, true));
+    second.run(OpKind::Flush, 0, Vec::new()).expect("nothing is lost yet");
+    for piece in 0..8 {
+        first.write(piece << 20, &vec![1; 1 << 20]).expect("there is room in the page cache");
+    }
+    first.submit(0, OpKind::Flush, 0, Vec::new());
+    first.queue().wait(Some(Duration::ZERO)).expect("begin it");
+    // It has failed, and nobody has looked.
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(second.run(OpKind::Flush, 0, Vec::new()).is_err(), "flushed what is lost");
+    assert!(first.finish().iter().all(|flush| flush.result.is_err()));
 }
 
 #[test]

@@ -55,6 +55,7 @@ pub(super) enum Reply {
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
     NoDomain,
+    NoBackend,
     NoPort,
     NotUnbound,
     NotForUs,
@@ -66,6 +67,7 @@ impl Refusal {
     pub(super) fn reason(&self) -> &'static str {
         match self {
             Self::NoDomain => "no such domain, or no process attached to it",
+            Self::NoBackend => "only a driver domain uses what another grants",
             Self::NoPort => "no such port",
             Self::NotUnbound => "the port is already bound",
             Self::NotForUs => "the port was offered to another domain",

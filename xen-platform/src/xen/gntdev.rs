@@ -15,16 +15,16 @@ use ring_proto::abi::PAGE_SIZE;
 use ring_proto::{DomId, GrantRef, SharedMemory};
 use std::cell::RefCell;
 use std::fs::File;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::mem::offset_of;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How often a map is tried again when the peer's page is not in memory (`EAGAIN`), and the pauses
-/// between. libxengnttab tries for ever, which a hostile peer could use.
-const PAGED_OUT_TRIES: u32 = 100;
-const PAGED_OUT_PAUSE: Duration = Duration::from_millis(1);
+/// How often a map is tried again when the peer's page is not in memory (`EAGAIN`) or a signal came (`EINTR`),
+/// and the pauses between. libxengnttab tries for ever, which a hostile peer could use.
+const MAP_TRIES: u32 = 100;
+const MAP_PAUSE: Duration = Duration::from_millis(1);
 
 /// Entries of the request in front of the references: `count`, `pad` and `index`.
 const HEADER: usize = offset_of!(MapGrantRef, refs) / size_of::<MapRef>();
@@ -60,7 +60,29 @@ impl Drop for Entry {
 
 /// Maps a peer's pages.
 pub(super) fn map(peer: DomId, refs: &[GrantRef], access: Access) -> Result<Kept<Entry>> {
-    let entry = GNTDEV.with_borrow_mut(|gntdev| {
+    let mut passing = Errno::EAGAIN.into();
+    for _ in 0..MAP_TRIES {
+        let entry = enter(peer, refs)?;
+        match Mapping::of(&entry.file, entry.index, refs.len(), access) {
+            Ok(mapping) => return Ok(Kept::new(mapping, entry)),
+            // Not with the same entry again: since 6.1, Linux maps each once at the most.
+            Err(error)
+                if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) =>
+            {
+                passing = error;
+            }
+            Err(error) => {
+                return Err(why_refused(peer, refs).unwrap_or_else(|| map_error(peer, refs, error)));
+            }
+        }
+        std::thread::sleep(MAP_PAUSE);
+    }
+    Err(map_error(peer, refs, passing))
+}
+
+/// Tells the kernel what is to be mapped, by this thread's file.
+fn enter(peer: DomId, refs: &[GrantRef]) -> Result<Entry> {
+    GNTDEV.with_borrow_mut(|gntdev| {
         let gntdev = match gntdev {
             Some(gntdev) => gntdev,
             None => {
@@ -69,11 +91,7 @@ pub(super) fn map(peer: DomId, refs: &[GrantRef], access: Access) -> Result<Kept
             }
         };
         gntdev.enter(peer, refs).map_err(|error| map_error(peer, refs, error))
-    })?;
-    match entry.map(access) {
-        Ok(mapping) => Ok(Kept::new(mapping, entry)),
-        Err(error) => Err(why_refused(peer, refs).unwrap_or_else(|| map_error(peer, refs, error))),
-    }
+    })
 }
 
 fn map_error(peer: DomId, refs: &[GrantRef], error: impl Into<io::Error>) -> Error {
@@ -105,20 +123,6 @@ impl Gntdev {
     }
 }
 const _: () = assert!(HEADER == 2 && cfg!(target_endian = "little"));
-
-impl Entry {
-    fn map(&self, access: Access) -> io::Result<Mapping> {
-        for _ in 0..PAGED_OUT_TRIES {
-            match Mapping::of(&self.file, self.index, self.count as usize, access) {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    std::thread::sleep(PAGED_OUT_PAUSE);
-                }
-                done => return done,
-            }
-        }
-        Err(Errno::EAGAIN.into())
-    }
-}
 
 /// Finds the grant that kept a map from being made: gntdev does not tell, but a copy of a byte of
 /// each page does. `None` if all can be read: then one may not be written, or Xen has run out of

@@ -54,10 +54,11 @@ impl Transaction {
     /// [`Error::ConnectionLost`](super::Error::ConnectionLost): whether it was committed is
     /// unknown.
     pub async fn commit(mut self) -> Result<Commit> {
-        // The request below is queued before anything is waited for: from here on the id is
-        // spent, even if this future is dropped.
+        let ended = self.nodes.acknowledged(Request::TransactionEnd { commit: true }).await;
+        // Only now is the id spent. Where this future is dropped before, the request may never be sent, and
+        // the abort that follows it ends the transaction; where it was sent, there is nothing left to abort.
         self.guard.armed = false;
-        match self.nodes.acknowledged(Request::TransactionEnd { commit: true }).await {
+        match ended {
             Ok(()) => Ok(Commit::Committed),
             Err(error) if error.errno() == Some(Errno::Eagain) => Ok(Commit::Conflict),
             Err(error) => Err(error),

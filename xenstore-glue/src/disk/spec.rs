@@ -232,7 +232,8 @@ impl FromStr for DiskSpec {
                 break;
             }
             if let Some(target) = rest.strip_prefix("target=") {
-                let set = parser.target.set(text(target));
+                // As xl's scanner does it.
+                let set = parser.target.set(text(target.strip_suffix(',').unwrap_or(target)));
                 set.map_err(|problem| error(at..input.len(), problem))?;
                 break;
             }

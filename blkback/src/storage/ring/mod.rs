@@ -20,8 +20,13 @@ use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 use xen_platform::LocalRegion;
 
-/// The disk among the registered files. Wake descriptors come after it, then the event channel.
+/// The disk among the registered files.
 const DISK: Fixed = Fixed(0);
+/// The file by which it was opened, and others are kept away: until the kernel has taken the ring apart. It may
+/// be the same. A device discards by no other.
+const CLAIM: Fixed = Fixed(1);
+/// The first wake descriptor. The event channel comes after the last.
+const FIRST_WAKE: u32 = 2;
 
 /// The region among the registered buffers: there is no other.
 const REGION: u16 = 0;
@@ -93,7 +98,9 @@ impl RingQueue {
         let entries = setup.depth + setup.wake.len() + events::ENTRIES;
         let ring = build(u32::try_from(entries).map_err(io::Error::other)?)?;
         let submitter = ring.submitter();
-        let mut files = vec![backing.file.as_raw_fd()];
+        let own = backing.reopen();
+        let claim = backing.file.as_raw_fd();
+        let mut files = vec![own.as_ref().map_or(claim, AsRawFd::as_raw_fd), claim];
         files.extend(setup.wake.iter().map(AsRawFd::as_raw_fd));
         let place = files.len() as u32;
         files.extend(setup.events.iter().map(|file| file.descriptor.as_raw_fd()));
@@ -233,7 +240,7 @@ impl Queue for RingQueue {
         // What is known already, of operations and of descriptors.
         self.settle();
         let mut submission = self.ring.submission();
-        for ((armed, place), user_data) in self.wake.iter_mut().zip(1..).zip(WAKE..) {
+        for ((armed, place), user_data) in self.wake.iter_mut().zip(FIRST_WAKE..).zip(WAKE..) {
             if !*armed {
                 let poll = opcode::PollAdd::new(Fixed(place), libc::POLLIN as u32).build();
                 *armed = push(&mut submission, &poll.user_data(user_data));

@@ -1,6 +1,6 @@
 //! An operation on its way: what is left of it, and the entry that does that.
 
-use super::{DISK, REGION};
+use super::{CLAIM, DISK, REGION};
 use crate::storage::device::AtOnce;
 use crate::storage::file::punch_hole;
 use crate::storage::{IoVec, IoVecs, Op, OpKind};
@@ -88,7 +88,7 @@ impl Slot {
                 .rw_flags(durable(fua))
                 .build(),
             (OpKind::Flush, _) => opcode::Fsync::new(DISK).flags(FsyncFlags::DATASYNC).build(),
-            (OpKind::Discard { bytes, .. }, _) => opcode::Fallocate::new(DISK, bytes)
+            (OpKind::Discard { bytes, .. }, _) => opcode::Fallocate::new(CLAIM, bytes)
                 .offset(self.offset)
                 .mode(punch_hole().bits())
                 .build(),

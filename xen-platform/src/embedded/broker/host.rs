@@ -185,7 +185,14 @@ impl Host {
         }
     }
 
+    /// What a backend needs of its frontend: all of its memory. Nobody else gets that, nor any process its
+    /// own active table.
     fn peer(&mut self, me: u16, domid: u16, send: Send<'_>) -> io::Result<()> {
+        let serves = me != domid
+            && (me == 0 || self.domains.get(&me).is_some_and(|d| d.created.driver_domain));
+        if !serves {
+            return send(&Reply::Refused(Refusal::NoBackend), &[]);
+        }
         let Some(peer) = self.domains.get(&domid).and_then(|d| d.process.as_ref()) else {
             return send(&Reply::Refused(Refusal::NoDomain), &[]);
         };
