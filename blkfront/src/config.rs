@@ -57,7 +57,8 @@ pub struct Config {
     pub waiting: Waiting,
     /// How long to wait for a backend, when opening and when closing.
     pub connect_timeout: Duration,
-    /// How long I/O waits for a backend that went away before it fails; for ever if `None`.
+    /// How long I/O waits for a backend before it fails; for ever if `None`. Counted from when the backend says
+    /// that it goes, or the one after it begins: of one that was killed nothing is heard before.
     pub reconnect_timeout: Option<Duration>,
 }
 

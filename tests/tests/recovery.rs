@@ -3,11 +3,12 @@
 use anyhow::{Context, Result, ensure};
 use blkfront::{Cause, Config, Disk};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 use std::fs::File;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use xen_blk_tests::host::{DRIVER_DOMAIN, Host, Programs};
-use xen_blk_tests::process::{Process, run, wait_until};
+use xen_blk_tests::process::{HUNG, Process, run, wait_until};
 use xen_platform::{Choice, End};
 
 /// How often the backend is killed under one fio.
@@ -178,6 +179,33 @@ fn a_disk_is_gone_when_it_is_detached() -> Result<()> {
     run(host.toolstack().args(["detach", "guest", "xvda"]))?;
     wait_until("the disk to be gone", || Ok(!disk.take_news()))?;
     disk.close()?;
+    Ok(())
+}
+
+/// Writes that wait are meant for the disk that they were made for, not for the next of its name.
+#[test]
+fn another_disk_in_the_place_of_one_in_use_is_not_written_to() -> Result<()> {
+    let host = Host::start(Programs::beside_us()?)?;
+    let _backend = host.backend(&[])?;
+    let guest = host.create_domain("guest", &["--on-crash", "preserve"])?;
+    host.attach("guest", &disk_line("xvda", "delay:100ms,memory:16M"))?;
+    let image = host.dir().join("another.img");
+    File::create(&image)?.set_len(16 << 20)?;
+    let mut load = host.frontend("guest", "bench");
+    load.args(["xvda", "--rw=randwrite", "--bs=4k", "--iodepth=32", "--runtime=60s"]);
+    let mut load = Process::start("load", host.dir(), &load)?;
+    wait_until("some writes", || Ok(requests(&host, guest)? > 100))?;
+    // It looks away while the toolstack changes the disk.
+    load.signal(Signal::SIGSTOP)?;
+    run(host.toolstack().args(["detach", "guest", "xvda", "--force"]))?;
+    run(host
+        .toolstack()
+        .args(["attach", "guest", "--no-wait"])
+        .arg(disk_line("xvda", &image.display().to_string())))?;
+    load.signal(Signal::SIGCONT)?;
+    ensure!(!load.wait(HUNG)?.success(), "nothing happened:\n{}", load.log());
+    ensure!(load.log().contains("the device is gone"), "{}", load.log());
+    ensure!(std::fs::read(&image)?.iter().all(|byte| *byte == 0), "it was written to");
     Ok(())
 }
 

@@ -54,6 +54,8 @@ pub const MAX_UNDRAINED_PATHS: usize = 1024;
 /// How often [`Client::transact`] tries before it gives up with [`Error::Conflict`]. libxl has no
 /// bound; a conflict that lasts this long is a fight that should be seen.
 pub const TRANSACTION_ATTEMPTS: u32 = 32;
+/// Before another try where the domain has all transactions open that it may have: as long as one takes.
+const TRANSACTION_PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
 /// Transactions of [`Client::transact`] that are open at a time; more of them wait. xenstored lets a
 /// domain have ten (`quota_max_transaction`), and there may be others in it, `xl devd` for one.
 pub const MOST_TRANSACTIONS: usize = 5;
@@ -240,8 +242,15 @@ impl Client {
         // It is never closed.
         let _permit = self.transactions.acquire().await;
         let mut may_be_done = false;
-        for _ in 0..TRANSACTION_ATTEMPTS {
-            let mut transaction = self.transaction().await?;
+        for attempt in 1..=TRANSACTION_ATTEMPTS {
+            let mut transaction = match self.transaction().await {
+                // The domain has as many open as it may, of other programs too.
+                Err(error) if error.is_quota() && attempt < TRANSACTION_ATTEMPTS => {
+                    tokio::time::sleep(TRANSACTION_PAUSE).await;
+                    continue;
+                }
+                begun => begun?,
+            };
             transaction.may_be_done = may_be_done;
             let value = match body(&transaction).await {
                 Err(Error::ConnectionLost) if !self.nodes.is_orphan() => continue,

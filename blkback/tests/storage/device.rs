@@ -14,7 +14,7 @@ use xenstore_glue::disk::Target;
 /// A loop device on a file.
 struct Loop {
     device: PathBuf,
-    file: TestFile,
+    _file: TestFile,
 }
 
 impl Loop {
@@ -31,7 +31,7 @@ impl Loop {
         match output {
             Ok(output) if output.status.success() => {
                 let device = String::from_utf8_lossy(&output.stdout).trim().into();
-                Some(Self { device, file })
+                Some(Self { device, _file: file })
             }
             other => {
                 eprintln!("skipped: no loop device: {other:?}");

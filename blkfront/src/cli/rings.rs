@@ -67,7 +67,8 @@ pub(crate) struct Rings {
     /// Seconds that the backend is given to connect, and to let go at the end
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     connect_timeout: u64,
-    /// Seconds that I/O waits for a backend that went away before it fails [default: for ever]
+    /// Seconds that I/O waits, before it fails, for a backend that said it goes, or that comes after one that was
+    /// killed [default: for ever]
     #[arg(long, value_name = "SECONDS")]
     reconnect_timeout: Option<u64>,
 }

@@ -19,6 +19,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::{Instant, sleep, sleep_until};
 use xen_platform::Platform;
 use xenstore_glue::client::{self, Client, Endpoint, Nodes};
+use xenstore_glue::vbd::FrontendRequest;
 use xenstore_glue::wire::Errno;
 use xenstore_glue::xenbus::{FrontendAction, FrontendEvent, FrontendMachine, XenbusState};
 
@@ -29,6 +30,8 @@ const DRAIN: Duration = Duration::from_secs(5);
 const DRAIN_LOOK: Duration = Duration::from_millis(5);
 /// Before a backend is asked again that did not connect a disk in use: the reason may last.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
+/// What it means that a disk in use is not connected.
+const WAITS: &str = "I/O waits";
 
 /// What [`crate::Disk::open`] gets when the disk is connected.
 #[derive(Debug)]
@@ -171,8 +174,8 @@ impl Control {
                 }
                 changed = ours.next() => {
                     changed.map_err(xenstore(format!("watch {}/backend", self.frontend)))?;
-                    let there = self.client.exists(&format!("{}/backend", self.frontend)).await;
-                    matches!(there, Ok(false)).then(|| self.removed(FrontendEvent::DirectoryRemoved))
+                    let ours = self.is_ours(&self.client).await;
+                    matches!(ours, Ok(false)).then(|| self.removed(FrontendEvent::DirectoryRemoved))
                 }
                 Some(command) = commands.recv() => Some(self.command(command)),
                 () = timer => Some(self.expired()),
@@ -290,7 +293,12 @@ impl Control {
                     self.disconnect();
                     Ok(None)
                 }
-                FrontendAction::Resized => self.resized().await.map(|()| None),
+                FrontendAction::Resized => {
+                    if let Err(cause) = self.resized().await {
+                        self.complain(&cause, "the size stays as it was");
+                    }
+                    Ok(None)
+                }
                 FrontendAction::Gone => {
                     self.gone();
                     Ok(None)
@@ -300,8 +308,12 @@ impl Control {
                 Ok(None) => {}
                 Ok(Some(event)) => actions.extend(self.machine.handle(event)),
                 Err(cause) if self.may_pass(action, &cause) => {
-                    self.complain(&cause);
+                    self.complain(&cause, WAITS);
                     actions.extend(self.machine.handle(FrontendEvent::Failed));
+                }
+                Err(cause @ Cause::Removed { .. }) => {
+                    self.cause.get_or_insert(cause);
+                    actions.extend(self.machine.handle(FrontendEvent::DirectoryRemoved));
                 }
                 Err(cause) => {
                     tracing::error!(device = self.frontend, "{cause}");
@@ -316,23 +328,43 @@ impl Control {
     /// Whether a disk that is in use may still be connected some other time: I/O waits for that.
     fn may_pass(&self, action: FrontendAction, cause: &Cause) -> bool {
         let connects = matches!(action, FrontendAction::Offer | FrontendAction::Connect);
-        connects && self.connection > 0 && !matches!(cause, Cause::Xenstore { .. })
+        let passes = match cause {
+            // What is used up, or changed too often, by others of this domain too.
+            Cause::Xenstore { source, .. } => {
+                source.downcast_ref().is_some_and(|e: &client::Error| {
+                    e.is_quota() || matches!(e, client::Error::Conflict)
+                })
+            }
+            Cause::Removed { .. } => false,
+            _ => true,
+        };
+        connects && self.connection > 0 && passes
     }
 
-    /// Says, once, why a disk that is in use is not connected.
-    fn complain(&mut self, cause: &Cause) {
+    /// Says, once, what is wrong with a disk that is in use, and what that means.
+    fn complain(&mut self, cause: &Cause, so: &str) {
         let complaint = cause.to_string();
         if self.complaint != complaint {
-            tracing::warn!(device = self.frontend, "{complaint}; I/O waits");
+            tracing::warn!(device = self.frontend, "{complaint}; {so}");
             self.complaint = complaint;
         }
+    }
+
+    /// Whether the directory is that of the disk in use, and not one that the toolstack has made in its place: it
+    /// would have another disk's data.
+    async fn is_ours(&self, store: &client::Nodes) -> Result<bool, client::Error> {
+        let frontend = &self.frontend;
+        // We write the latter with every offer; the toolstack does not.
+        Ok(store.exists(&format!("{frontend}/backend")).await?
+            && (self.connection == 0
+                || store.exists(&format!("{frontend}/{}", FrontendRequest::REISSUE_KEY)).await?))
     }
 
     /// Before a backend is asked again.
     async fn pause(&mut self) {
         if self.complaint.is_empty() {
             let refused = self.refused().await;
-            self.complain(&refused);
+            self.complain(&refused, WAITS);
         }
         sleep(RETRY_PAUSE).await;
     }
@@ -341,7 +373,7 @@ impl Control {
     async fn publish(&self, state: XenbusState) -> Result<(), Cause> {
         let frontend = &self.frontend;
         let written = self.client.transact(async |store: &client::Transaction| {
-            if store.exists(&format!("{frontend}/backend")).await? {
+            if self.is_ours(store).await? {
                 store.write(&format!("{frontend}/state"), state.value()).await?;
             }
             Ok(())

@@ -96,6 +96,9 @@ impl Control {
         }
         let reissue = if self.config.reissue { "1" } else { "0" };
         let written = self.client.transact(async |store: &client::Transaction| {
+            if !self.is_ours(store).await? {
+                return Ok(false);
+            }
             for name in store.directory(frontend).await? {
                 let stale = STALE.iter().any(|prefix| name.starts_with(prefix));
                 if stale || FrontendRequest::KEYS.contains(&name.as_str()) {
@@ -107,9 +110,13 @@ impl Control {
             }
             store.write(&format!("{frontend}/{}", FrontendRequest::REISSUE_KEY), reissue).await?;
             let state = XenbusState::Initialised.value();
-            store.write(&format!("{frontend}/state"), state).await
+            store.write(&format!("{frontend}/state"), state).await?;
+            Ok(true)
         });
-        written.await.map_err(xenstore(format!("write the rings of {frontend}")))
+        match written.await.map_err(xenstore(format!("write the rings of {frontend}")))? {
+            true => Ok(()),
+            false => Err(Cause::Removed { backend: self.backend.clone() }),
+        }
     }
 
     pub(super) async fn connect(&mut self) -> Result<FrontendEvent, Cause> {

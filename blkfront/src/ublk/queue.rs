@@ -99,7 +99,7 @@ impl Worker {
         for tag in 0..self.descriptors.depth {
             self.send(&mut ring, abi::FETCH_REQ, tag, 0)?;
         }
-        ring.submit()?;
+        submit(&ring, 0)?;
         // What is refused is so at once, and nothing can have come yet.
         if let Some(refused) = ring.completion().next() {
             return Err(io::Error::from_raw_os_error(-refused.result()));
@@ -131,7 +131,7 @@ impl Worker {
                 return Ok(());
             }
             if self.queue.in_flight() > 0 {
-                ring.submit()?;
+                submit(&ring, 0)?;
                 // With no time to wait it spins as the disk was configured to, and does not sleep.
                 if self.queue.wait(&mut done, Some(std::time::Duration::ZERO)) > 0 {
                     self.finish(&mut ring, &mut done)?;
@@ -145,10 +145,7 @@ impl Worker {
                 self.wait_for(&mut ring, self.queue.as_fd().as_raw_fd(), QUEUE)?;
                 waits = true;
             }
-            match ring.submit_and_wait(1) {
-                Err(e) if e.kind() != io::ErrorKind::Interrupted => return Err(e),
-                _ => {}
-            }
+            submit(&ring, 1)?;
         }
     }
 
@@ -251,6 +248,17 @@ impl Worker {
         // SAFETY: it takes no memory.
         let pushed = unsafe { ring.submission().push(&poll) };
         pushed.map_err(|_| io::ErrorKind::ResourceBusy.into())
+    }
+}
+
+/// Submits what there is, and waits for so many completions.
+fn submit(ring: &IoUring, want: usize) -> io::Result<()> {
+    match ring.submit_and_wait(want) {
+        // A signal came, or the kernel is short of something and takes the rest next time.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {
+            Ok(())
+        }
+        done => done.map(drop),
     }
 }
 

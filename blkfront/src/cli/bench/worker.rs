@@ -343,6 +343,9 @@ impl Worker {
             }
             if self.keep {
                 slot.buffer = buffer;
+            } else {
+                // It lies nowhere until it is used again.
+                slot.len = 0;
             }
         }
         self.outcome.record(alike, count, now);
@@ -424,7 +427,9 @@ impl Worker {
     /// Whether the range is in flight already, which only matters to what is checked.
     fn overlaps(&self, offset: u64, len: u64) -> bool {
         let flying = |slot: &&Slot| slot.buffer.is_none();
-        let meets = |slot: &Slot| slot.offset < offset + len && offset < slot.offset + slot.len;
+        let meets = |slot: &Slot| {
+            slot.len > 0 && slot.offset < offset + len && offset < slot.offset + slot.len
+        };
         self.ledger.is_some() && self.slots.iter().filter(flying).any(meets)
     }
 }

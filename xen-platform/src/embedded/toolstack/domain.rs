@@ -97,7 +97,15 @@ pub(in super::super) async fn bury_backends(client: &Client, devices: Vec<Device
         if !matches!(closed, Ok(true)) {
             warn!(backend, "the backend of a destroyed domain does not close; removed anyway");
         }
-        if let Err(error) = remove_with_parents(client, &backend).await {
+        let removed = client.transact(async |nodes| {
+            // Otherwise it is that of a new domain with the same number.
+            let online = nodes.read_optional(&format!("{backend}/online")).await?;
+            if online.as_deref() == Some(b"0") {
+                remove_with_parents(nodes, &backend).await?;
+            }
+            Ok(())
+        });
+        if let Err(error) = removed.await {
             warn!(backend, %error, "cannot remove the backend of a destroyed domain");
         }
     }
