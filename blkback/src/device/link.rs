@@ -236,7 +236,7 @@ async fn start_ring(
         name: format!("{}.{} r{ring}", setup.peer, setup.name),
         // Nobody listens when the whole device is going away.
         ended: Box::new(move |why| drop(ended.send(RingEnded { ring, why: why.to_string() }))),
-        alive: Box::new(alive),
+        alive: Arc::new(alive),
     };
     let control = setup.threads.serve(served, tenant);
     let control = control.map_err(|source| LinkError::Thread { ring, source })?;

@@ -41,7 +41,7 @@ pub struct Tenant {
     /// Told why, if the ring ends by itself.
     pub ended: Box<dyn FnOnce(Exit) + Send>,
     /// Dropped when nothing of the frontend's is held any more.
-    pub alive: Box<dyn Send>,
+    pub alive: Arc<dyn Send + Sync>,
 }
 
 /// What a ring's thread is told while it serves it.

@@ -120,7 +120,7 @@ impl Worker {
     }
 
     fn give_up(&mut self) {
-        unmap(self.data.purge(), ());
+        unmap(self.data.purge(), self.alive.clone());
         self.sleep.quiet = true;
     }
 

@@ -100,7 +100,8 @@ impl Thread {
     fn admit(&mut self) {
         let Some(arrivals) = self.inbox.take() else { return };
         for Arrival { setup, tenant, orders } in arrivals {
-            let new = || Worker::new(setup, orders, self.inbox.bell().try_clone_to_owned()?);
+            let alive = tenant.alive.clone();
+            let new = || Worker::new(setup, orders, self.inbox.bell().try_clone_to_owned()?, alive);
             match guarded(new) {
                 Ok(worker) => {
                     self.number += 1;

@@ -78,6 +78,8 @@ pub(super) struct Worker {
     /// [`MAX_ROUND_SECTORS`], or no limit.
     round_sectors: u64,
     orders: Arc<Orders>,
+    /// As long as this lives, something of the frontend's is held.
+    pub(super) alive: Arc<dyn Send + Sync>,
     pub(super) stats: Arc<RingStats>,
     // Before `table` and `data`: a queue that is dropped waits for its operations, which use their memory.
     pub(super) queue: Box<dyn Queue>,
@@ -112,7 +114,12 @@ pub(super) struct Worker {
 
 impl Worker {
     /// Called on the thread that serves the ring; `bell` wakes that while it sleeps here.
-    pub(super) fn new(setup: RingSetup, orders: Arc<Orders>, bell: OwnedFd) -> Result<Self, Exit> {
+    pub(super) fn new(
+        setup: RingSetup,
+        orders: Arc<Orders>,
+        bell: OwnedFd,
+        alive: Arc<dyn Send + Sync>,
+    ) -> Result<Self, Exit> {
         let slots = setup.requests.slots() as usize;
         let data = Data::new(
             setup.platform,
@@ -141,6 +148,7 @@ impl Worker {
                 u64::MAX
             },
             orders,
+            alive,
             stats: setup.stats,
             queue,
             data,

@@ -113,6 +113,8 @@ struct Control {
     offered: Option<Offered>,
     /// An offer was made since the last connection, and nothing came of it yet.
     asked: bool,
+    /// When it was connected last.
+    connected_at: Option<Instant>,
     /// What the log has last of why nothing came of it.
     complaint: String,
     connection: u32,
@@ -280,8 +282,13 @@ impl Control {
                 }
                 FrontendAction::Connect => self.connect().await.map(Some),
                 FrontendAction::Publish(state) => {
-                    if state == XenbusState::Initialising && self.asked {
-                        self.pause().await;
+                    if state == XenbusState::Initialising {
+                        if self.asked {
+                            self.pause().await;
+                        } else if self.connected_at.is_some_and(|at| at.elapsed() < RETRY_PAUSE) {
+                            // Nobody makes us connect, and say so, as often as they like.
+                            sleep(RETRY_PAUSE).await;
+                        }
                     }
                     self.publish(state).await.map(|()| None)
                 }

@@ -138,6 +138,7 @@ impl Control {
         let before = fabric.link.sectors.swap(device.sectors, Ordering::Relaxed);
         self.connection += 1;
         self.asked = false;
+        self.connected_at = Some(tokio::time::Instant::now());
         self.complaint.clear();
         fabric.connect(self.connection, limits, offered.rings);
         self.deadline = None;

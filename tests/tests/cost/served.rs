@@ -20,7 +20,7 @@ impl Served {
         let tenant = Tenant {
             name: "ring".to_owned(),
             ended: Box::new(move |exit| drop(why.send(exit))),
-            alive: Box::new(alive),
+            alive: std::sync::Arc::new(alive),
         };
         let control = Threads::new(1, waiting).serve(setup, tenant)?;
         Ok(Self { control, ended, gone })

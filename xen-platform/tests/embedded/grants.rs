@@ -44,6 +44,22 @@ fn pages_are_shared_with_whom_they_were_granted_to_and_nobody_else() {
     b.map(a.domid(), &[gref], Access::ReadOnly).unwrap();
 }
 
+/// Who uses a grant has a descriptor of all of the other's memory: not for everybody, and for nobody of itself.
+#[test]
+fn only_driver_domains_use_what_others_grant() {
+    let host = TestHost::start();
+    let a = host.guest("a");
+    host.create("plain", OnCrash::Destroy);
+    let plain = EmbeddedPlatform::attach(&host.dir, "plain").unwrap();
+    for (from, to) in [(&a, &plain), (&a, &a)] {
+        let pages = from.grant(to.domid(), 1, Access::ReadWrite).unwrap();
+        assert_eq!(
+            refusal(to, from.domid(), pages.refs()[0], Access::ReadWrite),
+            GrantStatus::BadDomain
+        );
+    }
+}
+
 #[test]
 fn a_grant_in_use_cannot_be_taken_back() {
     let host = TestHost::start();

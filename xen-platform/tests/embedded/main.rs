@@ -50,7 +50,8 @@ impl TestHost {
             domid: None,
             memory: 1 << 20,
             vcpus: 2,
-            driver_domain: on_crash == OnCrash::Preserve,
+            // Others may not use what is granted to them.
+            driver_domain: on_crash == OnCrash::Preserve || name == "victim",
             on_crash,
         };
         match control::ask(&self.dir, &control::Command::CreateDomain(new)).unwrap() {
