@@ -464,6 +464,10 @@ impl fmt::Display for DiskSpec {
         }
         if !self.target.is_empty() {
             write!(f, ", target={}", self.target)?;
+            // One at the end is taken off again.
+            if self.target.ends_with(',') {
+                f.write_str(",")?;
+            }
         }
         Ok(())
     }

@@ -30,6 +30,7 @@ fn the_man_pages_examples_are_equivalent() {
         assert_eq!(spec(same), disk, "{same}");
     }
 
+    assert_eq!(spec("vdev=xvda,target=/dev/x,"), spec("vdev=xvda,target=/dev/x"));
     let cdrom = spec("format=raw, vdev=hdc, access=ro, devtype=cdrom, target=/root/image.iso");
     assert!(cdrom.cdrom && cdrom.read_only);
     for same in [
