@@ -7,9 +7,8 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-/// What one ring at its largest keeps pinned where the disk is a file: a page for each of 512 slots, and 32
-/// buffers for larger requests.
-const PINNED_A_RING: u64 = 512 * (4 << 10) + 32 * (44 << 10);
+/// What one ring keeps pinned where the disk is a file, and data is copied on the way: 64 buffers of a page.
+const PINNED_A_RING: u64 = 64 << 12;
 /// A ring with its event channel, eventfd, io_uring and gntdev files has about this many open.
 const FILES_A_RING: u64 = 8;
 /// Rings of a host that is not small: what there should be room for.

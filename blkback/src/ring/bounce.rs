@@ -16,9 +16,9 @@ const LARGER: [(usize, usize); 3] = [
     // What blkif.h allows.
     (256, 4),
 ];
-/// Buffers are registered with the kernel up to this many pages. Registering takes the memory at once;
-/// for larger ones the kernel's look-up of pages is little beside the copying, and most guests never use them.
-const REGISTERED_PAGES: usize = 11;
+/// Buffers of a page that are registered with the kernel: as many as most rings have in flight. Registering
+/// takes the memory at once; for larger buffers the kernel's look-up of pages is little beside the copying.
+const REGISTERED: usize = 64;
 
 /// Page-aligned buffers of a few sizes, and of a page for each request that the ring can hold.
 pub(super) struct BouncePool {
@@ -66,8 +66,7 @@ impl BouncePool {
 
     /// How many bytes of the region, from its start, are worth registering.
     pub(super) fn registered(&self) -> usize {
-        let small = self.classes.iter().rfind(|class| class.size <= REGISTERED_PAGES * PAGE_SIZE);
-        small.map_or(0, |class| class.range.end)
+        self.classes[0].range.end.min(REGISTERED * PAGE_SIZE)
     }
 
     /// A buffer for `bytes`, as a range of the region; `None` while all that are large enough are in use.
@@ -95,9 +94,10 @@ impl BouncePool {
     pub(super) fn purge(&mut self) {
         let registered = self.registered();
         for Class { range, size, free } in &self.classes {
-            if range.start >= registered && free.len() == range.len() / size {
+            if free.len() == range.len() / size {
                 // It fails for no range of the region.
-                let _ = self.region.release(range.start / PAGE_SIZE..range.end / PAGE_SIZE);
+                let first = range.start.max(registered);
+                let _ = self.region.release(first / PAGE_SIZE..range.end / PAGE_SIZE);
             }
         }
     }
