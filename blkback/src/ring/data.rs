@@ -51,8 +51,6 @@ pub(super) enum Unreachable {
 pub(super) struct Held {
     segments: Vec<Segment>,
     bounce: Option<Range<usize>>,
-    /// The frontend's memory, where the device works on a bounce buffer.
-    pages: IoVecs,
     pins: Vec<Pin>,
     maps: Vec<Arc<dyn MappedGrants>>,
     /// Pages in `maps`.
@@ -63,9 +61,16 @@ pub(super) struct Held {
 
 enum Via {
     Copy(BouncePool),
-    Persistent(PersistentGrants, Option<BouncePool>),
+    Persistent(PersistentGrants, Option<Bounced>),
     Map,
     Nothing,
+}
+
+/// What the device works on in the place of mapped pages.
+struct Bounced {
+    pool: BouncePool,
+    /// The pages of each request, by tag.
+    pages: Vec<IoVecs>,
 }
 
 /// One ring's way to the data of its requests.
@@ -103,7 +108,10 @@ impl Data {
         let via = match strategy {
             Strategy::Copy => Via::Copy(bounce()?),
             Strategy::Persistent => Via::Persistent(persistent(), None),
-            Strategy::Bounce => Via::Persistent(persistent(), Some(bounce()?)),
+            Strategy::Bounce => {
+                let pages = vec![IoVecs::new(); slots];
+                Via::Persistent(persistent(), Some(Bounced { pool: bounce()?, pages }))
+            }
             Strategy::Map => Via::Map,
             Strategy::Nothing => Via::Nothing,
         };
@@ -127,7 +135,7 @@ impl Data {
     /// Memory that the device will read and write, where it is known beforehand: the first so many bytes.
     pub(super) fn region(&self) -> Option<(Arc<LocalRegion>, usize)> {
         match &self.via {
-            Via::Copy(bounce) | Via::Persistent(_, Some(bounce)) => {
+            Via::Copy(bounce) | Via::Persistent(_, Some(Bounced { pool: bounce, .. })) => {
                 Some((bounce.region().clone(), bounce.registered()))
             }
             _ => None,
@@ -143,7 +151,9 @@ impl Data {
 
     /// Gives back what a quiet ring does not need: memory now, mappings by handing them out.
     pub(super) fn purge(&mut self) -> Vec<Arc<dyn MappedGrants>> {
-        if let Via::Copy(bounce) | Via::Persistent(_, Some(bounce)) = &mut self.via {
+        if let Via::Copy(bounce) | Via::Persistent(_, Some(Bounced { pool: bounce, .. })) =
+            &mut self.via
+        {
             bounce.purge();
         }
         match &mut self.via {
@@ -258,11 +268,11 @@ impl Data {
             Via::Persistent(pool, bounce) => {
                 let pages = match bounce {
                     None => &mut *buffers,
-                    Some(bounce) => {
+                    Some(Bounced { pool, pages }) => {
                         let bytes = segments.iter().map(Segment::bytes).sum();
-                        held.bounce = Some(bounce.take(bytes).ok_or(Unreachable::Busy)?);
-                        held.pages.clear();
-                        &mut held.pages
+                        held.bounce = Some(pool.take(bytes).ok_or(Unreachable::Busy)?);
+                        pages[usize::from(tag)].clear();
+                        &mut pages[usize::from(tag)]
                     }
                 };
                 let mut rest = segments;
@@ -290,12 +300,13 @@ impl Data {
                     unsafe { list(base, these, pages) };
                     rest = others;
                 }
-                if let (Some(bounce), Some(range)) = (bounce, &held.bounce) {
+                if let (Some(Bounced { pool, pages }), Some(range)) = (bounce, &held.bounce) {
                     if write {
-                        each(&held.pages, range, |page, at| page.copy_into(&**bounce.region(), at));
+                        let pages = &pages[usize::from(tag)];
+                        each(pages, range, |page, at| page.copy_into(&**pool.region(), at));
                     }
                     // SAFETY: as in grant copy.
-                    buffers.push(unsafe { IoVec::new(bounce.address(range), range.len()) });
+                    buffers.push(unsafe { IoVec::new(pool.address(range), range.len()) });
                 }
             }
             Via::Map => {
@@ -324,8 +335,9 @@ impl Data {
     pub(super) fn filled(&mut self, tag: u16, held: &Held) -> u64 {
         let Some(range) = &held.bounce else { return 0 };
         match &self.via {
-            Via::Persistent(_, Some(bounce)) => {
-                each(&held.pages, range, |page, at| page.fill_from(&**bounce.region(), at));
+            Via::Persistent(_, Some(Bounced { pool, pages })) => {
+                let pages = &pages[usize::from(tag)];
+                each(pages, range, |page, at| page.fill_from(&**pool.region(), at));
             }
             _ => {
                 let to = CopyDirection::ToPeer;
@@ -378,7 +390,8 @@ impl Data {
                 pool.unpin(pin);
             }
         }
-        if let Via::Copy(bounce) | Via::Persistent(_, Some(bounce)) = &mut self.via
+        if let Via::Copy(bounce) | Via::Persistent(_, Some(Bounced { pool: bounce, .. })) =
+            &mut self.via
             && let Some(range) = held.bounce.take()
         {
             bounce.give(&range);
