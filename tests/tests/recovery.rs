@@ -29,6 +29,15 @@ fn disk_line(vdev: &str, target: &str) -> String {
     format!("vdev={vdev},format=raw,backendtype=tap,backend={DRIVER_DOMAIN},target={target}")
 }
 
+/// Gives a new guest, which stays, a disk, and opens that in this process.
+fn open(host: &Host, target: &str, config: Config) -> Result<Disk> {
+    host.create_domain("guest", &["--on-crash", "preserve"])?;
+    host.attach("guest", &disk_line("xvda", target))?;
+    let choice = Choice::new(Some(&host.platform()), Some("guest"))?;
+    let (platform, endpoint) = choice.open(End::Frontend)?;
+    Ok(Disk::open(platform, endpoint, "xvda", config)?)
+}
+
 /// Requests that the backend has taken from a guest's disk, as far as it tells.
 fn requests(host: &Host, domain: u16) -> Result<u64> {
     let Ok(stats) = host.stats() else { return Ok(0) };
@@ -123,14 +132,10 @@ fn a_disk_has_one_frontend_at_a_time() -> Result<()> {
 fn a_disk_that_grew_while_its_backend_was_away_is_news() -> Result<()> {
     let host = Host::start(Programs::beside_us()?)?;
     let mut backend = host.backend(&[])?;
-    host.create_domain("guest", &["--on-crash", "preserve"])?;
     let path = host.dir().join("disk.raw");
     let file = File::create(&path)?;
     file.set_len(16 << 20)?;
-    host.attach("guest", &disk_line("xvda", &path.display().to_string()))?;
-    let choice = Choice::new(Some(&host.platform()), Some("guest"))?;
-    let (platform, endpoint) = choice.open(End::Frontend)?;
-    let disk = Disk::open(platform, endpoint, "xvda", Config::default())?;
+    let disk = open(&host, &path.display().to_string(), Config::default())?;
     let is_news = || -> Result<bool> {
         let mut polled = [PollFd::new(disk.news(), PollFlags::POLLIN)];
         Ok(poll(&mut polled, PollTimeout::ZERO)? > 0)
@@ -150,11 +155,7 @@ fn a_disk_that_grew_while_its_backend_was_away_is_news() -> Result<()> {
 fn a_disk_is_gone_with_its_driver_domain() -> Result<()> {
     let host = Host::start(Programs::beside_us()?)?;
     let _backend = host.backend(&[])?;
-    host.create_domain("guest", &["--on-crash", "preserve"])?;
-    host.attach("guest", &disk_line("xvda", "memory:16M"))?;
-    let choice = Choice::new(Some(&host.platform()), Some("guest"))?;
-    let (platform, endpoint) = choice.open(End::Frontend)?;
-    let disk = Disk::open(platform, endpoint, "xvda", Config::default())?;
+    let disk = open(&host, "memory:16M", Config::default())?;
     let mut queue = disk.queue(0)?;
     queue.read_at(0, &mut [0; 512])?;
     run(host.toolstack().args(["domain", "destroy", DRIVER_DOMAIN]))?;
@@ -170,11 +171,7 @@ fn a_disk_is_gone_with_its_driver_domain() -> Result<()> {
 fn a_disk_is_gone_when_it_is_detached() -> Result<()> {
     let host = Host::start(Programs::beside_us()?)?;
     let _backend = host.backend(&[])?;
-    host.create_domain("guest", &["--on-crash", "preserve"])?;
-    host.attach("guest", &disk_line("xvda", "memory:16M"))?;
-    let choice = Choice::new(Some(&host.platform()), Some("guest"))?;
-    let (platform, endpoint) = choice.open(End::Frontend)?;
-    let disk = Disk::open(platform, endpoint, "xvda", Config::default())?;
+    let disk = open(&host, "memory:16M", Config::default())?;
     disk.queue(0)?.read_at(0, &mut [0; 512])?;
     run(host.toolstack().args(["detach", "guest", "xvda"]))?;
     wait_until("the disk to be gone", || Ok(!disk.take_news()))?;
@@ -214,12 +211,7 @@ fn another_disk_in_the_place_of_one_in_use_is_not_written_to() -> Result<()> {
 fn a_disk_waits_for_a_backend_that_can_serve_it() -> Result<()> {
     let host = Host::start(Programs::beside_us()?)?;
     let mut backend = host.backend(&["--max-queues", "2"])?;
-    host.create_domain("guest", &["--on-crash", "preserve"])?;
-    host.attach("guest", &disk_line("xvda", "memory:16M"))?;
-    let choice = Choice::new(Some(&host.platform()), Some("guest"))?;
-    let (platform, endpoint) = choice.open(End::Frontend)?;
-    let config = Config { vcpus: 2, ..Config::default() };
-    let disk = Disk::open(platform, endpoint, "xvda", config)?;
+    let disk = open(&host, "memory:16M", Config { vcpus: 2, ..Config::default() })?;
     let mut queue = disk.queue(1)?;
     queue.read_at(0, &mut [0; 512])?;
     backend.kill()?;

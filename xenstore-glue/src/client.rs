@@ -35,6 +35,7 @@ mod watch;
 use std::ops::Deref;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use std::{fmt, io};
 
 use tokio::sync::{Semaphore, mpsc};
@@ -55,7 +56,7 @@ pub const MAX_UNDRAINED_PATHS: usize = 1024;
 /// bound; a conflict that lasts this long is a fight that should be seen.
 pub const TRANSACTION_ATTEMPTS: u32 = 32;
 /// Before another try where the domain has all transactions open that it may have: as long as one takes.
-const TRANSACTION_PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
+const TRANSACTION_PAUSE: Duration = Duration::from_millis(50);
 /// Transactions of [`Client::transact`] that are open at a time; more of them wait. xenstored lets a
 /// domain have ten (`quota_max_transaction`), and there may be others in it, `xl devd` for one.
 pub const MOST_TRANSACTIONS: usize = 5;

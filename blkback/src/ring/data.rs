@@ -73,6 +73,19 @@ struct Bounced {
     pages: Vec<IoVecs>,
 }
 
+impl Via {
+    /// The buffers that the device works on, if they are ours.
+    #[inline]
+    fn bounce(&mut self) -> Option<&mut BouncePool> {
+        match self {
+            Self::Copy(bounce) | Self::Persistent(_, Some(Bounced { pool: bounce, .. })) => {
+                Some(bounce)
+            }
+            Self::Persistent(_, None) | Self::Map | Self::Nothing => None,
+        }
+    }
+}
+
 /// One ring's way to the data of its requests.
 pub(super) struct Data {
     platform: Arc<dyn Platform>,
@@ -133,13 +146,8 @@ impl Data {
     }
 
     /// Memory that the device will read and write, where it is known beforehand: the first so many bytes.
-    pub(super) fn region(&self) -> Option<(Arc<LocalRegion>, usize)> {
-        match &self.via {
-            Via::Copy(bounce) | Via::Persistent(_, Some(Bounced { pool: bounce, .. })) => {
-                Some((bounce.region().clone(), bounce.registered()))
-            }
-            _ => None,
-        }
+    pub(super) fn region(&mut self) -> Option<(Arc<LocalRegion>, usize)> {
+        self.via.bounce().map(|bounce| (bounce.region().clone(), bounce.registered()))
     }
 
     /// Starts a new moment for the pool of persistent grants.
@@ -151,9 +159,7 @@ impl Data {
 
     /// Gives back what a quiet ring does not need: memory now, mappings by handing them out.
     pub(super) fn purge(&mut self) -> Vec<Arc<dyn MappedGrants>> {
-        if let Via::Copy(bounce) | Via::Persistent(_, Some(Bounced { pool: bounce, .. })) =
-            &mut self.via
-        {
+        if let Some(bounce) = self.via.bounce() {
             bounce.purge();
         }
         match &mut self.via {
@@ -390,8 +396,7 @@ impl Data {
                 pool.unpin(pin);
             }
         }
-        if let Via::Copy(bounce) | Via::Persistent(_, Some(Bounced { pool: bounce, .. })) =
-            &mut self.via
+        if let Some(bounce) = self.via.bounce()
             && let Some(range) = held.bounce.take()
         {
             bounce.give(&range);

@@ -121,7 +121,7 @@ impl Worker {
         alive: Arc<dyn Send + Sync>,
     ) -> Result<Self, Exit> {
         let slots = setup.requests.slots() as usize;
-        let data = Data::new(
+        let mut data = Data::new(
             setup.platform,
             setup.peer,
             setup.strategy,
