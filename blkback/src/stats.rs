@@ -57,11 +57,6 @@ impl Histogram {
     pub fn sum(&self) -> u64 {
         self.sum.get()
     }
-
-    /// How many values there are.
-    pub fn count(&self) -> u64 {
-        self.buckets().sum()
-    }
 }
 
 /// What one ring has done. The first seven are named as Linux's backend names them in sysfs.

@@ -82,19 +82,19 @@ fn a_batch_is_one_system_call_and_an_idle_poll_none() {
     let file = TestFile::on_disk(MIB as u64);
     let mut rig = Rig::new(&file.target(), buffered());
     rig.read(0, MIB).expect("fill the page cache");
-    let before = rig.queue().counters().system_calls;
+    let before = rig.queue().system_calls();
     for tag in 0..DEPTH as u16 {
         let piece = rig.piece(tag, 0, SECTOR);
         rig.submit(tag, OpKind::Read, 0, vec![piece]);
     }
-    assert_eq!(rig.queue().counters().system_calls, before, "submit only queues");
+    assert_eq!(rig.queue().system_calls(), before, "submit only queues");
     rig.finish();
-    let after = rig.queue().counters().system_calls;
+    let after = rig.queue().system_calls();
     // One, unless the cache has lost the page again.
     assert!((1..DEPTH as u64).contains(&(after - before)), "{} system calls", after - before);
     let mut none = Vec::new();
     rig.queue().poll(&mut none).expect("poll");
-    assert_eq!(rig.queue().counters().system_calls, after);
+    assert_eq!(rig.queue().system_calls(), after);
 }
 
 #[test]
@@ -178,13 +178,13 @@ fn wakeable() -> (Vec<Target>, TestFile) {
 }
 
 #[test]
-fn a_wake_descriptor_ends_a_wait_as_long_as_it_is_readable() {
+fn the_bell_ends_a_wait_as_long_as_it_is_readable() {
     let (targets, _file) = wakeable();
     for target in targets {
         let event = EventFd::new().expect("eventfd");
         let wake: OwnedFd = event.as_fd().try_clone_to_owned().expect("dup");
         let storage = open(&target, Options::default()).expect("open");
-        let mut rig = Rig::woken_by(storage, true, vec![wake], None);
+        let mut rig = Rig::woken_by(storage, true, Some(wake), None);
         let mut wait = |time| {
             let start = Instant::now();
             rig.queue().wait(Some(time)).expect("wait");
@@ -222,7 +222,7 @@ fn a_queue_closes_although_its_event_was_taken_by_another() {
                 let channel = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).expect("eventfd");
                 let descriptor = channel.as_fd().try_clone_to_owned().expect("dup");
                 let events = Some(EventFile { descriptor, event_bytes: 8, unmask: false });
-                let wake = vec![bell.as_fd().try_clone_to_owned().expect("dup")];
+                let wake = Some(bell.as_fd().try_clone_to_owned().expect("dup"));
                 let mut rig = Rig::woken_by(storage.clone(), true, wake, events);
                 rig.queue().wait(Some(Duration::ZERO)).expect("wait for both");
                 bell.write(1).expect("write");

@@ -136,6 +136,17 @@ impl Host {
         self.start_backend(command, DRIVER_DOMAIN, options)
     }
 
+    /// As [`Host::backend`], and it cannot have more than so many files open.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn backend_with_files(&self, most: usize, options: &[&str]) -> Result<Process> {
+        let mut command = Command::new("prlimit");
+        let program = self.programs.command("blkback");
+        command.arg(format!("--nofile={most}")).arg(program.get_program());
+        self.start_backend(command, DRIVER_DOMAIN, options)
+    }
+
     /// As [`Host::backend`], but in dom0, to which xenstore's quotas do not apply.
     ///
     /// # Errors

@@ -248,3 +248,27 @@ fn no_record_is_left_of_a_disk_that_is_gone() -> Result<()> {
     let _daemon = host.backend(&[])?;
     xen_blk_tests::process::wait_until("the record is removed", || Ok(!path.exists()))
 }
+
+/// The handshake is done when the ring's thread finds that there is no room for its io_uring.
+#[test]
+fn a_disk_in_use_waits_for_what_the_host_lacks() -> Result<()> {
+    let (host, guest, image) = setup()?;
+    let device = attach(&host, &guest, &image)?;
+    let mut daemon = host.backend(&[])?;
+    let mut disk = Disk::connect(&guest, &device)?;
+    disk.write(0, Transfer::Write, false)?;
+    disk.publish()?;
+    disk.responses(1)?;
+    let files = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid()))?.count();
+    disk.write(1, Transfer::Write, false)?;
+    disk.publish()?;
+    daemon.kill()?;
+
+    let mut short = host.backend_with_files(files - 1, &[])?;
+    short.wait_for("a disk in use cannot be served yet: ring 0: the storage queue failed")?;
+    short.terminate()?;
+    let _daemon = host.backend(&[])?;
+    let answer = disk.responses(1)?;
+    ensure!(matches!(answer[..], [Response { id: 1, status: Status::Okay, .. }]), "{answer:?}");
+    Ok(())
+}

@@ -1,5 +1,6 @@
 //! From a frontend's keys to its rings, and back.
 
+use super::hotplug::OPEN_LOOK;
 use super::link::{Link, LinkError, LinkSetup};
 use super::{Device, read_frontend};
 use crate::storage::Geometry;
@@ -66,10 +67,12 @@ impl Device {
         let request = self.frontend_request().await?;
         let agreement = Agreement::new(&self.offer, request)?;
         let reissues = reissues(&self.context.client, &self.description.frontend).await?;
-        let geometry = {
-            let storage = storage.clone();
-            let refreshed = tokio::task::spawn_blocking(move || storage.refresh()).await;
-            refreshed.map_err(std::io::Error::other)??
+        let looked = storage.clone();
+        let look = tokio::task::spawn_blocking(move || looked.refresh());
+        let geometry = match tokio::time::timeout(OPEN_LOOK, look).await {
+            Ok(refreshed) => refreshed.map_err(std::io::Error::other)??,
+            // It hangs, and the toolstack may want the device back meanwhile.
+            Err(_) => storage.geometry(),
         };
         if self.machine.takes_over() {
             self.check_sectors(geometry.sector_size).await?;
@@ -182,6 +185,10 @@ impl Device {
                 info!("rings detached");
             }
         }
-        self.context.registry.update(&self.dir, |view| view.rings.clear());
+        self.context.registry.update(&self.dir, |view| {
+            view.rings.clear();
+            view.strategy = None;
+            view.layout = None;
+        });
     }
 }

@@ -17,7 +17,7 @@ const SCRIPT_GRACE: Duration = Duration::from_secs(8);
 const RETIRE_GRACE: Duration = Duration::from_secs(1);
 
 /// While a disk is being opened: how often it is looked whether it is still wanted.
-const OPEN_LOOK: Duration = Duration::from_secs(1);
+pub(super) const OPEN_LOOK: Duration = Duration::from_secs(1);
 
 /// What a hotplug script has to do with the disk.
 ///
@@ -161,15 +161,19 @@ impl Device {
         Ok(())
     }
 
+    /// Lets go of the disk, elsewhere: that may take long, or hang.
+    pub(super) async fn close_storage(&mut self) {
+        if let Some(storage) = self.storage.take() {
+            let close = tokio::task::spawn_blocking(move || drop(storage));
+            let _ = tokio::time::timeout(OPEN_LOOK, close).await;
+        }
+    }
+
     /// The toolstack has asked for the device to go, and it is closed. In dom0 the toolstack removes its
     /// directory; elsewhere `xl devd` does, or if there is none, we do.
     pub(super) async fn retire(&mut self) -> Result<(), Abandoned> {
         info!("device removed");
-        if let Some(storage) = self.storage.take() {
-            // That may hang, too.
-            let close = tokio::task::spawn_blocking(move || drop(storage));
-            let _ = tokio::time::timeout(OPEN_LOOK, close).await;
-        }
+        self.close_storage().await;
         if self.context.platform.domid() == DomId(0) {
             return Ok(());
         }

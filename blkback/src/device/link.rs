@@ -1,7 +1,7 @@
 //! The rings of a connected device.
 
 use crate::records::{Records, RingName};
-use crate::ring::{Inflight, RingControl, RingSetup, Strategy, Tenant, Threads};
+use crate::ring::{Exit, Inflight, RingControl, RingSetup, Strategy, Tenant, Threads};
 use crate::stats::RingStats;
 use crate::storage::{Geometry, Storage};
 use crate::tuning::{DataPath, PinGrants, Tuning};
@@ -44,7 +44,7 @@ pub(super) enum LinkError {
 #[derive(Debug)]
 pub(super) struct RingEnded {
     pub(super) ring: usize,
-    pub(super) why: String,
+    pub(super) why: Exit,
 }
 
 struct Ring {
@@ -235,7 +235,7 @@ async fn start_ring(
     let tenant = Tenant {
         name: format!("{}.{} r{ring}", setup.peer, setup.name),
         // Nobody listens when the whole device is going away.
-        ended: Box::new(move |why| drop(ended.send(RingEnded { ring, why: why.to_string() }))),
+        ended: Box::new(move |why| drop(ended.send(RingEnded { ring, why }))),
         alive: Arc::new(alive),
     };
     let control = setup.threads.serve(served, tenant);

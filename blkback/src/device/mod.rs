@@ -11,7 +11,7 @@ mod throttle;
 
 use crate::records::Records;
 use crate::registry::{DeviceView, Registry};
-use crate::ring::Threads;
+use crate::ring::{Exit, Threads};
 use crate::sizes::Sizes;
 use crate::storage::Storage;
 use crate::tuning::Tuning;
@@ -190,6 +190,7 @@ async fn run(context: Context, paths: DevicePaths, changed: &Notify) -> Result<E
     let outcome = unless_stopped(&shutdown, device.attend(frontend, changed)).await;
     // Answer what is in flight, and leave `state` for a successor to find.
     device.disconnect().await;
+    device.close_storage().await;
     match outcome {
         Some(done) => done.map(|()| End::Gone),
         None => Ok(End::Stopped),
@@ -319,10 +320,7 @@ impl Device {
                 moved = next(&mut frontend) => { moved?; self.observe().await? }
                 () = changed.notified() => self.observe().await?,
                 () = resized.notified() => self.resize().await?,
-                RingEnded { ring, why } = ring_ended(&mut self.link) => {
-                    self.fail(&format!("ring {ring}: {why}")).await?;
-                    self.feed(BackendEvent::GiveUp).await?;
-                }
+                ended = ring_ended(&mut self.link) => self.ring_ended(ended).await?,
                 () = sleep_until(script) => {
                     info!("nobody runs the hotplug script here: going on without");
                     self.connectable(Script::None).await?;
@@ -330,6 +328,17 @@ impl Device {
             }
         }
         Ok(())
+    }
+
+    /// Gives the disk up where the frontend broke its ring, or a bug of ours may do so again. What failed for
+    /// something of this host may be had another time.
+    async fn ring_ended(&mut self, RingEnded { ring, why }: RingEnded) -> Result<(), Abandoned> {
+        let says = format!("ring {ring}: {why}");
+        if matches!(why, Exit::Queue(_) | Exit::Platform(_)) && uses(self.frontend_state().await?) {
+            return Err(Abandoned::InUse(says));
+        }
+        self.fail(&says).await?;
+        self.feed(BackendEvent::GiveUp).await
     }
 
     fn node(&self, key: &str) -> String {

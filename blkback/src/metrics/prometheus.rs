@@ -12,8 +12,8 @@ const NANOSECONDS: f64 = 1e9;
 /// Bits of the `le` bounds of times: 1 µs to 17 s by factors of 4. Each costs a series a ring, and
 /// `/stats` has the finer ones.
 const TIME_BITS: [usize; 13] = [10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32, 34];
-/// Bits of the `le` bounds of batches: up to the slots of a 16-page ring, 512.
-const BATCH_BITS: [usize; 10] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10];
+/// Bits of the `le` bounds of batches: a round is 16 requests at the most.
+const BATCH_BITS: [usize; 5] = [1, 2, 3, 4, 5];
 
 /// Writes `snapshot` out.
 pub(super) fn render(snapshot: &Snapshot) -> String {

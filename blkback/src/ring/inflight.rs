@@ -239,15 +239,18 @@ impl Inflight {
         for &tag in &free {
             commit(&entry(&words, tag)[entry::STATE], State::Free.encode());
         }
-        let mut waiting = Vec::with_capacity(slots as usize);
-        waiting.extend(open.iter().map(|&(_, tag)| tag));
+        let waiting = open.into_iter().map(|(_, tag)| tag).collect();
         Ok(Self::over(words, requests, free, waiting))
     }
 
-    fn over(words: Words, requests: &RequestConsumer, free: Vec<u16>, waiting: Vec<u16>) -> Self {
+    fn over(
+        words: Words,
+        requests: &RequestConsumer,
+        free: Vec<u16>,
+        mut waiting: Vec<u16>,
+    ) -> Self {
         let slots = requests.slots() as usize;
         let answered = Vec::with_capacity(slots);
-        let mut waiting = waiting;
         waiting.reserve(slots - waiting.len());
         Self { words, layout: requests.layout(), free, waiting, answered }
     }

@@ -138,10 +138,11 @@ impl Thread {
     /// To be called when there are more or fewer rings.
     fn regroup(&mut self) {
         let several = self.rings.len() > 1;
-        for ring in &mut self.rings {
-            if let Err(error) = ring.list(&self.epoll, several) {
-                ring.fail(error.into());
-            }
+        let epoll = &self.epoll;
+        let outcome = self.rings.iter_mut().try_for_each(|ring| ring.list(epoll, several));
+        // What others are in need of now is the newest one's fault: it must not be theirs.
+        if let (Err(error), Some(newest)) = (outcome, self.rings.last_mut()) {
+            newest.fail(error.into());
         }
         let name = match &self.rings[..] {
             [ring] => ring.tenant.name.clone(),
@@ -289,7 +290,7 @@ impl Ring {
 
     /// Has the epoll watch it, or not; its event channel from the next [`Ring::arm`] on.
     fn list(&mut self, epoll: &Epoll, listed: bool) -> io::Result<()> {
-        if std::mem::replace(&mut self.listed, listed) == listed {
+        if self.listed == listed {
             return Ok(());
         }
         if !listed {
@@ -300,6 +301,7 @@ impl Ring {
             let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
             epoll.add(device, EpollEvent::new(flags, self.number))?;
         }
+        self.listed = listed;
         Ok(())
     }
 

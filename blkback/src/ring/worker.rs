@@ -133,7 +133,7 @@ impl Worker {
         let queue = setup.storage.open_queue(QueueSetup {
             depth: slots,
             region: data.region(),
-            wake: vec![bell],
+            bell: Some(bell),
             events: Some(setup.channel.file()?),
         })?;
         Ok(Self {
@@ -238,12 +238,13 @@ impl Worker {
             && self.data.tried() - tried < MAX_MAPS
         {
             // None is taken while another waits.
-            let next = match self.inflight.resume(&mut raw) {
+            let resumed = self.inflight.resume(&mut raw);
+            let next = match resumed {
                 None => self.inflight.take(&mut self.requests, &mut raw).inspect(|_| taken += 1),
                 resumed => resumed,
             };
             let Some(tag) = next else { break };
-            if !self.accept(tag, &raw, now) {
+            if !self.accept(tag, &raw, now, resumed.is_some()) {
                 self.inflight.put_off(tag);
                 break;
             }
@@ -264,8 +265,8 @@ impl Worker {
         self.stats.rd_sect.get() + self.stats.wr_sect.get()
     }
 
-    /// Prepares a request, or answers it at once; `false` if it must wait.
-    fn accept(&mut self, tag: u16, raw: &RawRequest, now: Option<Nanos>) -> bool {
+    /// Prepares a request, or answers it at once; `false` if it must wait, perhaps once more (`resumed`).
+    fn accept(&mut self, tag: u16, raw: &RawRequest, now: Option<Nanos>, resumed: bool) -> bool {
         let request = match raw.validate(&self.limits) {
             Ok(request) => request,
             Err(refused) => {
@@ -288,7 +289,7 @@ impl Worker {
                 self.ready.push(tag);
             }
             Err(Refusal::Busy) => {
-                self.stats.oo_req.add(1);
+                self.stats.oo_req.add(u64::from(!resumed));
                 return false;
             }
             Err(Refusal::Status(status)) => {
@@ -346,7 +347,9 @@ impl Worker {
         pages: &[ring_proto::GrantRef; ring_proto::abi::MAX_INDIRECT_PAGES],
         segments: &mut Vec<Segment>,
     ) -> Result<(), Refusal> {
-        self.data.indirect(pages, nr_segments, segments).map_err(|e| self.unreachable(e))?;
+        self.data
+            .indirect(pages, nr_segments, segments)
+            .map_err(|e| unreachable_status(&self.stats, e))?;
         self.limits.check_segments(sector, segments).map_err(|reason| {
             self.stats.refused[reason.kind()].add(1);
             Refusal::Status(reason.status())
@@ -380,10 +383,6 @@ impl Worker {
             self.stats.rd_sect.add(sectors);
         }
         Ok(())
-    }
-
-    fn unreachable(&self, why: Unreachable) -> Refusal {
-        unreachable_status(&self.stats, why)
     }
 
     /// Moves what data is to be copied.
@@ -421,7 +420,7 @@ impl Worker {
     /// that were.
     fn complete(&mut self) -> usize {
         if !self.done.is_empty() {
-            self.sort_completions();
+            self.take_completions();
         }
         if self.ended.is_empty() {
             // Refusals may have been answered all the same.
@@ -472,13 +471,14 @@ impl Worker {
         count
     }
 
-    fn sort_completions(&mut self) {
-        // Popped one by one: a write that follows its flush may complete while it is submitted. Those
-        // that are left come in the next turn.
-        let mut moved = 0;
+    /// Ends what the device has completed, in that order, or as much of it as a turn may copy.
+    fn take_completions(&mut self) {
+        // A write that follows its flush may complete, and be the last of them, while it is submitted.
+        let (mut moved, mut taken) = (0, 0);
         while moved < self.round_sectors
-            && let Some(Completion { tag, result }) = self.done.pop()
+            && let Some(&Completion { tag, result }) = self.done.get(taken)
         {
+            taken += 1;
             let entry = &mut self.table[usize::from(tag)];
             match result {
                 Ok(()) if entry.flush_first => {
@@ -498,6 +498,7 @@ impl Worker {
                 }
             }
         }
+        self.done.drain(..taken);
     }
 
     fn end(&mut self, tag: u16, status: Status) {
@@ -517,7 +518,7 @@ impl Worker {
         if self.responses.unpublished() == 0 {
             return;
         }
-        self.stats.system_calls.set(self.queue.counters().system_calls + self.sleep.calls);
+        self.stats.system_calls.set(self.queue.system_calls() + self.sleep.calls);
         let wanted = self.responses.publish();
         self.inflight.published();
         if !wanted {

@@ -1,6 +1,6 @@
 //! A disk that takes longer.
 
-use super::{Completion, Geometry, Op, Queue, QueueCounters, QueueSetup, Storage, Woken};
+use super::{Completion, Geometry, Op, Queue, QueueSetup, Storage, Woken};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -99,8 +99,8 @@ impl Queue for DelayQueue {
         self.held.len() + self.inner.in_flight()
     }
 
-    fn counters(&self) -> QueueCounters {
-        self.inner.counters()
+    fn system_calls(&self) -> u64 {
+        self.inner.system_calls()
     }
 }
 

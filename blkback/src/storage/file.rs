@@ -2,7 +2,9 @@
 
 use super::device::{self, AtOnce, Device};
 use super::ring::RingQueue;
-use super::{Direct, DiscardLimits, Geometry, OpenError, Options, Queue, QueueSetup, Storage};
+use super::{
+    Direct, DiscardLimits, Geometry, OpKind, OpenError, Options, Queue, QueueSetup, Storage,
+};
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 use nix::unistd::{Whence, lseek};
 use ring_proto::abi::{PAGE_SIZE, SECTOR_SIZE};
@@ -37,7 +39,6 @@ pub(super) struct Backing {
     pub(super) at_once: AtOnce,
     /// Reads and writes go through the page cache.
     pub(super) cached: bool,
-    /// What the page cache held may be lost: see [`Backing::synced`].
     lost: AtomicBool,
     geometry: Mutex<Geometry>,
 }
@@ -138,30 +139,38 @@ impl Backing {
         self.bytes.load(Ordering::Relaxed)
     }
 
+    /// Whether writes that were acknowledged may be lost: see [`Backing::synced`].
+    pub(super) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
     /// What to make of the outcome of a flush or a durable write, an errno where it failed.
     ///
     /// When the kernel cannot write back the page cache it says so once to each open file, marks the
     /// pages clean and goes on: the next flush would succeed without the data. As in QEMU
     /// (`page_cache_inconsistent` in block/file-posix.c), none succeeds any more, of no queue. Each has an
-    /// open file of its own ([`Self::reopen`]), so that none depends on when another hears of it.
-    pub(super) fn synced(&self, outcome: Result<(), i32>) -> Result<(), i32> {
-        if !self.cached {
-            return outcome;
+    /// open file of its own ([`Self::reopen`]), so that none depends on when another hears of it. A
+    /// device's own cache is no better.
+    ///
+    /// And Linux's frontend takes a flush that failed for one that succeeded, and sends no more
+    /// (`blkif_interrupt` in xen-blkfront.c): so that its guest hears of it, no write succeeds either.
+    pub(super) fn synced(&self, kind: OpKind, outcome: Result<(), i32>) -> Result<(), i32> {
+        let Err(errno) = outcome else {
+            return if self.is_lost() { Err(libc::EIO) } else { Ok(()) };
+        };
+        let error = io::Error::from_raw_os_error(errno);
+        // A write past the page cache that failed has lost nothing but itself.
+        let loses = self.cached || kind == OpKind::Flush;
+        if loses
+            && error.kind() != io::ErrorKind::Unsupported
+            && !self.lost.swap(true, Ordering::AcqRel)
+        {
+            tracing::error!(
+                %error,
+                "a flush failed: writes since the last one may be lost, and writes and flushes fail until the disk is attached again"
+            );
         }
-        match outcome {
-            Ok(()) if self.lost.load(Ordering::Acquire) => Err(libc::EIO),
-            Ok(()) => Ok(()),
-            Err(errno) => {
-                if !self.lost.swap(true, Ordering::AcqRel) {
-                    let error = io::Error::from_raw_os_error(errno);
-                    tracing::error!(
-                        %error,
-                        "could not write back the page cache: writes since the last flush may be lost, and flushes fail until the disk is attached again"
-                    );
-                }
-                Err(errno)
-            }
-        }
+        outcome
     }
 
     pub(super) fn geometry(&self) -> MutexGuard<'_, Geometry> {
@@ -208,7 +217,7 @@ fn patiently<T, E>(
 fn open_file(path: &Path, is_device: bool, options: Options) -> Result<(File, u32), OpenError> {
     let open = |flags: OFlag| {
         // A device that is written must be ours alone: O_EXCL refuses one that is mounted.
-        let exclusive = is_device && !options.read_only;
+        let exclusive = is_device && !options.read_only && !options.shared;
         let flags = if exclusive { flags | OFlag::O_EXCL } else { flags };
         let mut open = OpenOptions::new();
         open.read(true).write(!options.read_only).custom_flags(flags.bits());
@@ -302,7 +311,7 @@ fn open_error(path: &Path, read_only: bool, source: io::Error) -> OpenError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::{Op, OpKind};
+    use crate::storage::Op;
     use std::time::Duration;
 
     /// One ring's flush is told of the loss of what another has written.
@@ -313,7 +322,7 @@ mod tests {
         let options = Options { direct: Direct::Off, ..Options::default() };
         let disk = FileDisk::open(&path, options).expect("open");
         std::fs::remove_file(&path).expect("remove");
-        let setup = QueueSetup { depth: 1, region: None, wake: Vec::new(), events: None };
+        let setup = QueueSetup { depth: 1, region: None, bell: None, events: None };
         let mut queue = disk.open_queue(setup).expect("queue");
         let mut flush = || {
             let mut done = Vec::new();
@@ -327,7 +336,8 @@ mod tests {
         };
         assert_eq!(flush(), Ok(()));
         // As if it had come from another queue.
-        assert_eq!(disk.0.synced(Err(libc::ENOSPC)), Err(libc::ENOSPC));
+        let failed = Err(libc::ENOSPC);
+        assert_eq!(disk.0.synced(OpKind::Flush, failed), failed);
         assert_eq!(flush(), Err(libc::EIO));
     }
 }

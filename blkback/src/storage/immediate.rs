@@ -1,6 +1,6 @@
 //! Queues whose operations complete as they are submitted, for disks with no device behind them.
 
-use super::{Completion, Op, Queue, QueueCounters, QueueSetup, Woken};
+use super::{Completion, Op, Queue, QueueSetup, Woken};
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
 use std::io;
@@ -10,15 +10,15 @@ use std::time::Duration;
 /// A queue on a disk that `execute` works on; its errors are errnos.
 pub(super) struct Immediate<F> {
     execute: F,
-    /// What ends a wait, the event channel included: that is left to whoever is woken.
+    /// The bell, and the event channel, which is left to whoever is woken.
     wake: Vec<OwnedFd>,
     system_calls: u64,
 }
 
 impl<F: FnMut(&Op<'_>) -> Result<(), i32>> Immediate<F> {
     pub(super) fn new(setup: QueueSetup, execute: F) -> Self {
-        let mut wake = setup.wake;
-        wake.extend(setup.events.map(|file| file.descriptor));
+        let channel = setup.events.map(|file| file.descriptor);
+        let wake = setup.bell.into_iter().chain(channel).collect();
         Self { execute, wake, system_calls: 0 }
     }
 }
@@ -55,7 +55,7 @@ impl<F: FnMut(&Op<'_>) -> Result<(), i32>> Queue for Immediate<F> {
         0
     }
 
-    fn counters(&self) -> QueueCounters {
-        QueueCounters { system_calls: self.system_calls }
+    fn system_calls(&self) -> u64 {
+        self.system_calls
     }
 }

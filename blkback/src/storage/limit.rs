@@ -1,9 +1,7 @@
 //! A disk that takes only so much a second.
 
 use super::delay::{earliest, sooner};
-use super::{
-    Completion, Geometry, IoVecs, Op, OpKind, Queue, QueueCounters, QueueSetup, Storage, Woken,
-};
+use super::{Completion, Geometry, IoVecs, Op, OpKind, Queue, QueueSetup, Storage, Woken};
 use std::collections::VecDeque;
 use std::io;
 use std::num::NonZeroU64;
@@ -167,7 +165,7 @@ impl Queue for LimitedQueue {
         self.held.len() + self.inner.in_flight()
     }
 
-    fn counters(&self) -> QueueCounters {
-        self.inner.counters()
+    fn system_calls(&self) -> u64 {
+        self.inner.system_calls()
     }
 }

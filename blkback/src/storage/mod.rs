@@ -90,8 +90,8 @@ pub struct QueueSetup {
     /// Memory that buffers often lie in: its first so many bytes, to be registered with the kernel where
     /// that helps.
     pub region: Option<(Arc<LocalRegion>, usize)>,
-    /// Descriptors that end [`Queue::wait`] when they become readable.
-    pub wake: Vec<OwnedFd>,
+    /// What ends [`Queue::wait`] when it becomes readable.
+    pub bell: Option<OwnedFd>,
     /// An event channel that ends it as well.
     pub events: Option<EventFile>,
 }
@@ -170,19 +170,12 @@ pub struct Completion {
 pub enum Woken {
     /// An event came and was taken. The next [`Queue::wait`] unmasks the channel.
     Event,
-    /// A wake descriptor or the event channel is readable, whatever else.
+    /// The bell or the event channel is readable, whatever else.
     Descriptor,
     /// An operation has completed, or a signal came.
     Device,
     /// The time is up.
     Time,
-}
-
-/// What a queue did so far, for statistics.
-#[derive(Clone, Copy, Default, Debug)]
-pub struct QueueCounters {
-    /// System calls made, waits included.
-    pub system_calls: u64,
 }
 
 /// A ring's way to the disk, used by one thread.
@@ -203,7 +196,7 @@ pub trait Queue {
     /// When the queue is broken as a whole; no more can be done on it than to drop it.
     fn poll(&mut self, done: &mut Vec<Completion>) -> io::Result<()>;
 
-    /// Sleeps until an operation has completed, a wake descriptor is readable or the time is up. Also sends what was held back.
+    /// Sleeps until an operation has completed, the bell is readable or the time is up. Also sends what was held back.
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Woken>;
 
     /// From now on its thread sleeps for other queues too, and elsewhere, or does not any more. While it
@@ -228,6 +221,6 @@ pub trait Queue {
     /// Operations submitted and not completed yet.
     fn in_flight(&self) -> usize;
 
-    /// Counters since the queue was opened.
-    fn counters(&self) -> QueueCounters;
+    /// System calls made since the queue was opened, waits included.
+    fn system_calls(&self) -> u64;
 }

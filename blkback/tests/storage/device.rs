@@ -136,6 +136,15 @@ fn a_sparse_file_on_sectors_of_4096_bytes() {
     assert_eq!(check(), [(512, 1), (4096, 4096)]);
 }
 
+#[test]
+fn a_device_is_shared_by_those_who_say_so() {
+    let Some(device) = Loop::new(1 << 20, "512") else { return };
+    let options = Options { shared: true, ..Options::default() };
+    let mut rigs = [0, 1].map(|_| Rig::new(&device.target(), options));
+    rigs[0].write(0, &[7; SECTOR]).expect("write");
+    assert_eq!(rigs[1].read(0, SECTOR).expect("read"), [7; SECTOR]);
+}
+
 /// The kernel says once to an open file that it could not write back, and that may still be on its way to the
 /// queue which asked first.
 #[test]
@@ -156,6 +165,9 @@ fn every_queue_hears_of_data_that_was_lost() {
     std::thread::sleep(Duration::from_millis(500));
     assert!(second.run(OpKind::Flush, 0, Vec::new()).is_err(), "flushed what is lost");
     assert!(first.finish().iter().all(|flush| flush.result.is_err()));
+    // Linux's frontend does not tell its guest of the flush.
+    assert!(second.write(0, &[1; SECTOR]).is_err(), "wrote to a disk that has lost data");
+    second.read(0, SECTOR).expect("what is left can be read");
 }
 
 #[test]

@@ -34,18 +34,18 @@ impl Rig {
     }
 
     pub(crate) fn on(storage: Arc<dyn Storage>, register: bool) -> Self {
-        Self::woken_by(storage, register, Vec::new(), None)
+        Self::woken_by(storage, register, None, None)
     }
 
     pub(crate) fn woken_by(
         storage: Arc<dyn Storage>,
         register: bool,
-        wake: Vec<OwnedFd>,
+        bell: Option<OwnedFd>,
         events: Option<EventFile>,
     ) -> Self {
         let region = Arc::new(LocalRegion::new(DEPTH * AREA / 4096).expect("reserve"));
         let registered = register.then(|| (region.clone(), region.len()));
-        let setup = QueueSetup { depth: DEPTH, region: registered, wake, events };
+        let setup = QueueSetup { depth: DEPTH, region: registered, bell, events };
         let queue = storage.open_queue(setup).expect("open a queue");
         Self { queue, storage, region, done: Vec::new() }
     }

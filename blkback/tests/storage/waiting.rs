@@ -13,7 +13,7 @@ const SOON: Option<Duration> = Some(Duration::from_millis(20));
 
 fn rig(file: &TestFile, events: EventFile) -> Rig {
     let storage = open(&file.target(), Options::default()).expect("open");
-    Rig::woken_by(storage, true, Vec::new(), Some(events))
+    Rig::woken_by(storage, true, None, Some(events))
 }
 
 fn wait(rig: &mut Rig, timeout: Option<Duration>) -> Woken {

@@ -24,7 +24,7 @@ pub(super) struct Events {
     place: Fixed,
     /// Where an event is read to, and unmasked from. Kept until nothing is under way.
     memory: LocalRegion,
-    /// Events are read here, rather than by whoever is woken: as long as the kernel can.
+    /// Events are read here, rather than by whoever is woken: as long as that goes well.
     reads: bool,
     state: State,
 }
@@ -45,12 +45,11 @@ enum State {
 }
 
 impl Events {
-    /// For a channel that is at `place` among the registered files, on a kernel that can keep quiet
-    /// about what succeeds (`silent`, Linux 5.17) or not.
-    pub(super) fn new(file: EventFile, place: u32, silent: bool) -> io::Result<Self> {
+    /// For a channel that is at `place` among the registered files.
+    pub(super) fn new(file: EventFile, place: u32) -> io::Result<Self> {
         let memory = LocalRegion::new(1).map_err(io::Error::other)?;
         let state = State::Idle { masked: false };
-        Ok(Self { file, place: Fixed(place), memory, reads: silent, state })
+        Ok(Self { file, place: Fixed(place), memory, reads: true, state })
     }
 
     /// Lets the kernel wait for the next event, unless it does.

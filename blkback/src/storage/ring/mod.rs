@@ -4,12 +4,12 @@ mod events;
 mod slot;
 
 use super::file::Backing;
-use super::{Completion, Op, OpKind, Queue, QueueCounters, QueueSetup, Woken};
+use super::{Completion, Op, OpKind, Queue, QueueSetup, Woken};
 use events::{EVENT, Events};
 use io_uring::register::Restriction;
 use io_uring::squeue::Flags;
 use io_uring::types::{Fixed, SubmitArgs, Timespec};
-use io_uring::{Builder, IoUring, SubmissionQueue, cqueue, opcode, squeue};
+use io_uring::{IoUring, SubmissionQueue, cqueue, opcode, squeue};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use ring_proto::SharedMemory;
 use slot::{Slot, Step};
@@ -25,8 +25,8 @@ const DISK: Fixed = Fixed(0);
 /// The file by which it was opened, and others are kept away: until the kernel has taken the ring apart. It may
 /// be the same. A device discards by no other.
 const CLAIM: Fixed = Fixed(1);
-/// The first wake descriptor. The event channel comes after the last.
-const FIRST_WAKE: u32 = 2;
+/// What else ends a wait. The event channel comes behind.
+const BELL: Fixed = Fixed(2);
 
 /// The region among the registered buffers: there is no other.
 const REGION: u16 = 0;
@@ -50,8 +50,8 @@ const ALLOWED: [u8; 10] = [
 /// IORING_UNREGISTER_EVENTFD of linux/io_uring.h.
 const ALLOWED_REGISTER: [u8; 4] = [1, 3, 4, 5];
 
-/// User data of the poll of wake descriptor `n` is this plus `n`; that of an operation is its tag.
-const WAKE: u64 = 1 << 32;
+/// User data of the poll of the bell; that of an operation is its tag.
+const RUNG: u64 = 1 << 32;
 
 /// User data of entries that end a poll.
 const CANCEL: u64 = 3 << 32;
@@ -62,10 +62,10 @@ pub(super) struct RingQueue {
     flight: Flight,
     /// Completed while it waited, to be handed out by the next poll.
     ready: Vec<Completion>,
-    /// Whether each wake descriptor is polled. A poll fires once and is begun again by the next wait:
+    /// Whether the bell is polled, if there is one. A poll fires once and is begun again by the next wait:
     /// that finds a descriptor which is still readable, where a multishot poll would not report it a
     /// second time.
-    wake: Vec<bool>,
+    bell: Option<bool>,
     events: Option<Events>,
     /// Polls that are being ended.
     cancels: usize,
@@ -93,20 +93,19 @@ struct Flight {
 
 impl RingQueue {
     pub(super) fn new(backing: Arc<Backing>, setup: QueueSetup) -> io::Result<Self> {
-        // Every tag and every descriptor has one entry at the most, and the event channel a chain: the
+        // Every tag and the bell have one entry at the most, and the event channel a chain: the
         // ring is never full; the completion ring is twice as long, and cannot overflow.
-        let entries = setup.depth + setup.wake.len() + events::ENTRIES;
+        let entries = setup.depth + 1 + events::ENTRIES;
         let ring = build(u32::try_from(entries).map_err(io::Error::other)?)?;
         let submitter = ring.submitter();
         let own = backing.reopen();
         let claim = backing.file.as_raw_fd();
         let mut files = vec![own.as_ref().map_or(claim, AsRawFd::as_raw_fd), claim];
-        files.extend(setup.wake.iter().map(AsRawFd::as_raw_fd));
+        files.extend(setup.bell.iter().map(AsRawFd::as_raw_fd));
         let place = files.len() as u32;
         files.extend(setup.events.iter().map(|file| file.descriptor.as_raw_fd()));
         submitter.register_files(&files)?;
-        let silent = ring.params().is_feature_skip_cqe_on_success();
-        let events = setup.events.map(|file| Events::new(file, place, silent)).transpose()?;
+        let events = setup.events.map(|file| Events::new(file, place)).transpose()?;
         let region = setup.region.filter(|(region, bytes)| register_region(&ring, region, *bytes));
         let mut restrictions: Vec<_> = ALLOWED.map(Restriction::sqe_op).into();
         restrictions.extend(ALLOWED_REGISTER.map(Restriction::register_op));
@@ -126,7 +125,7 @@ impl RingQueue {
             ring,
             flight: Flight { backing, read_only, slots, busy: 0, registered, closing: false },
             ready: Vec::with_capacity(setup.depth),
-            wake: vec![false; setup.wake.len()],
+            bell: setup.bell.map(|_| false),
             events,
             cancels: 0,
             signals: None,
@@ -140,8 +139,8 @@ impl RingQueue {
         let (_, mut submission, completion) = self.ring.split();
         for entry in completion {
             match entry.user_data() {
-                ..WAKE => self.flight.complete(&entry, &mut submission, done),
-                wake @ WAKE..EVENT => self.wake[(wake - WAKE) as usize] = false,
+                ..RUNG => self.flight.complete(&entry, &mut submission, done),
+                RUNG..EVENT => self.bell = Some(false),
                 EVENT..CANCEL => {
                     if let Some(events) = &mut self.events {
                         events.complete(entry.result());
@@ -161,15 +160,14 @@ impl RingQueue {
         any
     }
 
-    /// Takes back what is under way at the event channel. If the queue closes, at the wake descriptors, too,
-    /// and waits for all operations.
+    /// Takes back what is under way at the event channel. If the queue closes, at the bell, too, and waits
+    /// for all operations.
     fn withdraw(&mut self, closes: bool) -> io::Result<()> {
         loop {
             self.settle();
             let event = self.events.as_ref().is_some_and(Events::armed).then_some(EVENT);
-            let armed = |(user_data, armed): (u64, &bool)| armed.then_some(user_data);
-            let wakes = (WAKE..).zip(&self.wake).filter(|_| closes).filter_map(armed);
-            let mut polls = wakes.chain(event).peekable();
+            let bell = (closes && self.bell == Some(true)).then_some(RUNG);
+            let mut polls = bell.into_iter().chain(event).peekable();
             let done = polls.peek().is_none();
             if done && self.cancels == 0 && !(closes && self.flight.busy > 0) {
                 return Ok(());
@@ -240,11 +238,11 @@ impl Queue for RingQueue {
         // What is known already, of operations and of descriptors.
         self.settle();
         let mut submission = self.ring.submission();
-        for ((armed, place), user_data) in self.wake.iter_mut().zip(FIRST_WAKE..).zip(WAKE..) {
-            if !*armed {
-                let poll = opcode::PollAdd::new(Fixed(place), libc::POLLIN as u32).build();
-                *armed = push(&mut submission, &poll.user_data(user_data));
-            }
+        if let Some(armed) = &mut self.bell
+            && !*armed
+        {
+            let poll = opcode::PollAdd::new(BELL, libc::POLLIN as u32).build();
+            *armed = push(&mut submission, &poll.user_data(RUNG));
         }
         let mut pending = !self.ready.is_empty();
         if let Some(events) = &mut self.events {
@@ -257,7 +255,7 @@ impl Queue for RingQueue {
         let time_is_up = !self.settle() && waited && !pending;
         Ok(match self.events.as_mut().and_then(Events::woken) {
             Some(woken) => woken,
-            None if self.wake.contains(&false) => Woken::Descriptor,
+            None if self.bell == Some(false) => Woken::Descriptor,
             None if time_is_up => Woken::Time,
             None => Woken::Device,
         })
@@ -294,8 +292,8 @@ impl Queue for RingQueue {
         self.flight.busy + self.ready.len()
     }
 
-    fn counters(&self) -> QueueCounters {
-        QueueCounters { system_calls: self.system_calls }
+    fn system_calls(&self) -> u64 {
+        self.system_calls
     }
 }
 
@@ -331,8 +329,12 @@ impl Flight {
             OpKind::Flush => self.read_only,
             OpKind::Discard { bytes, .. } => bytes == 0,
         };
-        let secure = matches!(op.kind, OpKind::Discard { secure: true, .. });
-        let checked = checked.and(if secure { Err(libc::EOPNOTSUPP) } else { Ok(()) });
+        let refused = match op.kind {
+            OpKind::Discard { secure: true, .. } => Err(libc::EOPNOTSUPP),
+            OpKind::Write { .. } if self.backing.is_lost() => Err(libc::EIO),
+            _ => Ok(()),
+        };
+        let checked = checked.and(refused);
         if checked.is_err() || idle {
             done.push(Completion { tag, result: checked });
             return;
@@ -382,7 +384,7 @@ impl Flight {
         // What was cancelled because the queue closes says nothing of the disk.
         let cancelled = self.closing && result == Err(libc::ECANCELED);
         let durable = matches!(kind, OpKind::Flush | OpKind::Write { fua: true }) && !cancelled;
-        let result = if durable { self.backing.synced(result) } else { result };
+        let result = if durable { self.backing.synced(kind, result) } else { result };
         done.push(Completion { tag, result });
     }
 }
@@ -396,29 +398,15 @@ fn push(submission: &mut SubmissionQueue<'_>, entry: &squeue::Entry) -> bool {
     unsafe { submission.push(entry) }.is_ok()
 }
 
-/// Makes a ring, disabled, with the best flags that the kernel takes.
+/// Makes a ring, disabled: completions are worked on when we ask, not whenever they arrive.
 fn build(entries: u32) -> io::Result<IoUring> {
-    let single: fn(&mut Builder) = |builder| {
-        // Linux 6.1: completions are worked on when we ask, not whenever they arrive.
-        builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
-        builder.setup_submit_all();
-    };
-    let cooperative: fn(&mut Builder) = |builder| {
-        // Linux 5.19.
-        builder.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all();
-    };
-    let plain: fn(&mut Builder) = |_| {};
-    let mut outcome = Err(io::ErrorKind::InvalidInput.into());
-    for flags in [single, cooperative, plain] {
-        let mut builder = IoUring::builder();
-        flags(builder.setup_r_disabled());
-        outcome = builder.build(entries);
-        match &outcome {
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
-            _ => break,
-        }
-    }
-    outcome
+    let mut builder = IoUring::builder();
+    builder.setup_r_disabled().setup_submit_all();
+    builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
+    builder.build(entries).map_err(|error| match error.raw_os_error() {
+        Some(libc::EINVAL) => io::Error::other("io_uring is too old: use Linux 6.1 or later"),
+        _ => error,
+    })
 }
 
 /// Registers the first `bytes` of the memory that buffers often lie in, which saves the kernel from
