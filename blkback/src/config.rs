@@ -1,7 +1,8 @@
 //! The configuration file, and the flags that go before it.
 
 use crate::metrics::Address;
-use crate::tuning::{DataPath, DirectIo, PinGrants, Tuning, WaitMode};
+use crate::storage::Direct;
+use crate::tuning::{DataPath, PinGrants, Tuning, WaitMode};
 use anyhow::Context;
 use clap::Args;
 use serde::Deserialize;
@@ -95,7 +96,7 @@ pub struct Flags {
     pin_grants: Option<PinGrants>,
     /// Use of O_DIRECT: by auto on devices, and on files where 512-byte sectors work [default: auto]
     #[arg(long)]
-    direct: Option<DirectIo>,
+    direct: Option<Direct>,
     /// Threads that serve rings, at the most; 0 for one a CPU. With more rings they share [default: 0]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,

@@ -1,6 +1,7 @@
 //! Counters of a ring, written by its thread alone and read by anyone.
 
 use ring_proto::Reason;
+use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// A number with one writer: adding is a load and a store, not a locked instruction.
@@ -59,61 +60,76 @@ impl Histogram {
     }
 }
 
-/// What one ring has done. The first seven are named as Linux's backend names them in sysfs.
-#[derive(Debug, Default)]
-#[repr(align(128))]
-pub struct RingStats {
-    /// Requests that had to wait because no buffer was free.
-    pub oo_req: Counter,
-    /// Reads.
-    pub rd_req: Counter,
-    /// Writes, barriers with data and flushes with data included.
-    pub wr_req: Counter,
-    /// Flushes and barriers.
-    pub f_req: Counter,
-    /// Discards.
-    pub ds_req: Counter,
-    /// 512-byte sectors read.
-    pub rd_sect: Counter,
-    /// 512-byte sectors written.
-    pub wr_sect: Counter,
-    /// Requests among the above that were indirect.
-    pub indirect_req: Counter,
-    /// Requests answered with an error because the device failed.
-    pub device_errors: Counter,
-    /// Requests answered with an error because a grant was refused.
-    pub grant_errors: Counter,
-    /// Requests refused, by [`Reason::kind`].
-    pub refused: [Counter; Reason::KINDS],
-    /// Events received.
-    pub events: Counter,
-    /// Events received that brought no request.
-    pub spurious_events: Counter,
-    /// Events sent.
-    pub kicks: Counter,
-    /// Batches of responses for which the frontend wanted no event.
-    pub kicks_saved: Counter,
-    /// Times the thread went to sleep.
-    pub sleeps: Counter,
-    /// System calls for the disk, for sleeping and for events received. On top is one for each event sent.
-    pub system_calls: Counter,
-    /// Pages moved by grant copy.
-    pub grant_copies: Counter,
-    /// Pages mapped.
-    pub grant_maps: Counter,
-    /// Segments whose page was mapped already.
-    pub persistent_hits: Counter,
-    /// Persistent grants given up to make room, or unused for long.
-    pub persistent_evictions: Counter,
-    /// Persistent grants held now.
-    pub persistent_held: Counter,
-    /// Requests taken from the ring at a time.
-    pub batch: Histogram,
-    // Of one round in [`TIMED_ROUNDS`](crate::ring::TIMED_ROUNDS):
-    /// Nanoseconds from an event to when its requests were taken.
-    pub ring_wait: Histogram,
-    /// Nanoseconds from when a request was taken to when the device had done it.
-    pub device: Histogram,
-    /// Nanoseconds from when the device was done to when the frontend could see the response.
-    pub completion: Histogram,
+/// Defines [`RingStats`], and [`Counts`] over what only grows of it, so that a counter is named once for
+/// whoever counts, JSON, Prometheus and the table.
+macro_rules! counters {
+    ($($name:ident: $help:literal,)*) => {
+        /// What one ring has done. The first seven are named as Linux's backend names them in sysfs.
+        #[derive(Debug, Default)]
+        #[repr(align(128))]
+        pub struct RingStats {
+            $(#[doc = $help] pub $name: Counter,)*
+            /// Requests refused, by [`Reason::kind`].
+            pub refused: [Counter; Reason::KINDS],
+            /// Persistent grants held now.
+            pub persistent_held: Counter,
+            /// Requests taken from the ring at a time.
+            pub batch: Histogram,
+            // Of one round in [`TIMED_ROUNDS`](crate::ring::TIMED_ROUNDS):
+            /// Nanoseconds from an event to when its requests were taken.
+            pub ring_wait: Histogram,
+            /// Nanoseconds from when a request was taken to when the device had done it.
+            pub device: Histogram,
+            /// Nanoseconds from when the device was done to when the frontend could see the response.
+            pub completion: Histogram,
+        }
+
+        /// What only grows, named as in [`RingStats`].
+        #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(default)]
+        pub struct Counts {
+            $(#[doc = $help] pub $name: u64,)*
+        }
+
+        impl Counts {
+            /// Names and descriptions, in the order of [`Counts::values`].
+            pub(crate) const FIELDS: [(&str, &str); [$($help),*].len()] =
+                [$((stringify!($name), $help)),*];
+
+            pub(crate) fn values(&self) -> [u64; Self::FIELDS.len()] {
+                [$(self.$name),*]
+            }
+
+            pub(crate) fn read(stats: &RingStats) -> Self {
+                Self { $($name: stats.$name.get()),* }
+            }
+
+            pub(crate) fn with(&self, other: &Self, op: fn(u64, u64) -> u64) -> Self {
+                Self { $($name: op(self.$name, other.$name)),* }
+            }
+        }
+    };
+}
+
+counters! {
+    oo_req: "Requests that waited because no buffer was free.",
+    rd_req: "Reads.",
+    wr_req: "Writes, flushes and barriers with data included.",
+    f_req: "Flushes and barriers.",
+    ds_req: "Discards.",
+    rd_sect: "512-byte sectors read.",
+    wr_sect: "512-byte sectors written.",
+    indirect_req: "Reads and writes that were indirect.",
+    device_errors: "Requests that failed because the device did.",
+    grant_errors: "Requests that failed because a grant was refused.",
+    events: "Events received.",
+    spurious_events: "Events received that brought no request.",
+    kicks: "Events sent.",
+    kicks_saved: "Batches of responses for which the frontend wanted no event.",
+    sleeps: "Times the ring's thread went to sleep.",
+    system_calls: "System calls for the disk, for sleeping and for events received.",
+    grant_copies: "Pages moved by grant copy.",
+    grant_maps: "Pages mapped.",
+    persistent_hits: "Segments whose page was mapped already.",
+    persistent_evictions: "Persistent grants given up to make room, or unused for long.",
 }

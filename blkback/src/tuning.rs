@@ -36,7 +36,7 @@ pub struct Tuning {
     /// Whether a disk may work on the guest's pages themselves, and not on copies.
     pub pin_grants: PinGrants,
     /// Whether files are read past the page cache.
-    pub direct: DirectIo,
+    pub direct: Direct,
     /// Threads that serve rings, at the most; 0 for one a CPU. Rings share them where there are more.
     pub threads: usize,
     /// How ring threads wait.
@@ -58,7 +58,7 @@ impl Default for Tuning {
             split_rings: true,
             data: DataPath::Copy,
             pin_grants: PinGrants::Auto,
-            direct: DirectIo::Auto,
+            direct: Direct::Auto,
             threads: 0,
             wait: WaitMode::Adaptive,
             spin_us: DEFAULT_SPIN.as_micros() as u64,
@@ -86,18 +86,6 @@ pub enum PinGrants {
     /// Everywhere.
     On,
     /// Nowhere.
-    Off,
-}
-
-/// Use of O_DIRECT.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum DirectIo {
-    /// Where it works with 512-byte sectors.
-    Auto,
-    /// Or the disk is refused.
-    On,
-    /// Never.
     Off,
 }
 
@@ -169,14 +157,5 @@ impl Tuning {
     pub fn script_timeout(&self) -> Duration {
         // Beyond a day nobody sees the difference, and adding it to now cannot overflow.
         Duration::from_secs(self.script_timeout_s.min(24 * 60 * 60))
-    }
-
-    /// For opening storage.
-    pub fn direct(&self) -> Direct {
-        match self.direct {
-            DirectIo::Auto => Direct::Auto,
-            DirectIo::On => Direct::On,
-            DirectIo::Off => Direct::Off,
-        }
     }
 }

@@ -7,7 +7,7 @@ use crate::storage::Geometry;
 use std::collections::HashMap;
 use tracing::info;
 use xenstore_glue::client::{self, Client};
-use xenstore_glue::vbd::{Agreement, DeviceProperties, Discard, FrontendRequest, Refusal};
+use xenstore_glue::vbd::{Agreement, DeviceProperties, FrontendRequest, Refusal};
 
 /// Why a connect failed; the frontend is told.
 #[derive(Debug, thiserror::Error)]
@@ -168,11 +168,7 @@ impl Device {
             removable: self.description.removable,
             flush,
             barrier: flush,
-            discard: discard.map(|d| Discard {
-                granularity: d.granularity,
-                alignment: d.alignment,
-                secure: d.secure,
-            }),
+            discard,
         })
     }
 

@@ -64,7 +64,7 @@ impl Script {
 impl Device {
     /// Opens the disk, and says in xenstore what came of it unless a script is to say that.
     pub(super) async fn open_storage(&mut self) -> Result<(), Abandoned> {
-        let (description, direct) = (self.description.clone(), self.context.tuning.direct());
+        let (description, direct) = (self.description.clone(), self.context.tuning.direct);
         let mut open = tokio::task::spawn_blocking(move || description.open(direct));
         let opened = loop {
             // That may take long, or for ever: storage that hangs keeps no other disk from this one's place.

@@ -5,7 +5,7 @@ use crate::ring::{Exit, Inflight, RingControl, RingSetup, Strategy, Tenant, Thre
 use crate::stats::RingStats;
 use crate::storage::{Geometry, Storage};
 use crate::tuning::{DataPath, PinGrants, Tuning};
-use ring_proto::abi::SECTOR_SIZE;
+use ring_proto::abi::{PAGE_SIZE, SECTOR_SIZE};
 use ring_proto::{
     DomId, GrantRef, Limits, Port, RequestConsumer, RingLayout, RingPages, SetupError,
     SharedMemory, back,
@@ -18,9 +18,6 @@ use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 use tracing::warn;
 use xen_platform::{Access, EventChannel, Platform};
 use xenstore_glue::vbd::{Agreement, QueueKeys};
-
-/// Sectors of more than a page cannot be addressed by segments.
-const MAX_SECTOR_SIZE: u32 = 4096;
 
 /// How long a predecessor that was killed may hold its end of an event channel.
 const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(5);
@@ -91,7 +88,8 @@ impl Link {
     ) -> Result<&'a Self, LinkError> {
         let geometry = setup.geometry;
         let large = geometry.sector_size > SECTOR_SIZE as u32;
-        if geometry.sector_size > MAX_SECTOR_SIZE || large && !setup.agreement.large_sector_size {
+        // Segments do not address sectors of more than a page.
+        if geometry.sector_size > PAGE_SIZE as u32 || large && !setup.agreement.large_sector_size {
             return Err(LinkError::SectorSize(geometry.sector_size));
         }
         let strategy = strategy(setup);

@@ -1,6 +1,7 @@
 //! What Xen and its toolstack have to be like.
 
 use super::Finding;
+use ring_proto::abi::MAX_INDIRECT_SEGMENTS;
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::mpsc;
@@ -10,8 +11,8 @@ use xenstore_glue::client::Endpoint;
 
 /// How long xenstore may take to answer.
 const XENSTORE_TIMEOUT: Duration = Duration::from_secs(5);
-/// The most segments of a request that the daemon offers, which one map call must be able to take.
-const LARGEST_MAP: u64 = 256;
+/// What one map call must be able to take, in pages.
+const LARGEST_MAP: u64 = MAX_INDIRECT_SEGMENTS as u64;
 
 pub(super) fn findings() -> Vec<Finding> {
     let mut findings = vec![hypervisor()];

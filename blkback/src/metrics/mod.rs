@@ -21,7 +21,7 @@ pub use client::{FetchError, fetch};
 pub use distribution::Distribution;
 pub use process::{Clock, Process};
 pub use server::{ListenError, Server};
-pub use snapshot::{Counts, Derived, Device, Quantiles, Ring, Snapshot};
+pub use snapshot::{Derived, Device, Quantiles, Ring, Snapshot};
 
 /// Where the JSON document is.
 pub const STATS_PATH: &str = "/stats";

@@ -1,8 +1,9 @@
 //! A [`Snapshot`] in the Prometheus text exposition format 0.0.4.
 
 use super::distribution::Distribution;
-use super::snapshot::{Counts, Device, Ring, Snapshot};
+use super::snapshot::{Device, Ring, Snapshot};
 use crate::ring::TIMED_ROUNDS;
+use crate::stats::Counts;
 use std::fmt::{self, Display, Write};
 
 /// What the answer's `Content-Type` is.

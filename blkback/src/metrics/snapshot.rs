@@ -3,7 +3,7 @@
 use super::distribution::Distribution;
 use super::process::{Clock, Process};
 use crate::registry::{DeviceView, Registry};
-use crate::stats::RingStats;
+use crate::stats::{Counts, RingStats};
 use ring_proto::Reason;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -53,60 +53,6 @@ pub struct Device {
     pub rings: Vec<Ring>,
     /// All rings together.
     pub total: Ring,
-}
-
-/// Defines [`Counts`] over the [`RingStats`] fields of the same names, so that a counter is named
-/// once for JSON, Prometheus and the table.
-macro_rules! counts {
-    ($($name:ident: $help:literal,)*) => {
-        /// What only grows, named as in [`RingStats`].
-        #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-        #[serde(default)]
-        pub struct Counts {
-            $(#[doc = $help] pub $name: u64,)*
-        }
-
-        impl Counts {
-            /// Names and descriptions, in the order of [`Counts::values`].
-            pub(super) const FIELDS: [(&str, &str); [$($help),*].len()] =
-                [$((stringify!($name), $help)),*];
-
-            pub(super) fn values(&self) -> [u64; Self::FIELDS.len()] {
-                [$(self.$name),*]
-            }
-
-            fn read(stats: &RingStats) -> Self {
-                Self { $($name: stats.$name.get()),* }
-            }
-
-            fn with(&self, other: &Self, op: fn(u64, u64) -> u64) -> Self {
-                Self { $($name: op(self.$name, other.$name)),* }
-            }
-        }
-    };
-}
-
-counts! {
-    oo_req: "Requests that waited because no buffer was free.",
-    rd_req: "Reads.",
-    wr_req: "Writes, flushes and barriers with data included.",
-    f_req: "Flushes and barriers.",
-    ds_req: "Discards.",
-    rd_sect: "512-byte sectors read.",
-    wr_sect: "512-byte sectors written.",
-    indirect_req: "Reads and writes that were indirect.",
-    device_errors: "Requests that failed because the device did.",
-    grant_errors: "Requests that failed because a grant was refused.",
-    events: "Events received.",
-    spurious_events: "Events received that brought no request.",
-    kicks: "Events sent.",
-    kicks_saved: "Batches of responses for which the frontend wanted no event.",
-    sleeps: "Times the ring's thread went to sleep.",
-    system_calls: "System calls for the disk, for sleeping and for events received.",
-    grant_copies: "Pages moved by grant copy.",
-    grant_maps: "Pages mapped.",
-    persistent_hits: "Segments whose page was mapped already.",
-    persistent_evictions: "Persistent grants given up.",
 }
 
 /// A ring, or several together.

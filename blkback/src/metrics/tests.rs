@@ -3,7 +3,7 @@
 use super::server::MAX_CONNECTIONS;
 use super::*;
 use crate::registry::{DeviceView, Registry};
-use crate::stats::{Histogram, RingStats};
+use crate::stats::{Counts, Histogram, RingStats};
 use ring_proto::Reason;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::PermissionsExt;

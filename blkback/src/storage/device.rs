@@ -1,6 +1,6 @@
 //! What a block device tells of itself.
 
-use super::DiscardLimits;
+use super::Discard;
 use ring_proto::abi::{PAGE_SIZE, SECTOR_SIZE};
 use std::fs::File;
 use std::io;
@@ -21,7 +21,7 @@ mod ioctl {
 pub(super) struct Device {
     pub(super) sector_size: u32,
     pub(super) physical_sector_size: u32,
-    pub(super) discard: Option<DiscardLimits>,
+    pub(super) discard: Option<Discard>,
     pub(super) at_once: AtOnce,
 }
 
@@ -105,7 +105,7 @@ impl Sysfs {
     }
 
     /// Both limits must be there: space is given back by fallocate(2), which promises zeroes.
-    fn discard(&self) -> Option<DiscardLimits> {
+    fn discard(&self) -> Option<Discard> {
         let able = |name| self.queue::<u64>(name).is_some_and(|most| most > 0);
         if !able("discard_max_bytes") {
             return None;
@@ -115,7 +115,7 @@ impl Sysfs {
             return None;
         }
         let alignment = std::fs::read_to_string(self.device.join("discard_alignment")).ok();
-        Some(DiscardLimits {
+        Some(Discard {
             granularity: self.queue("discard_granularity")?,
             alignment: alignment.and_then(|text| text.trim().parse().ok()).unwrap_or(0),
             secure: false,

@@ -1,10 +1,8 @@
 //! Raw files and block devices.
 
 use super::device::{self, AtOnce, Device};
-use super::ring::RingQueue;
-use super::{
-    Direct, DiscardLimits, Geometry, OpKind, OpenError, Options, Queue, QueueSetup, Storage,
-};
+use super::uring::UringQueue;
+use super::{Direct, Discard, Geometry, OpKind, OpenError, Options, Queue, QueueSetup, Storage};
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 use nix::unistd::{Whence, lseek};
 use ring_proto::abi::{PAGE_SIZE, SECTOR_SIZE};
@@ -120,7 +118,7 @@ impl Storage for FileDisk {
     }
 
     fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn Queue>> {
-        Ok(Box::new(RingQueue::new(self.0.clone(), setup)?))
+        Ok(Box::new(UringQueue::new(self.0.clone(), setup)?))
     }
 }
 
@@ -269,11 +267,11 @@ fn direct_unit(file: &File) -> io::Result<u32> {
 }
 
 /// Whether holes can be punched into the file, and how large.
-fn file_discard(file: &File, bytes: u64, block: u64) -> Option<DiscardLimits> {
+fn file_discard(file: &File, bytes: u64, block: u64) -> Option<Discard> {
     // Behind the end there is nothing to lose.
     let offset = i64::try_from(bytes).ok()?;
     match fallocate(file, punch_hole(), offset, SECTOR_SIZE as i64) {
-        Ok(()) => Some(DiscardLimits {
+        Ok(()) => Some(Discard {
             granularity: u32::try_from(block).unwrap_or(PAGE_SIZE as u32),
             alignment: 0,
             secure: false,

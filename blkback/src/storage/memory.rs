@@ -1,7 +1,7 @@
 //! A disk in memory, that is gone with the process.
 
 use super::immediate::Immediate;
-use super::{DiscardLimits, Geometry, Op, OpKind, Queue, QueueSetup, Storage};
+use super::{Discard, Geometry, Op, OpKind, Queue, QueueSetup, Storage};
 use ring_proto::abi::{PAGE_SIZE, SECTOR_SIZE};
 use std::io;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ impl Memory {
         let pages = sectors.div_ceil((PAGE_SIZE / SECTOR_SIZE) as u64);
         let pages = usize::try_from(pages).map_err(io::Error::other)?;
         let region = LocalRegion::new(pages).map_err(io::Error::other)?;
-        let limits = DiscardLimits { granularity: PAGE_SIZE as u32, alignment: 0, secure: true };
+        let limits = Discard { granularity: PAGE_SIZE as u32, alignment: 0, secure: true };
         let geometry = Geometry {
             sectors,
             sector_size: SECTOR_SIZE as u32,

@@ -16,10 +16,11 @@ mod limit;
 mod memory;
 mod null;
 mod open;
-mod ring;
+mod uring;
 
 pub use buffer::{IoVec, IoVecs};
 pub use open::{Direct, OpenError, Options, open};
+pub use xenstore_glue::vbd::Discard;
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -39,7 +40,7 @@ pub struct Geometry {
     /// Nothing may be written or discarded.
     pub read_only: bool,
     /// What [`OpKind::Discard`] does, if anything.
-    pub discard: Option<DiscardLimits>,
+    pub discard: Option<Discard>,
     /// Whether [`OpKind::Flush`] has anything to do.
     pub flush: bool,
     /// Whether reads fill their buffers and writes look at theirs. Where they do not (`null`), data is not moved at all.
@@ -55,17 +56,6 @@ impl Geometry {
     pub const fn pins_buffers(&self) -> bool {
         self.buffer_alignment > 1
     }
-}
-
-/// How space can be given back.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct DiscardLimits {
-    /// Bytes that are freed at the least.
-    pub granularity: u32,
-    /// Offset in bytes of the first granule.
-    pub alignment: u32,
-    /// Whether a secure discard is possible.
-    pub secure: bool,
 }
 
 /// A disk. Opened by [`open`].

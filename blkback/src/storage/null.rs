@@ -1,7 +1,7 @@
 //! A disk that does nothing: what is left is the cost of the ring.
 
 use super::immediate::Immediate;
-use super::{DiscardLimits, Geometry, Queue, QueueSetup, Storage};
+use super::{Discard, Geometry, Queue, QueueSetup, Storage};
 use ring_proto::abi::SECTOR_SIZE;
 use std::io;
 
@@ -13,7 +13,7 @@ pub(super) struct Null {
 impl Null {
     pub(super) fn new(sectors: u64, read_only: bool, discard: bool) -> Self {
         let sector = SECTOR_SIZE as u32;
-        let limits = DiscardLimits { granularity: sector, alignment: 0, secure: true };
+        let limits = Discard { granularity: sector, alignment: 0, secure: true };
         Self {
             geometry: Geometry {
                 sectors,

@@ -8,6 +8,7 @@ use super::limit::{Limited, Unit};
 use super::memory::Memory;
 use super::null::Null;
 use ring_proto::abi::SECTOR_SIZE;
+use serde::Deserialize;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -33,12 +34,12 @@ impl Default for Options {
 }
 
 /// Use of O_DIRECT.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum Direct {
-    /// Where it works with 512-byte sectors (or the device's own); the log says where it does not.
-    #[default]
+    /// Where it works with 512-byte sectors, or the device's own; the log says where it does not.
     Auto,
-    /// Or not at all. A file then takes the sector size that O_DIRECT needs there.
+    /// Or the disk is refused; a file takes the sector size that O_DIRECT needs there.
     On,
     /// Never.
     Off,

@@ -57,9 +57,9 @@ const RUNG: u64 = 1 << 32;
 const CANCEL: u64 = 3 << 32;
 
 /// One thread's ring on a file or block device.
-pub(super) struct RingQueue {
+pub(super) struct UringQueue {
     ring: IoUring,
-    flight: Flight,
+    operations: Operations,
     /// Completed while it waited, to be handed out by the next poll.
     ready: Vec<Completion>,
     /// Whether the bell is polled, if there is one. A poll fires once and is begun again by the next wait:
@@ -78,7 +78,7 @@ pub(super) struct RingQueue {
 }
 
 /// Operations on their way.
-struct Flight {
+struct Operations {
     backing: Arc<Backing>,
     read_only: bool,
     /// By tag.
@@ -91,7 +91,7 @@ struct Flight {
     closing: bool,
 }
 
-impl RingQueue {
+impl UringQueue {
     pub(super) fn new(backing: Arc<Backing>, setup: QueueSetup) -> io::Result<Self> {
         // Every tag and the bell have one entry at the most, and the event channel a chain: the
         // ring is never full; the completion ring is twice as long, and cannot overflow.
@@ -123,7 +123,14 @@ impl RingQueue {
         let slots = std::iter::repeat_with(Slot::default).take(setup.depth).collect();
         Ok(Self {
             ring,
-            flight: Flight { backing, read_only, slots, busy: 0, registered, closing: false },
+            operations: Operations {
+                backing,
+                read_only,
+                slots,
+                busy: 0,
+                registered,
+                closing: false,
+            },
             ready: Vec::with_capacity(setup.depth),
             bell: setup.bell.map(|_| false),
             events,
@@ -139,7 +146,7 @@ impl RingQueue {
         let (_, mut submission, completion) = self.ring.split();
         for entry in completion {
             match entry.user_data() {
-                ..RUNG => self.flight.complete(&entry, &mut submission, done),
+                ..RUNG => self.operations.complete(&entry, &mut submission, done),
                 RUNG..EVENT => self.bell = Some(false),
                 EVENT..CANCEL => {
                     if let Some(events) = &mut self.events {
@@ -169,7 +176,7 @@ impl RingQueue {
             let bell = (closes && self.bell == Some(true)).then_some(RUNG);
             let mut polls = bell.into_iter().chain(event).peekable();
             let done = polls.peek().is_none();
-            if done && self.cancels == 0 && !(closes && self.flight.busy > 0) {
+            if done && self.cancels == 0 && !(closes && self.operations.busy > 0) {
                 return Ok(());
             }
             if self.cancels == 0 {
@@ -211,9 +218,9 @@ impl RingQueue {
     }
 }
 
-impl Queue for RingQueue {
+impl Queue for UringQueue {
     fn submit(&mut self, op: Op<'_>, done: &mut Vec<Completion>) {
-        self.flight.begin(&op, &mut self.ring.submission(), done);
+        self.operations.begin(&op, &mut self.ring.submission(), done);
     }
 
     fn reap(&mut self, done: &mut Vec<Completion>) {
@@ -285,11 +292,11 @@ impl Queue for RingQueue {
 
     fn is_left_to_threads(&self) -> bool {
         // What the page cache does not do at once, io_uring has a worker do.
-        self.flight.busy > 0 && self.flight.backing.cached
+        self.operations.busy > 0 && self.operations.backing.cached
     }
 
     fn in_flight(&self) -> usize {
-        self.flight.busy + self.ready.len()
+        self.operations.busy + self.ready.len()
     }
 
     fn system_calls(&self) -> u64 {
@@ -297,13 +304,13 @@ impl Queue for RingQueue {
     }
 }
 
-impl Drop for RingQueue {
+impl Drop for UringQueue {
     fn drop(&mut self) {
         // The kernel may still be writing into buffers whose owners trust that they are free once
         // this returns.
-        self.flight.closing = true;
+        self.operations.closing = true;
         if let Err(e) = self.withdraw(true) {
-            tracing::error!("cannot wait for {} operations: {e}", self.flight.busy);
+            tracing::error!("cannot wait for {} operations: {e}", self.operations.busy);
             std::process::abort();
         }
         // The kernel takes a ring apart some time after it was closed. A device must be free for
@@ -315,7 +322,7 @@ impl Drop for RingQueue {
     }
 }
 
-impl Flight {
+impl Operations {
     fn begin(
         &mut self,
         op: &Op<'_>,
@@ -341,7 +348,7 @@ impl Flight {
         }
         let slot = &mut self.slots[usize::from(tag)];
         if slot.kind.is_some() {
-            // Must not happen; the memory of the operation in flight must not go for it.
+            // Must not happen; the memory of the one in flight must not go for it.
             done.push(Completion { tag, result: Err(libc::EBUSY) });
             return;
         }
