@@ -5,7 +5,7 @@
 //! together, and answers, a few to a push, with an event where the frontend asked for one.
 
 use super::clock::{Clock, Nanos};
-use super::data::{Data, Held, Unreachable};
+use super::data::{Data, Unreachable};
 use super::inflight::Inflight;
 use super::setup::{Exit, Orders, RingSetup};
 use super::sleep::Sleep;
@@ -47,10 +47,8 @@ struct Entry {
     /// When it was taken, where that is timed.
     taken: Option<Nanos>,
     status: Status,
-    /// The memory of its data...
+    /// The memory of its data.
     buffers: IoVecs,
-    /// ...and what keeps that.
-    held: Held,
 }
 
 impl Entry {
@@ -64,7 +62,6 @@ impl Entry {
             taken: None,
             status: Status::Error,
             buffers: IoVecs::new(),
-            held: Held::default(),
         }
     }
 }
@@ -121,15 +118,7 @@ impl Worker {
         alive: Arc<dyn Send + Sync>,
     ) -> Result<Self, Exit> {
         let slots = setup.requests.slots() as usize;
-        let mut data = Data::new(
-            setup.platform,
-            setup.peer,
-            setup.strategy,
-            slots,
-            setup.requests.layout().max_direct_segments(),
-            usize::from(setup.limits.max_indirect_segments),
-            setup.stats.clone(),
-        )?;
+        let data = Data::new(&setup)?;
         let queue = setup.storage.open_queue(QueueSetup {
             depth: slots,
             region: data.region(),
@@ -202,7 +191,7 @@ impl Worker {
     pub(super) fn close(self) -> Vec<Arc<dyn MappedGrants>> {
         // The queue waits for its operations, which use the memory.
         drop(self.queue);
-        self.data.into_mappings(self.table.into_iter().map(|entry| entry.held))
+        self.data.into_mappings()
     }
 
     /// Whether it has stopped, and nothing is in flight any more. What is still on the ring is left for
@@ -369,7 +358,7 @@ impl Worker {
         let entry = &mut self.table[usize::from(tag)];
         (entry.op, entry.flush_first) = op_of(transfer);
         self.data
-            .prepare(tag, write, segments, &mut entry.held, &mut entry.buffers)
+            .prepare(tag, write, segments, &mut entry.buffers)
             .map_err(|e| unreachable_status(&self.stats, e))?;
         let sectors = segments.iter().map(|s| u64::from(s.sectors())).sum();
         if write {
@@ -385,18 +374,12 @@ impl Worker {
         Ok(())
     }
 
-    /// Moves what data is to be copied.
-    fn copy(&mut self) {
-        let table = &mut self.table;
-        self.data.copy(|tag| table[usize::from(tag)].held.refused = true);
-    }
-
     /// Sends what was prepared to the device.
     fn start(&mut self) {
-        self.copy();
+        self.data.copy();
         let mut ready = std::mem::take(&mut self.ready);
         for tag in ready.drain(..) {
-            if self.table[usize::from(tag)].held.refused {
+            if self.data.refused(tag) {
                 self.stats.grant_errors.add(1);
                 self.end(tag, Status::Error);
             } else {
@@ -429,7 +412,7 @@ impl Worker {
         }
         let mut ended = std::mem::take(&mut self.ended);
         let device_done = std::mem::take(&mut self.is_timed).then(|| self.clock.now());
-        self.copy();
+        self.data.copy();
         let mapped = self.data.mapped();
         let (mut count, mut timed) = (0, 0);
         for &tag in &ended {
@@ -439,15 +422,14 @@ impl Worker {
                 break;
             }
             count += 1;
-            let entry = &mut self.table[usize::from(tag)];
-            let Entry { id, operation, taken, mut status, .. } = *entry;
-            if status == Status::Okay && entry.held.refused {
+            let Entry { id, operation, taken, mut status, .. } = self.table[usize::from(tag)];
+            if status == Status::Okay && self.data.refused(tag) {
                 self.stats.grant_errors.add(1);
                 status = Status::Error;
             }
             // Unmap, then answer: a frontend that finds a grant in use when the response is there
             // disables the device.
-            self.data.release(&mut entry.held);
+            self.data.release(tag);
             self.in_flight -= 1;
             if let (Some(taken), Some(done)) = (taken, device_done) {
                 self.stats.device.record(done.get().saturating_sub(taken.get()), 1);
@@ -487,7 +469,7 @@ impl Worker {
                 }
                 Ok(()) => {
                     if entry.op == OpKind::Read {
-                        moved += self.data.filled(tag, &entry.held) / SECTOR_SIZE as u64;
+                        moved += self.data.filled(tag) / SECTOR_SIZE as u64;
                     }
                     self.end(tag, Status::Okay);
                 }

@@ -1,0 +1,122 @@
+//! Pages that are mapped for one request alone.
+
+use super::{Unreachable, list};
+use crate::ring::setup::RingSetup;
+use crate::stats::RingStats;
+use crate::storage::IoVecs;
+use ring_proto::abi::Segment;
+use ring_proto::{DomId, GrantRef};
+use std::sync::Arc;
+use xen_platform::{Access, MappedGrants, Platform};
+
+/// Pages that a ring keeps mapped for requests in flight, beside its persistent grants. As much as
+/// grant copy's large buffers hold, and 8 MiB keep any disk busy. Without a bound, indirect requests
+/// could use up the mappings that a process may have (`vm.max_map_count`), those of other guests'
+/// devices included.
+const MAX_MAPPED_PAGES: usize = 2048;
+
+/// What is mapped for single requests.
+pub(super) struct Maps {
+    /// By tag.
+    held: Box<[Held]>,
+    /// Pages, all together.
+    pages: usize,
+}
+
+#[derive(Clone, Default)]
+struct Held {
+    maps: Vec<Arc<dyn MappedGrants>>,
+    pages: usize,
+}
+
+impl Maps {
+    pub(super) fn new(slots: usize) -> Self {
+        Self { held: vec![Held::default(); slots].into(), pages: 0 }
+    }
+
+    pub(super) fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// Whether a request of so many pages may have them mapped now; one by itself always may.
+    #[inline]
+    pub(super) fn check(&self, pages: usize) -> Result<(), Unreachable> {
+        let full = self.pages > 0 && self.pages + pages > MAX_MAPPED_PAGES;
+        if full { Err(Unreachable::Busy) } else { Ok(()) }
+    }
+
+    pub(super) fn hold(&mut self, tag: u16, map: Arc<dyn MappedGrants>, pages: usize) {
+        let held = &mut self.held[usize::from(tag)];
+        held.maps.push(map);
+        held.pages += pages;
+        self.pages += pages;
+    }
+
+    #[inline]
+    pub(super) fn release(&mut self, tag: u16) {
+        if self.pages > 0 {
+            let held = &mut self.held[usize::from(tag)];
+            held.maps.clear();
+            self.pages -= std::mem::take(&mut held.pages);
+        }
+    }
+
+    pub(super) fn into_mappings(self) -> impl Iterator<Item = Arc<dyn MappedGrants>> {
+        self.held.into_iter().flat_map(|held| held.maps)
+    }
+}
+
+pub(super) struct Mapped {
+    platform: Arc<dyn Platform>,
+    peer: DomId,
+    maps: Maps,
+    /// Pages that were to be mapped so far.
+    tried: usize,
+    refs: Vec<GrantRef>,
+    stats: Arc<RingStats>,
+}
+
+impl Mapped {
+    pub(super) fn new(setup: &RingSetup, slots: usize) -> Self {
+        let (platform, stats) = (setup.platform.clone(), setup.stats.clone());
+        let (maps, refs) = (Maps::new(slots), Vec::new());
+        Self { platform, peer: setup.peer, maps, tried: 0, refs, stats }
+    }
+
+    pub(super) fn tried(&self) -> usize {
+        self.tried
+    }
+
+    pub(super) fn mapped(&self) -> usize {
+        self.maps.pages()
+    }
+
+    pub(super) fn into_mappings(self) -> Vec<Arc<dyn MappedGrants>> {
+        self.maps.into_mappings().collect()
+    }
+
+    pub(super) fn prepare(
+        &mut self,
+        tag: u16,
+        write: bool,
+        segments: &[Segment],
+        buffers: &mut IoVecs,
+    ) -> Result<(), Unreachable> {
+        self.maps.check(segments.len())?;
+        self.refs.clear();
+        self.refs.extend(segments.iter().map(|segment| segment.gref));
+        self.tried += segments.len();
+        let access = if write { Access::ReadOnly } else { Access::ReadWrite };
+        let map = self.platform.map(self.peer, &self.refs, access);
+        let map = map.map_err(|_| Unreachable::Refused)?;
+        // SAFETY: the pages stay mapped until `release`, and validation keeps each segment within its page.
+        unsafe { list(map.base().as_ptr(), segments, buffers) };
+        self.maps.hold(tag, map, segments.len());
+        self.stats.grant_maps.add(segments.len() as u64);
+        Ok(())
+    }
+
+    pub(super) fn release(&mut self, tag: u16) {
+        self.maps.release(tag);
+    }
+}

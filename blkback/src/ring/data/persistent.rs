@@ -1,0 +1,77 @@
+//! Pages that stay mapped, for the device to work on.
+
+use super::mapped::Maps;
+use super::{Unreachable, list};
+use crate::ring::persistent::{Found, Hold, PersistentGrants, Pin};
+use crate::storage::IoVecs;
+use ring_proto::abi::Segment;
+use std::sync::Arc;
+use xen_platform::MappedGrants;
+
+pub(super) struct Persistent {
+    grants: PersistentGrants,
+    /// What each request uses of them, by tag.
+    pins: Box<[Vec<Pin>]>,
+    /// What they have no room for.
+    maps: Maps,
+}
+
+impl Persistent {
+    pub(super) fn new(grants: PersistentGrants, slots: usize) -> Self {
+        Self { grants, pins: vec![Vec::new(); slots].into(), maps: Maps::new(slots) }
+    }
+
+    pub(super) fn grants(&mut self) -> &mut PersistentGrants {
+        &mut self.grants
+    }
+
+    pub(super) fn tried(&self) -> usize {
+        self.grants.tried()
+    }
+
+    pub(super) fn mapped(&self) -> usize {
+        self.maps.pages()
+    }
+
+    pub(super) fn into_mappings(self) -> Vec<Arc<dyn MappedGrants>> {
+        self.maps.into_mappings().chain(self.grants.into_pages()).collect()
+    }
+
+    pub(super) fn prepare(
+        &mut self,
+        tag: u16,
+        segments: &[Segment],
+        pages: &mut IoVecs,
+    ) -> Result<(), Unreachable> {
+        self.maps.check(segments.len())?;
+        let mut rest = segments;
+        while !rest.is_empty() {
+            let Found { count, base } = if let Some((found, pin)) = self.grants.known(rest) {
+                self.pins[usize::from(tag)].push(pin);
+                found
+            } else if let Ok((found, hold)) = self.grants.add(rest) {
+                match hold {
+                    Hold::Pin(pin) => self.pins[usize::from(tag)].push(pin),
+                    Hold::Map(map) => self.maps.hold(tag, map, found.count),
+                }
+                found
+            } else {
+                self.release(tag);
+                return Err(Unreachable::Refused);
+            };
+            let (these, others) = rest.split_at(count);
+            // SAFETY: the pages stay mapped until `release` gives the pin or map back, and
+            // validation keeps each segment within its page.
+            unsafe { list(base, these, pages) };
+            rest = others;
+        }
+        Ok(())
+    }
+
+    pub(super) fn release(&mut self, tag: u16) {
+        while let Some(pin) = self.pins[usize::from(tag)].pop() {
+            self.grants.unpin(pin);
+        }
+        self.maps.release(tag);
+    }
+}
