@@ -1,6 +1,7 @@
 //! The data plane: rings and the threads that serve them, from the event to the response.
 
 mod bounce;
+mod budget;
 mod clock;
 mod data;
 mod inflight;

@@ -4,6 +4,7 @@
 //! hypervisor, and from then on one look-up and one piece of memory for as much of a run as a request
 //! names in the same order. A frontend that hands its pages out last in, first out does so mostly.
 
+use super::budget::Budget;
 use crate::stats::RingStats;
 use ring_proto::abi::{MAX_INDIRECT_SEGMENTS, PAGE_SIZE, Segment};
 use ring_proto::{DomId, GrantRef};
@@ -75,8 +76,6 @@ pub(super) struct PersistentGrants {
     /// The frontend uses more pages than are kept. They are mapped one by one then, because giving up a
     /// run for the sake of one page, or keeping it for one, wastes the others.
     crowded: bool,
-    /// Pages that were to be mapped so far, whether that succeeded or not.
-    tried: usize,
     stats: Arc<RingStats>,
 }
 
@@ -110,7 +109,6 @@ impl PersistentGrants {
             free: Vec::new(),
             tick: 0,
             crowded: false,
-            tried: 0,
             stats,
         }
     }
@@ -118,11 +116,6 @@ impl PersistentGrants {
     /// Starts a new moment for "least recently used".
     pub(super) fn tick(&mut self) {
         self.tick = self.tick.wrapping_add(1);
-    }
-
-    /// Pages that were to be mapped so far, whether that succeeded or not.
-    pub(super) fn tried(&self) -> usize {
-        self.tried
     }
 
     /// The pages of `segments`, or of as many of the first of them as lie side by side, if they are mapped.
@@ -147,10 +140,14 @@ impl PersistentGrants {
     ///
     /// # Errors
     /// When the frontend has not granted one of them, or it cannot be mapped.
-    pub(super) fn find(&mut self, segments: &[Segment]) -> xen_platform::Result<(Found, Hold)> {
+    pub(super) fn find(
+        &mut self,
+        segments: &[Segment],
+        budget: &mut Budget,
+    ) -> xen_platform::Result<(Found, Hold)> {
         match self.known(segments) {
             Some((found, pin)) => Ok((found, Hold::Pin(pin))),
-            None => self.add(segments),
+            None => self.add(segments, budget),
         }
     }
 
@@ -160,13 +157,21 @@ impl PersistentGrants {
     /// # Errors
     /// As [`Self::find`].
     #[cold]
-    pub(super) fn add(&mut self, segments: &[Segment]) -> xen_platform::Result<(Found, Hold)> {
-        let added = self.map_new(segments);
+    pub(super) fn add(
+        &mut self,
+        segments: &[Segment],
+        budget: &mut Budget,
+    ) -> xen_platform::Result<(Found, Hold)> {
+        let added = self.map_new(segments, budget);
         self.stats.persistent_held.set(self.places.len() as u64);
         added
     }
 
-    fn map_new(&mut self, segments: &[Segment]) -> xen_platform::Result<(Found, Hold)> {
+    fn map_new(
+        &mut self,
+        segments: &[Segment],
+        budget: &mut Budget,
+    ) -> xen_platform::Result<(Found, Hold)> {
         let place = self.free.pop().unwrap_or_else(|| {
             self.runs.push(None);
             self.runs.len() as u32 - 1
@@ -183,7 +188,7 @@ impl PersistentGrants {
         if crowds {
             self.evict();
         }
-        let kept = if self.is_overfull() { Ok(None) } else { self.map(&refs).map(Some) };
+        let kept = if self.is_overfull() { Ok(None) } else { self.map(&refs, budget).map(Some) };
         self.crowded |= crowds && kept.is_ok();
         match kept {
             Ok(Some(pages)) => {
@@ -199,7 +204,7 @@ impl PersistentGrants {
                 self.free.push(place);
                 not_kept?;
                 let all: Vec<_> = segments.iter().map(|segment| segment.gref).collect();
-                let pages = self.map(&all)?;
+                let pages = self.map(&all, budget)?;
                 let base = pages.base().as_ptr();
                 Ok((Found { count: all.len(), base }, Hold::Map(pages)))
             }
@@ -210,8 +215,12 @@ impl PersistentGrants {
         self.places.len() > MAX_PERSISTENT_GRANTS
     }
 
-    fn map(&mut self, refs: &[GrantRef]) -> xen_platform::Result<Arc<dyn MappedGrants>> {
-        self.tried += refs.len();
+    fn map(
+        &mut self,
+        refs: &[GrantRef],
+        budget: &mut Budget,
+    ) -> xen_platform::Result<Arc<dyn MappedGrants>> {
+        budget.maps(refs.len());
         // Read-write whatever the request: the same page serves a read next time. A frontend that
         // offers persistent grants grants them all that way (blkif.h, feature-persistent).
         let pages = self.platform.map(self.peer, refs, Access::ReadWrite)?;

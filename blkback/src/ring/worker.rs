@@ -4,6 +4,7 @@
 //! starts them all, takes what the device has completed, delivers the data of the reads among that
 //! together, and answers, a few to a push, with an event where the frontend asked for one.
 
+use super::budget::Budget;
 use super::clock::{Clock, Nanos};
 use super::data::{Data, Unreachable};
 use super::inflight::Inflight;
@@ -24,13 +25,7 @@ use xen_platform::{EventChannel, MappedGrants};
 /// Requests that are taken in a round at the most. The frontend works on their answers while the next
 /// are carried out; one submission to the device for so many is no cost any more.
 const MAX_ROUND: usize = 16;
-/// 512-byte sectors that the requests of a round read or write at the most, but for those of its last
-/// request, where data is moved at all: the answer to a long one need not wait for fifteen others.
-const MAX_ROUND_SECTORS: u64 = 512;
-/// Pages that a turn maps, or unmaps when requests end, at the most, but for those of its last request: the
-/// rings that share the thread wait for all of them. (Room for new pages is made by as many unmapped.)
-const MAX_MAPS: usize = 256;
-/// Responses that are shown at a time, for the same reason; and a frontend that sleeps takes longer
+/// Responses that are shown at a time: the frontend works on them meanwhile. One that sleeps takes longer
 /// to wake than the rest of a round takes.
 const PUBLISH_EVERY: u32 = 8;
 
@@ -72,8 +67,7 @@ pub(super) struct Worker {
     pub(super) inflight: Inflight,
     pub(super) channel: Box<dyn EventChannel>,
     limits: Limits,
-    /// [`MAX_ROUND_SECTORS`], or no limit.
-    round_sectors: u64,
+    moves_data: bool,
     orders: Arc<Orders>,
     /// As long as this lives, something of the frontend's is held.
     pub(super) alive: Arc<dyn Send + Sync>,
@@ -131,11 +125,7 @@ impl Worker {
             inflight: setup.inflight,
             channel: setup.channel,
             limits: setup.limits,
-            round_sectors: if setup.storage.geometry().moves_data {
-                MAX_ROUND_SECTORS
-            } else {
-                u64::MAX
-            },
+            moves_data: setup.storage.geometry().moves_data,
             orders,
             alive,
             stats: setup.stats,
@@ -220,12 +210,8 @@ impl Worker {
         self.limits.sectors = self.orders.sectors();
         self.data.tick();
         let (mut taken, mut handled, mut raw) = (0, 0, RawRequest::default());
-        let (tried, moved) = (self.data.tried(), self.moved());
-        while !self.barrier
-            && handled < MAX_ROUND
-            && self.moved() - moved < self.round_sectors
-            && self.data.tried() - tried < MAX_MAPS
-        {
+        let mut budget = Budget::new(self.moves_data);
+        while !self.barrier && handled < MAX_ROUND && !budget.is_spent() {
             // None is taken while another waits.
             let resumed = self.inflight.resume(&mut raw);
             let next = match resumed {
@@ -233,7 +219,7 @@ impl Worker {
                 resumed => resumed,
             };
             let Some(tag) = next else { break };
-            if !self.accept(tag, &raw, now, resumed.is_some()) {
+            if !self.accept(tag, &raw, now, resumed.is_some(), &mut budget) {
                 self.inflight.put_off(tag);
                 break;
             }
@@ -249,13 +235,15 @@ impl Worker {
         Ok(handled)
     }
 
-    /// Sectors that requests so far have read or written.
-    fn moved(&self) -> u64 {
-        self.stats.rd_sect.get() + self.stats.wr_sect.get()
-    }
-
     /// Prepares a request, or answers it at once; `false` if it must wait, perhaps once more (`resumed`).
-    fn accept(&mut self, tag: u16, raw: &RawRequest, now: Option<Nanos>, resumed: bool) -> bool {
+    fn accept(
+        &mut self,
+        tag: u16,
+        raw: &RawRequest,
+        now: Option<Nanos>,
+        resumed: bool,
+        budget: &mut Budget,
+    ) -> bool {
         let request = match raw.validate(&self.limits) {
             Ok(request) => request,
             Err(refused) => {
@@ -271,7 +259,7 @@ impl Worker {
         if barrier && self.in_flight > 0 {
             return false;
         }
-        match self.prepare(tag, &request, now) {
+        match self.prepare(tag, &request, now, budget) {
             Ok(()) => {
                 self.barrier = barrier;
                 self.in_flight += 1;
@@ -294,6 +282,7 @@ impl Worker {
         tag: u16,
         request: &Request<&[Segment]>,
         now: Option<Nanos>,
+        budget: &mut Budget,
     ) -> Result<(), Refusal> {
         let entry = &mut self.table[usize::from(tag)];
         entry.id = request.id;
@@ -304,13 +293,16 @@ impl Worker {
         match &request.body {
             Body::Direct { transfer, sector, segments } => {
                 entry.offset = sector * SECTOR_SIZE as u64;
-                self.memory(tag, *transfer, segments)?;
+                self.memory(tag, *transfer, segments, budget)?;
             }
             Body::Indirect { transfer, sector, nr_segments, pages } => {
                 entry.offset = sector * SECTOR_SIZE as u64;
                 let mut segments = std::mem::take(&mut self.segments);
-                let result =
-                    self.indirect(tag, *transfer, *sector, *nr_segments, pages, &mut segments);
+                let result = self
+                    .data
+                    .indirect(pages, *nr_segments, &mut segments, budget)
+                    .map_err(|e| unreachable_status(&self.stats, e))
+                    .and_then(|()| self.indirect(tag, *transfer, *sector, &segments, budget));
                 self.segments = segments;
                 result?;
             }
@@ -332,18 +324,14 @@ impl Worker {
         tag: u16,
         transfer: Transfer,
         sector: u64,
-        nr_segments: u16,
-        pages: &[ring_proto::GrantRef; ring_proto::abi::MAX_INDIRECT_PAGES],
-        segments: &mut Vec<Segment>,
+        segments: &[Segment],
+        budget: &mut Budget,
     ) -> Result<(), Refusal> {
-        self.data
-            .indirect(pages, nr_segments, segments)
-            .map_err(|e| unreachable_status(&self.stats, e))?;
         self.limits.check_segments(sector, segments).map_err(|reason| {
             self.stats.refused[reason.kind()].add(1);
             Refusal::Status(reason.status())
         })?;
-        self.memory(tag, transfer, segments)?;
+        self.memory(tag, transfer, segments, budget)?;
         self.stats.indirect_req.add(1);
         Ok(())
     }
@@ -353,14 +341,16 @@ impl Worker {
         tag: u16,
         transfer: Transfer,
         segments: &[Segment],
+        budget: &mut Budget,
     ) -> Result<(), Refusal> {
         let write = transfer != Transfer::Read;
         let entry = &mut self.table[usize::from(tag)];
         (entry.op, entry.flush_first) = op_of(transfer);
         self.data
-            .prepare(tag, write, segments, &mut entry.buffers)
+            .prepare(tag, write, segments, &mut entry.buffers, budget)
             .map_err(|e| unreachable_status(&self.stats, e))?;
         let sectors = segments.iter().map(|s| u64::from(s.sectors())).sum();
+        budget.moves(sectors * SECTOR_SIZE as u64);
         if write {
             self.stats.wr_req.add(1);
             self.stats.wr_sect.add(sectors);
@@ -413,10 +403,10 @@ impl Worker {
         let mut ended = std::mem::take(&mut self.ended);
         let device_done = std::mem::take(&mut self.is_timed).then(|| self.clock.now());
         self.data.copy();
-        let mapped = self.data.mapped();
+        let mut budget = Budget::new(self.moves_data);
         let (mut count, mut timed) = (0, 0);
         for &tag in &ended {
-            if mapped - self.data.mapped() >= MAX_MAPS {
+            if budget.is_spent() {
                 // Those that are left are timed again.
                 self.is_timed = device_done.is_some();
                 break;
@@ -429,7 +419,7 @@ impl Worker {
             }
             // Unmap, then answer: a frontend that finds a grant in use when the response is there
             // disables the device.
-            self.data.release(tag);
+            self.data.release(tag, &mut budget);
             self.in_flight -= 1;
             if let (Some(taken), Some(done)) = (taken, device_done) {
                 self.stats.device.record(done.get().saturating_sub(taken.get()), 1);
@@ -456,8 +446,8 @@ impl Worker {
     /// Ends what the device has completed, in that order, or as much of it as a turn may copy.
     fn take_completions(&mut self) {
         // A write that follows its flush may complete, and be the last of them, while it is submitted.
-        let (mut moved, mut taken) = (0, 0);
-        while moved < self.round_sectors
+        let (mut budget, mut taken) = (Budget::new(self.moves_data), 0);
+        while !budget.is_spent()
             && let Some(&Completion { tag, result }) = self.done.get(taken)
         {
             taken += 1;
@@ -469,7 +459,7 @@ impl Worker {
                 }
                 Ok(()) => {
                     if entry.op == OpKind::Read {
-                        moved += self.data.filled(tag) / SECTOR_SIZE as u64;
+                        self.data.filled(tag, &mut budget);
                     }
                     self.end(tag, Status::Okay);
                 }

@@ -3,6 +3,7 @@
 use super::Unreachable;
 use super::persistent::Persistent;
 use crate::ring::bounce::BouncePool;
+use crate::ring::budget::Budget;
 use crate::ring::persistent::PersistentGrants;
 use crate::storage::{IoVec, IoVecs};
 use ring_proto::abi::Segment;
@@ -36,14 +37,6 @@ impl Bounced {
         self.mapped.grants()
     }
 
-    pub(super) fn tried(&self) -> usize {
-        self.mapped.tried()
-    }
-
-    pub(super) fn mapped(&self) -> usize {
-        self.mapped.mapped()
-    }
-
     pub(super) fn purge(&mut self) {
         self.pool.purge();
     }
@@ -58,12 +51,13 @@ impl Bounced {
         write: bool,
         segments: &[Segment],
         buffers: &mut IoVecs,
+        budget: &mut Budget,
     ) -> Result<(), Unreachable> {
         let Held { pages, buffer } = &mut self.held[usize::from(tag)];
         let bytes = segments.iter().map(Segment::bytes).sum();
         let range = self.pool.take(bytes).ok_or(Unreachable::Busy)?;
         pages.clear();
-        if let Err(unreachable) = self.mapped.prepare(tag, segments, pages) {
+        if let Err(unreachable) = self.mapped.prepare(tag, segments, pages, budget) {
             self.pool.give(&range);
             return Err(unreachable);
         }
@@ -77,14 +71,14 @@ impl Bounced {
         Ok(())
     }
 
-    pub(super) fn filled(&mut self, tag: u16) -> u64 {
-        let Held { pages, buffer: Some(range) } = &self.held[usize::from(tag)] else { return 0 };
+    pub(super) fn filled(&mut self, tag: u16, budget: &mut Budget) {
+        let Held { pages, buffer: Some(range) } = &self.held[usize::from(tag)] else { return };
         each(pages, range, |page, at| page.fill_from(&**self.pool.region(), at));
-        range.len() as u64
+        budget.moves(range.len() as u64);
     }
 
-    pub(super) fn release(&mut self, tag: u16) {
-        self.mapped.release(tag);
+    pub(super) fn release(&mut self, tag: u16, budget: &mut Budget) {
+        self.mapped.release(tag, budget);
         if let Some(range) = self.held[usize::from(tag)].buffer.take() {
             self.pool.give(&range);
         }

@@ -2,6 +2,7 @@
 
 use super::Unreachable;
 use crate::ring::bounce::BouncePool;
+use crate::ring::budget::Budget;
 use crate::stats::RingStats;
 use crate::storage::{IoVec, IoVecs};
 use ring_proto::abi::Segment;
@@ -69,13 +70,13 @@ impl Copied {
         Ok(())
     }
 
-    pub(super) fn filled(&mut self, tag: u16) -> u64 {
+    pub(super) fn filled(&mut self, tag: u16, budget: &mut Budget) {
         let Held { segments, buffer: Some(range), .. } = &self.held[usize::from(tag)] else {
-            return 0;
+            return;
         };
         let to = CopyDirection::ToPeer;
         stage(&mut self.copies, &mut self.owners, tag, segments, range.start, to);
-        range.len() as u64
+        budget.moves(range.len() as u64);
     }
 
     pub(super) fn copy(&mut self, copier: &mut dyn GrantCopier, stats: &RingStats) {

@@ -1,6 +1,7 @@
 //! Pages that are mapped for one request alone.
 
 use super::{Unreachable, list};
+use crate::ring::budget::Budget;
 use crate::ring::setup::RingSetup;
 use crate::stats::RingStats;
 use crate::storage::IoVecs;
@@ -34,10 +35,6 @@ impl Maps {
         Self { held: vec![Held::default(); slots].into(), pages: 0 }
     }
 
-    pub(super) fn pages(&self) -> usize {
-        self.pages
-    }
-
     /// Whether a request of so many pages may have them mapped now; one by itself always may.
     #[inline]
     pub(super) fn check(&self, pages: usize) -> Result<(), Unreachable> {
@@ -53,11 +50,13 @@ impl Maps {
     }
 
     #[inline]
-    pub(super) fn release(&mut self, tag: u16) {
+    pub(super) fn release(&mut self, tag: u16, budget: &mut Budget) {
         if self.pages > 0 {
             let held = &mut self.held[usize::from(tag)];
             held.maps.clear();
-            self.pages -= std::mem::take(&mut held.pages);
+            let pages = std::mem::take(&mut held.pages);
+            self.pages -= pages;
+            budget.maps(pages);
         }
     }
 
@@ -70,8 +69,6 @@ pub(super) struct Mapped {
     platform: Arc<dyn Platform>,
     peer: DomId,
     maps: Maps,
-    /// Pages that were to be mapped so far.
-    tried: usize,
     refs: Vec<GrantRef>,
     stats: Arc<RingStats>,
 }
@@ -80,15 +77,7 @@ impl Mapped {
     pub(super) fn new(setup: &RingSetup, slots: usize) -> Self {
         let (platform, stats) = (setup.platform.clone(), setup.stats.clone());
         let (maps, refs) = (Maps::new(slots), Vec::new());
-        Self { platform, peer: setup.peer, maps, tried: 0, refs, stats }
-    }
-
-    pub(super) fn tried(&self) -> usize {
-        self.tried
-    }
-
-    pub(super) fn mapped(&self) -> usize {
-        self.maps.pages()
+        Self { platform, peer: setup.peer, maps, refs, stats }
     }
 
     pub(super) fn into_mappings(self) -> Vec<Arc<dyn MappedGrants>> {
@@ -101,11 +90,12 @@ impl Mapped {
         write: bool,
         segments: &[Segment],
         buffers: &mut IoVecs,
+        budget: &mut Budget,
     ) -> Result<(), Unreachable> {
         self.maps.check(segments.len())?;
         self.refs.clear();
         self.refs.extend(segments.iter().map(|segment| segment.gref));
-        self.tried += segments.len();
+        budget.maps(segments.len());
         let access = if write { Access::ReadOnly } else { Access::ReadWrite };
         let map = self.platform.map(self.peer, &self.refs, access);
         let map = map.map_err(|_| Unreachable::Refused)?;
@@ -116,7 +106,7 @@ impl Mapped {
         Ok(())
     }
 
-    pub(super) fn release(&mut self, tag: u16) {
-        self.maps.release(tag);
+    pub(super) fn release(&mut self, tag: u16, budget: &mut Budget) {
+        self.maps.release(tag, budget);
     }
 }

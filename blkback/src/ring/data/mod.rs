@@ -7,6 +7,7 @@ mod mapped;
 mod persistent;
 
 use super::bounce::BouncePool;
+use super::budget::Budget;
 use super::persistent::{Hold, PersistentGrants};
 use super::setup::RingSetup;
 use crate::stats::RingStats;
@@ -48,6 +49,8 @@ pub(super) enum Unreachable {
     Refused,
 }
 
+/// Looked at several times a request: so with a tag, and not by what else some field cannot be.
+#[repr(u8)]
 enum Way {
     Copied(Copied),
     Persistent(Persistent),
@@ -144,6 +147,7 @@ impl Data {
         pages: &[GrantRef; MAX_INDIRECT_PAGES],
         nr_segments: u16,
         segments: &mut Vec<Segment>,
+        budget: &mut Budget,
     ) -> Result<(), Unreachable> {
         segments.clear();
         let mut left = usize::from(nr_segments);
@@ -153,7 +157,7 @@ impl Data {
             }
             let count = left.min(PAGE_SIZE / size_of::<Segment>());
             let bytes = count * size_of::<Segment>();
-            self.fetch_page(gref, bytes)?;
+            self.fetch_page(gref, bytes, budget)?;
             segments.extend(decode_segments(&self.page[..bytes]));
             left -= count;
         }
@@ -161,14 +165,19 @@ impl Data {
     }
 
     /// Copies the start of a granted page to `self.page`.
-    fn fetch_page(&mut self, gref: GrantRef, bytes: usize) -> Result<(), Unreachable> {
+    fn fetch_page(
+        &mut self,
+        gref: GrantRef,
+        bytes: usize,
+        budget: &mut Budget,
+    ) -> Result<(), Unreachable> {
         let grants = match &mut self.way {
             Way::Persistent(way) => way.grants(),
             Way::Bounced(way) => way.grants(),
             Way::Copied(_) | Way::Mapped(_) | Way::Nothing => return self.copy_page(gref, bytes),
         };
         let page = Segment::new(gref, 0, SECTORS_PER_PAGE - 1);
-        let (found, hold) = grants.find(&[page]).map_err(|_| Unreachable::Refused)?;
+        let (found, hold) = grants.find(&[page], budget).map_err(|_| Unreachable::Refused)?;
         // SAFETY: `hold` keeps the page mapped, and `bytes` is a page at the most.
         unsafe { IoVec::new(found.base, bytes) }.copy_to(&mut self.page[..bytes]);
         if let Hold::Pin(pin) = hold {
@@ -206,23 +215,24 @@ impl Data {
         write: bool,
         segments: &[Segment],
         buffers: &mut IoVecs,
+        budget: &mut Budget,
     ) -> Result<(), Unreachable> {
         match &mut self.way {
-            Way::Persistent(way) => way.prepare(tag, segments, buffers),
+            Way::Persistent(way) => way.prepare(tag, segments, buffers, budget),
             Way::Copied(way) => way.prepare(tag, write, segments, buffers),
-            Way::Bounced(way) => way.prepare(tag, write, segments, buffers),
-            Way::Mapped(way) => way.prepare(tag, write, segments, buffers),
+            Way::Bounced(way) => way.prepare(tag, write, segments, buffers, budget),
+            Way::Mapped(way) => way.prepare(tag, write, segments, buffers, budget),
             Way::Nothing => Ok(()),
         }
     }
 
-    /// Notes that the device has filled the buffers of read `tag`. Returns how many bytes are to be copied.
+    /// Notes that the device has filled the buffers of read `tag`.
     #[inline]
-    pub(super) fn filled(&mut self, tag: u16) -> u64 {
+    pub(super) fn filled(&mut self, tag: u16, budget: &mut Budget) {
         match &mut self.way {
-            Way::Copied(way) => way.filled(tag),
-            Way::Bounced(way) => way.filled(tag),
-            Way::Persistent(_) | Way::Mapped(_) | Way::Nothing => 0,
+            Way::Copied(way) => way.filled(tag, budget),
+            Way::Bounced(way) => way.filled(tag, budget),
+            Way::Persistent(_) | Way::Mapped(_) | Way::Nothing => {}
         }
     }
 
@@ -241,35 +251,15 @@ impl Data {
         matches!(&self.way, Way::Copied(way) if way.refused(tag))
     }
 
-    /// Pages that were to be mapped so far, whether that succeeded or not.
-    pub(super) fn tried(&self) -> usize {
-        match &self.way {
-            Way::Persistent(way) => way.tried(),
-            Way::Bounced(way) => way.tried(),
-            Way::Mapped(way) => way.tried(),
-            Way::Copied(_) | Way::Nothing => 0,
-        }
-    }
-
-    /// Pages that are mapped for single requests.
-    pub(super) fn mapped(&self) -> usize {
-        match &self.way {
-            Way::Persistent(way) => way.mapped(),
-            Way::Bounced(way) => way.mapped(),
-            Way::Mapped(way) => way.mapped(),
-            Way::Copied(_) | Way::Nothing => 0,
-        }
-    }
-
     /// Lets go of everything that request `tag` holds, if it holds anything. What was mapped for it alone is
     /// unmapped when this returns.
     #[inline]
-    pub(super) fn release(&mut self, tag: u16) {
+    pub(super) fn release(&mut self, tag: u16, budget: &mut Budget) {
         match &mut self.way {
-            Way::Persistent(way) => way.release(tag),
+            Way::Persistent(way) => way.release(tag, budget),
             Way::Copied(way) => way.release(tag),
-            Way::Bounced(way) => way.release(tag),
-            Way::Mapped(way) => way.release(tag),
+            Way::Bounced(way) => way.release(tag, budget),
+            Way::Mapped(way) => way.release(tag, budget),
             Way::Nothing => {}
         }
     }
@@ -281,6 +271,12 @@ impl Data {
 /// # Safety
 /// As for [`IoVec::new`], for each segment's part of its page.
 unsafe fn list(base: *mut u8, segments: &[Segment], buffers: &mut IoVecs) {
+    // Most are.
+    if let [segment] = segments {
+        // SAFETY: the caller's obligations.
+        return buffers
+            .push(unsafe { IoVec::new(base.wrapping_add(segment.offset()), segment.bytes()) });
+    }
     let (mut from, mut bytes) = (base, 0);
     for (page, segment) in segments.iter().enumerate() {
         if bytes == 0 {

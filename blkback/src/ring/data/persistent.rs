@@ -2,6 +2,7 @@
 
 use super::mapped::Maps;
 use super::{Unreachable, list};
+use crate::ring::budget::Budget;
 use crate::ring::persistent::{Found, Hold, PersistentGrants, Pin};
 use crate::storage::IoVecs;
 use ring_proto::abi::Segment;
@@ -25,14 +26,6 @@ impl Persistent {
         &mut self.grants
     }
 
-    pub(super) fn tried(&self) -> usize {
-        self.grants.tried()
-    }
-
-    pub(super) fn mapped(&self) -> usize {
-        self.maps.pages()
-    }
-
     pub(super) fn into_mappings(self) -> Vec<Arc<dyn MappedGrants>> {
         self.maps.into_mappings().chain(self.grants.into_pages()).collect()
     }
@@ -42,6 +35,7 @@ impl Persistent {
         tag: u16,
         segments: &[Segment],
         pages: &mut IoVecs,
+        budget: &mut Budget,
     ) -> Result<(), Unreachable> {
         self.maps.check(segments.len())?;
         let mut rest = segments;
@@ -49,14 +43,14 @@ impl Persistent {
             let Found { count, base } = if let Some((found, pin)) = self.grants.known(rest) {
                 self.pins[usize::from(tag)].push(pin);
                 found
-            } else if let Ok((found, hold)) = self.grants.add(rest) {
+            } else if let Ok((found, hold)) = self.grants.add(rest, budget) {
                 match hold {
                     Hold::Pin(pin) => self.pins[usize::from(tag)].push(pin),
                     Hold::Map(map) => self.maps.hold(tag, map, found.count),
                 }
                 found
             } else {
-                self.release(tag);
+                self.release(tag, budget);
                 return Err(Unreachable::Refused);
             };
             let (these, others) = rest.split_at(count);
@@ -68,10 +62,10 @@ impl Persistent {
         Ok(())
     }
 
-    pub(super) fn release(&mut self, tag: u16) {
+    pub(super) fn release(&mut self, tag: u16, budget: &mut Budget) {
         while let Some(pin) = self.pins[usize::from(tag)].pop() {
             self.grants.unpin(pin);
         }
-        self.maps.release(tag);
+        self.maps.release(tag, budget);
     }
 }

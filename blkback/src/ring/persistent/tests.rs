@@ -1,6 +1,7 @@
 //! The pool on a platform that only notes what is mapped.
 
 use super::*;
+use crate::ring::budget::Budget;
 use ring_proto::SharedMemory;
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
@@ -101,7 +102,7 @@ impl Rig {
             grefs.into_iter().map(|gref| Segment::new(GrantRef(gref), 0, 7)).collect();
         let (mut rest, mut counts) = (&segments[..], Vec::new());
         while !rest.is_empty() {
-            let (Found { count, .. }, hold) = self.pool.find(rest)?;
+            let (Found { count, .. }, hold) = self.pool.find(rest, &mut Budget::new(true))?;
             if let Hold::Pin(pin) = hold {
                 self.pins.push(pin);
             }
