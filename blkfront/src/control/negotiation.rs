@@ -128,6 +128,12 @@ impl Control {
             // Segments address sectors of a page.
             return Err(self.refuse(format!("sectors of {} bytes", device.sector_size)));
         }
+        let used = locked(&self.state).geometry.sector_size;
+        if self.connection > 0 && device.sector_size > used {
+            let reason =
+                format!("sectors are of {} bytes now, but {used} are in use", device.sector_size);
+            return Err(self.refuse(reason));
+        }
         let (Some(fabric), Some(mut offered)) = (&self.fabric, self.offered.take()) else {
             return Ok(FrontendEvent::Failed);
         };
