@@ -144,7 +144,7 @@ impl Control {
         let before = fabric.link.sectors.swap(device.sectors, Ordering::Relaxed);
         self.connection += 1;
         self.asked = false;
-        self.connected_at = Some(tokio::time::Instant::now());
+        self.changed_at = Some(tokio::time::Instant::now());
         self.complaint.clear();
         fabric.connect(self.connection, limits, offered.rings);
         self.deadline = None;
@@ -175,7 +175,7 @@ impl Control {
         Ok(FrontendEvent::Connected)
     }
 
-    pub(super) async fn resized(&self) -> Result<(), Cause> {
+    pub(super) async fn resized(&mut self) -> Result<(), Cause> {
         let keys = self.read_backend(DeviceProperties::KEYS).await?;
         let device = match DeviceProperties::from_keys(&|key: &str| keys.get(key).cloned()) {
             Ok(device) => device,
@@ -185,9 +185,11 @@ impl Control {
                 return Ok(());
             }
         };
-        let Some(fabric) = &self.fabric else { return Ok(()) };
-        let before = fabric.link.sectors.swap(device.sectors, Ordering::Relaxed);
-        if before != device.sectors {
+        let Some(fabric) = self.fabric.clone() else { return Ok(()) };
+        if fabric.link.sectors.load(Ordering::Relaxed) != device.sectors {
+            self.pace().await;
+            self.changed_at = Some(tokio::time::Instant::now());
+            fabric.link.sectors.store(device.sectors, Ordering::Relaxed);
             tracing::info!(device = self.frontend, "resized to {} bytes", device.bytes());
             let mut state = locked(&self.state);
             state.geometry.size = device.bytes();
