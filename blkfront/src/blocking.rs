@@ -28,24 +28,6 @@ impl Queue {
         Ok(())
     }
 
-    /// Reads into each of `to` in turn. As [`Queue::read_at`]; each length must be a multiple of the
-    /// sector size.
-    ///
-    /// # Errors
-    /// As [`Queue::read_at`].
-    pub fn read_vectored_at(
-        &mut self,
-        offset: u64,
-        to: &mut [io::IoSliceMut<'_>],
-    ) -> io::Result<()> {
-        let mut at = 0;
-        for slice in to {
-            self.read_at(position(offset, at)?, slice)?;
-            at += slice.len();
-        }
-        Ok(())
-    }
-
     /// Writes `from`. As [`Queue::read_at`].
     ///
     /// # Errors
@@ -57,19 +39,6 @@ impl Queue {
             let len = buffer.write(0, rest.get(..buffer.len()).unwrap_or(rest));
             self.run(Io::write(0, position(offset, at)?, buffer))?;
             at += len;
-        }
-        Ok(())
-    }
-
-    /// Writes each of `from` in turn. As [`Queue::read_vectored_at`].
-    ///
-    /// # Errors
-    /// As [`Queue::read_at`].
-    pub fn write_vectored_at(&mut self, offset: u64, from: &[io::IoSlice<'_>]) -> io::Result<()> {
-        let mut at = 0;
-        for slice in from {
-            self.write_at(position(offset, at)?, slice)?;
-            at += slice.len();
         }
         Ok(())
     }

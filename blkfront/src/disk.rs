@@ -161,6 +161,11 @@ impl Disk {
         !self.state().gone
     }
 
+    /// What is in flight fails, and what comes: nobody waits for the backend any more.
+    pub(crate) fn give_up(&self) {
+        self.fabric.link.post_gone();
+    }
+
     /// What was agreed with the backend; it may change when another one comes back.
     pub fn features(&self) -> Features {
         self.state().features

@@ -86,11 +86,11 @@ pub enum Cause {
         reason: String,
     },
     /// The backend did not get to the state it had to reach.
-    #[error("{backend}: state is {state} after {seconds} s, not {expected}; see the backend's log")]
+    #[error("{backend}: not {expected} after {seconds} s, but {state}; see the backend's log")]
     Timeout {
         /// The backend's directory.
         backend: String,
-        /// Its state.
+        /// Its state, and what it wrote about why.
         state: String,
         /// What it should be.
         expected: &'static str,

@@ -48,27 +48,16 @@ struct Tag {
 }
 
 /// What went wrong with a ring.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
 pub(crate) enum Failure {
-    Violation(Violation),
-    Platform(xen_platform::Error),
-}
-
-impl From<Violation> for Failure {
-    fn from(violation: Violation) -> Self {
-        Self::Violation(violation)
-    }
+    Violation(#[from] Violation),
+    Platform(#[from] xen_platform::Error),
 }
 
 impl From<ring_proto::RingError> for Failure {
     fn from(error: ring_proto::RingError) -> Self {
         Self::Violation(error.into())
-    }
-}
-
-impl From<xen_platform::Error> for Failure {
-    fn from(error: xen_platform::Error) -> Self {
-        Self::Platform(error)
     }
 }
 

@@ -46,7 +46,6 @@
 //! split into, and some 200 bytes for each of [`Config::depth`] I/Os. All of it is allocated
 //! when the disk is opened: an I/O allocates nothing.
 
-mod asynchronous;
 mod blocking;
 mod config;
 mod control;
@@ -72,7 +71,6 @@ mod stats;
 pub mod ublk;
 mod wait;
 
-pub use asynchronous::AsyncQueue;
 pub use config::{
     Config, DEFAULT_DEPTH, DEFAULT_INDIRECT_SEGMENTS, DEFAULT_POOL_BYTES, MAX_DEPTH,
     MAX_POOL_BYTES, MAX_TIMEOUT, MAX_VCPUS, Protocol,

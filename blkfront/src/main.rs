@@ -26,7 +26,9 @@ enum Command {
     ///
     /// What is written to the disk is lost. Jobs are vCPUs, each with a part of the disk to itself. Latencies
     /// are from submission to completion as the job saw it, one clock reading a batch; a job that is held up
-    /// submits later and does not count the time it would have waited (coordinated omission).
+    /// submits later and does not count the time it would have waited (coordinated omission). Other than in fio,
+    /// random places may come twice before each has come once (norandommap), sequential reads and writes that
+    /// are mixed go on from one place, and rate_iops counts both.
     Bench(cli::bench::Args),
     /// Export a disk over NBD on a unix socket, or make it a block device of this machine, /dev/nbdN
     ///

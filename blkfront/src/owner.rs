@@ -178,7 +178,10 @@ impl RingOwner {
 
     /// Gives up the ring; what was on it is to be issued again.
     fn disconnect(&mut self) {
-        if let Some(hw) = self.state.hw.take() {
+        if let Some(mut hw) = self.state.hw.take() {
+            // As in [`crate::Queue`]: what was answered is not to be issued again.
+            let users = &mut self.users;
+            let _ = hw.poll(|owner, status| give(users, owner, Some(status)));
             for owner in hw.unanswered() {
                 give(&mut self.users, owner, None);
             }
@@ -188,15 +191,18 @@ impl RingOwner {
     fn sleep(&mut self) {
         let bell: &Bell = &self.mailbox.bell;
         bell.about_to_sleep();
-        let full = self.state.hw.as_ref().is_none_or(HwQueue::is_full);
-        let staged = self.users.iter().any(|user| !user.requests.is_empty());
+        let full = self.state.hw.as_ref().is_some_and(HwQueue::is_full);
+        let known = self.state.connection;
+        let staged = |user: &User| user.requests.peek().is_ok_and(|s| s.connection <= known);
+        let staged = self.users.iter().any(staged);
         let news = self.mailbox.has_news(self.state.taken) || self.stop.load(Ordering::Relaxed);
         let armed = match &mut self.state.hw {
             Some(hw) => hw.arm(),
             None => Ok(true),
         };
         match armed {
-            // Requests that find no slot wait for responses; those without a ring, for news.
+            // Requests that find no slot wait for responses; those of a connection that we have not heard
+            // of yet, for news.
             Ok(true) if !news && (!staged || full) => {
                 let channel = self.state.hw.as_ref().map_or(bell.as_fd(), HwQueue::event_fd);
                 sleep(&[bell.as_fd(), channel], None, &self.counters);

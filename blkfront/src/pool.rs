@@ -7,15 +7,13 @@
 //! The backend may read and write a pool page at any time, also after a request is over. Hence no
 //! reference into a page is ever given out: data is copied in, and copied out once.
 
+use crate::slab::NONE;
 use ring_proto::abi::PAGE_SIZE;
 use ring_proto::{GrantRef, SharedMemory, Window};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use xen_platform::GrantedPages;
-
-/// No page.
-const NONE: u32 = u32::MAX;
 
 /// The pages, and the chains they form.
 pub(crate) struct Pages {
@@ -181,24 +179,6 @@ impl IoBuffer {
         self.len = len.min(self.capacity());
     }
 
-    /// Puts `other` behind this buffer, so that one I/O fills or drains both: a vectored one.
-    ///
-    /// # Errors
-    /// Gives `other` back when it is of another pool, or this buffer does not fill its last page.
-    pub fn append(&mut self, other: Self) -> Result<(), Self> {
-        if !Arc::ptr_eq(&self.pages, &other.pages) || self.len != self.capacity() {
-            return Err(other);
-        }
-        self.pages.link(self.last, other.first);
-        self.last = other.last;
-        self.count += other.count;
-        self.len += other.len;
-        // Its pages are ours now: what is left of it must not give them back.
-        let mut other = other;
-        other.count = 0;
-        Ok(())
-    }
-
     /// Copies into the buffer, from byte `offset` of it. Returns how many bytes there was room for.
     pub fn write(&mut self, offset: usize, from: &[u8]) -> usize {
         self.walk(offset, from.len(), |window, range| {
@@ -281,8 +261,6 @@ impl IoBuffer {
 
 impl Drop for IoBuffer {
     fn drop(&mut self) {
-        if self.count > 0 {
-            self.pages.give_back(self.first, self.last);
-        }
+        self.pages.give_back(self.first, self.last);
     }
 }

@@ -32,9 +32,8 @@ pub(crate) enum Path {
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Backend {
+    /// Takes nothing new; it may still answer.
     Down,
-    /// Still answers.
-    Hold,
     Up,
     Gone,
 }
@@ -317,8 +316,7 @@ impl Queue {
             }
             match notice {
                 Notice::Down => self.disconnect(),
-                Notice::Hold if self.backend == Backend::Up => self.backend = Backend::Hold,
-                Notice::Hold => {}
+                Notice::Hold => self.backend = Backend::Down,
                 Notice::Up { connection, limits, ring } => {
                     self.disconnect();
                     self.connection = connection;
@@ -474,11 +472,6 @@ impl Queue {
     /// Bytes the disk has now.
     pub fn size(&self) -> u64 {
         self.link.sectors.load(Ordering::Relaxed).saturating_mul(SECTOR_SIZE as u64)
-    }
-
-    /// How this thread waits from now on.
-    pub fn set_waiting(&mut self, waiting: Waiting) {
-        self.spin = Spin::new(waiting);
     }
 
     /// What this vCPU has done, without what its ring has ([`crate::RingInfo::stats`]).

@@ -76,11 +76,6 @@ impl RequestProducer {
         self.ring.slots()
     }
 
-    /// How the ring is laid out.
-    pub fn layout(&self) -> RingLayout {
-        self.ring.layout()
-    }
-
     /// Slots that are free now.
     pub fn free(&mut self) -> u32 {
         self.freed = self.halves.responses.0.load(Ordering::Acquire);

@@ -1,7 +1,7 @@
 //! `blkfront info`.
 
 use super::units::show_bytes;
-use super::{Host, Rings};
+use super::{Host, Rings, say};
 use blkfront::{Features, Info};
 use std::process::ExitCode;
 
@@ -24,16 +24,17 @@ pub(crate) fn run(host: &Host, args: &Args) -> anyhow::Result<ExitCode> {
     let disk = host.open(&args.disk, args.rings.config(args.vcpus))?;
     let info = disk.info();
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&info)?);
+        say(&serde_json::to_string_pretty(&info)?);
     } else {
-        print(&info);
+        say(&table(&info));
     }
     disk.close()?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn print(info: &Info) {
-    let row = |name: &str, value: &str| println!("{name:<12}{value}");
+fn table(info: &Info) -> String {
+    let mut table = String::new();
+    let mut row = |name: &str, value: &str| table += &format!("{name:<12}{value}\n");
     let geometry = &info.geometry;
     row("disk", &format!("{} ({}) of domain {}", info.device, info.devid, info.domain));
     row("frontend", &info.frontend);
@@ -57,6 +58,7 @@ fn print(info: &Info) {
         let name = format!("ring {}", ring.ring);
         row(&name, &format!("{} slots, used by vCPU {users}", ring.slots));
     }
+    table
 }
 
 fn listed(items: &[(bool, &str)]) -> Option<String> {

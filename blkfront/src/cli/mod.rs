@@ -12,3 +12,12 @@ mod units;
 
 pub(crate) use host::Host;
 use rings::{Rings, Wait};
+use std::fmt::Display;
+use std::io::Write;
+
+/// Writes lines to stdout.
+fn say(lines: &impl Display) {
+    let mut out = std::io::stdout();
+    // Nobody reads it: no matter.
+    let _ = writeln!(out, "{}", lines.to_string().trim_end()).and_then(|()| out.flush());
+}

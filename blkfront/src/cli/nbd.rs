@@ -1,8 +1,8 @@
 //! `blkfront nbd`.
 
-use super::Host;
-use super::served::{Served, announce, prepare, stop_signals};
+use super::served::{Served, prepare, stop_signals};
 use super::units::size;
+use super::{Host, say};
 use blkfront::nbd::{BlockDevice, DEFAULT_IN_FLIGHT, DEFAULT_MAX_CONNECTIONS, Options, Server};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -46,10 +46,10 @@ pub(crate) fn run(host: &Host, args: &Args) -> anyhow::Result<ExitCode> {
     }
     let disk = args.served.open(host, &stop, |config| options.config(config))?;
     if let Some(path) = &args.device {
-        BlockDevice::attach(path, &disk, options)?.run(stop, || announce(&path.display()))?;
+        BlockDevice::attach(path, &disk, options)?.run(stop, || say(&path.display()))?;
     } else if let Some(path) = &args.socket {
         let server = Server::bind(path, &disk, options)?;
-        announce(&server.uri());
+        say(&server.uri());
         server.run(stop)?;
     }
     args.served.close(disk)

@@ -7,7 +7,7 @@ use std::time::Duration;
 /// How a thread waits for responses.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum)]
 pub(crate) enum Wait {
-    /// Spin, and never sleep
+    /// Spin, and never sleep; for bench alone
     Poll,
     /// Sleep at once
     Event,
@@ -46,9 +46,6 @@ pub(crate) struct Rings {
     /// Do not offer persistent grants
     #[arg(long)]
     no_persistent: bool,
-    /// Do not merge neighbouring I/Os
-    #[arg(long)]
-    no_merge: bool,
     /// Do not offer to issue requests again: be to the backend what Linux's frontend is
     #[arg(long, hide = true)]
     no_reissue: bool,
@@ -86,7 +83,6 @@ impl Rings {
             persistent: !self.no_persistent,
             split_ring: self.split,
             max_indirect_segments: self.indirect,
-            merge: !self.no_merge,
             reissue: !self.no_reissue,
             protocol: match self.protocol {
                 None => Protocol::default(),

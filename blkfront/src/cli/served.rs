@@ -1,14 +1,12 @@
 //! A disk that is given to others, until a signal comes.
 
-use super::{Host, Rings};
-use anyhow::{Context, anyhow};
-use blkfront::{Config, Disk, prepare_process};
+use super::{Host, Rings, Wait, say};
+use anyhow::{Context, anyhow, ensure};
+use blkfront::{Config, Disk, MAX_VCPUS, prepare_process};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use std::fmt::Display;
-use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
@@ -19,7 +17,7 @@ pub(crate) struct Served {
     /// The disk: a name such as xvda, or a number
     disk: String,
     /// vCPUs, each with a thread, a queue, and a ring where the backend has as many
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_VCPUS.into()))]
     pub(crate) vcpus: u32,
     /// Refuse writes
     #[arg(long)]
@@ -40,6 +38,8 @@ impl Served {
         stop: &SignalFd,
         suited: impl FnOnce(Config) -> Config,
     ) -> anyhow::Result<Disk> {
+        // They would sleep all the same: there is more than the ring to wait for.
+        ensure!(self.rings.wait() != Wait::Poll, "--wait=poll is for bench alone");
         let config = suited(self.rings.config(self.vcpus));
         let (opening, opened) = UnixStream::pair().context("make a socket")?;
         std::thread::scope(|scope| {
@@ -63,7 +63,7 @@ impl Served {
     /// Closes it.
     pub(crate) fn close(&self, disk: Disk) -> anyhow::Result<ExitCode> {
         if self.stats {
-            announce(&serde_json::to_string_pretty(&disk.info())?);
+            say(&serde_json::to_string_pretty(&disk.info())?);
         }
         disk.close()?;
         Ok(ExitCode::SUCCESS)
@@ -87,11 +87,4 @@ pub(crate) fn prepare() {
             "not root: I/O may hang when this machine is short of memory (PR_SET_IO_FLUSHER, mlockall): {error}"
         );
     }
-}
-
-/// Tells those who wait for it that the disk can be used, and how.
-pub(crate) fn announce(name: &impl Display) {
-    let mut out = std::io::stdout();
-    // Nobody reads it: no matter.
-    let _ = writeln!(out, "{name}").and_then(|()| out.flush());
 }

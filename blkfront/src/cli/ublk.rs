@@ -1,8 +1,8 @@
 //! `blkfront ublk`.
 
-use super::Host;
-use super::served::{Served, announce, prepare, stop_signals};
+use super::served::{Served, prepare, stop_signals};
 use super::units::size;
+use super::{Host, say};
 use blkfront::ublk::{BlockDevice, DEFAULT_DEPTH, DEFAULT_MAX_IO, Options};
 use std::process::ExitCode;
 
@@ -35,6 +35,6 @@ pub(crate) fn run(host: &Host, args: &Args) -> anyhow::Result<ExitCode> {
     let disk = args.served.open(host, &stop, |config| options.config(config))?;
     let device = BlockDevice::add(&disk, options)?;
     let path = device.path();
-    device.run(stop, || announce(&path.display()))?;
+    device.run(stop, || say(&path.display()))?;
     args.served.close(disk)
 }

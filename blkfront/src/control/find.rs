@@ -69,7 +69,7 @@ impl Start {
             fabric: None,
             offered: None,
             asked: false,
-            connected_at: None,
+            changed_at: None,
             complaint: String::new(),
             connection: 0,
             state: Arc::new(Mutex::new(state)),

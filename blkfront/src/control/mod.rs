@@ -113,8 +113,8 @@ struct Control {
     offered: Option<Offered>,
     /// An offer was made since the last connection, and nothing came of it yet.
     asked: bool,
-    /// When it was connected last.
-    connected_at: Option<Instant>,
+    /// When it was last connected, or of another size.
+    changed_at: Option<Instant>,
     /// What the log has last of why nothing came of it.
     complaint: String,
     connection: u32,
@@ -180,7 +180,7 @@ impl Control {
                     matches!(ours, Ok(false)).then(|| self.removed(FrontendEvent::DirectoryRemoved))
                 }
                 Some(command) = commands.recv() => Some(self.command(command)),
-                () = timer => Some(self.expired()),
+                () = timer => Some(self.expired().await),
             };
             if let Some(event) = event {
                 self.handle(event).await;
@@ -248,7 +248,7 @@ impl Control {
         self.news.ring();
     }
 
-    fn expired(&mut self) -> FrontendEvent {
+    async fn expired(&mut self) -> FrontendEvent {
         let (expected, limit) = match self.deadline.take() {
             Some(Until::Connected(_)) => ("Connected", self.config.connect_timeout),
             Some(Until::Back(_)) => {
@@ -258,9 +258,11 @@ impl Control {
         };
         let closing = expected == "Closed";
         let state = self.backend_state;
+        let state = state.map_or_else(|| "missing".to_owned(), |state| state.to_string());
+        let state = state + &self.told().await;
         self.cause.get_or_insert(Cause::Timeout {
             backend: self.backend.clone(),
-            state: state.map_or_else(|| "missing".to_owned(), |state| state.to_string()),
+            state,
             expected,
             seconds: limit.as_secs(),
         });
@@ -277,18 +279,14 @@ impl Control {
             tracing::debug!(device = self.frontend, "{action:?}");
             let outcome = match action {
                 FrontendAction::Offer => {
+                    self.pace().await;
                     self.asked = true;
                     self.offer().await.map(|()| None)
                 }
                 FrontendAction::Connect => self.connect().await.map(Some),
                 FrontendAction::Publish(state) => {
-                    if state == XenbusState::Initialising {
-                        if self.asked {
-                            self.pause().await;
-                        } else if self.connected_at.is_some_and(|at| at.elapsed() < RETRY_PAUSE) {
-                            // Nobody makes us connect, and say so, as often as they like.
-                            sleep(RETRY_PAUSE).await;
-                        }
+                    if state == XenbusState::Initialising && self.asked {
+                        self.pause().await;
                     }
                     self.publish(state).await.map(|()| None)
                 }
@@ -367,6 +365,13 @@ impl Control {
                 || store.exists(&format!("{frontend}/{}", FrontendRequest::REISSUE_KEY)).await?))
     }
 
+    /// Nobody makes us connect or resize the disk, and say so, as often as they like.
+    async fn pace(&self) {
+        if let Some(at) = self.changed_at {
+            sleep_until(at + RETRY_PAUSE).await;
+        }
+    }
+
     /// Before a backend is asked again.
     async fn pause(&mut self) {
         if self.complaint.is_empty() {
@@ -424,8 +429,13 @@ impl Control {
         }
     }
 
-    /// The backend closed a device that it was to connect: what it says about that.
+    /// The backend closed a device that it was to connect.
     async fn refused(&self) -> Cause {
+        Cause::Closed { backend: self.backend.clone(), error: self.told().await }
+    }
+
+    /// What the backend says is wrong, after a colon, or nothing.
+    async fn told(&self) -> String {
         let domain = format!("/local/domain/{}", self.backend_domain.0);
         let below = self.backend.strip_prefix(&domain).unwrap_or_default();
         let mut error = String::new();
@@ -436,6 +446,6 @@ impl Control {
                 error = format!(": {}", text.escape_debug());
             }
         }
-        Cause::Closed { backend: self.backend.clone(), error }
+        error
     }
 }

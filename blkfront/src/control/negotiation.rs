@@ -128,6 +128,12 @@ impl Control {
             // Segments address sectors of a page.
             return Err(self.refuse(format!("sectors of {} bytes", device.sector_size)));
         }
+        let used = locked(&self.state).geometry.sector_size;
+        if self.connection > 0 && device.sector_size > used {
+            let reason =
+                format!("sectors are of {} bytes now, but {used} are in use", device.sector_size);
+            return Err(self.refuse(reason));
+        }
         let (Some(fabric), Some(mut offered)) = (&self.fabric, self.offered.take()) else {
             return Ok(FrontendEvent::Failed);
         };
@@ -138,7 +144,7 @@ impl Control {
         let before = fabric.link.sectors.swap(device.sectors, Ordering::Relaxed);
         self.connection += 1;
         self.asked = false;
-        self.connected_at = Some(tokio::time::Instant::now());
+        self.changed_at = Some(tokio::time::Instant::now());
         self.complaint.clear();
         fabric.connect(self.connection, limits, offered.rings);
         self.deadline = None;
@@ -169,7 +175,7 @@ impl Control {
         Ok(FrontendEvent::Connected)
     }
 
-    pub(super) async fn resized(&self) -> Result<(), Cause> {
+    pub(super) async fn resized(&mut self) -> Result<(), Cause> {
         let keys = self.read_backend(DeviceProperties::KEYS).await?;
         let device = match DeviceProperties::from_keys(&|key: &str| keys.get(key).cloned()) {
             Ok(device) => device,
@@ -179,9 +185,11 @@ impl Control {
                 return Ok(());
             }
         };
-        let Some(fabric) = &self.fabric else { return Ok(()) };
-        let before = fabric.link.sectors.swap(device.sectors, Ordering::Relaxed);
-        if before != device.sectors {
+        let Some(fabric) = self.fabric.clone() else { return Ok(()) };
+        if fabric.link.sectors.load(Ordering::Relaxed) != device.sectors {
+            self.pace().await;
+            self.changed_at = Some(tokio::time::Instant::now());
+            fabric.link.sectors.store(device.sectors, Ordering::Relaxed);
             tracing::info!(device = self.frontend, "resized to {} bytes", device.bytes());
             let mut state = locked(&self.state);
             state.geometry.size = device.bytes();

@@ -32,7 +32,7 @@ impl<'a> Crew<'a> {
         options.check(disk.vcpus() as usize)?;
         let name: Arc<str> = options.export.as_str().into();
         let places = options.max_connections.div_ceil(disk.vcpus() as usize);
-        let geometry = disk.geometry();
+        let Export { min_block, read_only, .. } = export(disk, &options);
         let mut workers = Vec::new();
         for vcpu in 0..disk.vcpus() {
             let bell =
@@ -41,10 +41,9 @@ impl<'a> Crew<'a> {
             let shared = Arc::new(Shared { connections, bell, stop: AtomicBool::new(false) });
             let (sender, inbox) = channel();
             let depth = places * MAX_REQUESTS;
-            let read_only = options.read_only || geometry.read_only;
             let queue = disk.queue(vcpu)?;
-            let requests = Requests::new(queue, depth, geometry.sector_size, read_only)
-                .ok_or(Error::Pool { vcpu })?;
+            let requests =
+                Requests::new(queue, depth, min_block, read_only).ok_or(Error::Pool { vcpu })?;
             let worker = Worker {
                 requests,
                 inbox,

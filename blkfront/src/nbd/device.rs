@@ -5,22 +5,20 @@ use super::ioctl::{MAJOR, Request, ask};
 use super::{Error, Options, system};
 use crate::local::{News, sync, wait_for_news};
 use crate::{Disk, InvalidOption};
-use nix::sys::stat::major;
-use std::fs::File;
+use nix::sys::stat::{major, minor};
+use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::thread::JoinHandle;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 /// With several connections, the kernel drops one that does not answer in 30 seconds, and when it has
 /// none left, it fails. A backend may be away for longer; that is not the connection's fault.
 const PATIENCE_SECONDS: u64 = 7 * 24 * 3600;
-/// Bytes of the longest request of the kernel's, unless somebody has raised `max_sectors_kb`: it does not
-/// ask how much may be in flight (`nbd_dev_add` of drivers/block/nbd.c).
-const KERNEL_REQUEST: usize = 128 << 10;
 /// How often it is looked at whether the device is there: it takes the kernel milliseconds.
 const LOOK: Duration = Duration::from_millis(2);
 
@@ -43,13 +41,8 @@ impl<'a> BlockDevice<'a> {
     pub fn attach(path: impl AsRef<Path>, disk: &'a Disk, options: Options) -> Result<Self, Error> {
         let path = path.as_ref().to_owned();
         let file = open(&path)?;
-        InvalidOption::unless(
-            options.in_flight >= KERNEL_REQUEST,
-            "in_flight",
-            options.in_flight,
-            || format!("at least {KERNEL_REQUEST} for a block device, whose requests are as long"),
-        )?;
         let options = Options { max_connections: disk.vcpus() as usize, ..options };
+        let in_flight = options.in_flight;
         let crew = Crew::new(disk, options)?;
         let mut sockets = Vec::new();
         let set = |request, argument| {
@@ -70,6 +63,8 @@ impl<'a> BlockDevice<'a> {
             set(Request::SetSocket, theirs.as_raw_fd() as u64)?;
             sockets.push(ours);
         }
+        // Not before: now it is ours.
+        limit_requests(&path, &file, in_flight)?;
         let export = crew.export();
         set(Request::SetBlockSize, export.min_block.into())?;
         set(Request::SetSize, export.size)?;
@@ -102,17 +97,25 @@ impl<'a> BlockDevice<'a> {
                     // Why, it tells when it is joined.
                     return Ok(());
                 }
-                std::thread::sleep(LOOK);
+                thread::sleep(LOOK);
             }
             ready();
-            serve(disk, desks, &file, [stop.as_fd(), ended.as_fd()])?;
-            // A disconnect waits for the connections, and they perhaps for a backend that is away:
-            // then the end of the connections must do.
-            if !disk.take_news() || sync(&file) {
+            thread::scope(|scope| {
+                let file = &file;
+                let (resized, news) = sync_channel(1);
+                let resize = thread::Builder::new().name("nbd-resize".to_owned());
+                let resize = resize.spawn_scoped(scope, move || resize_at(news, disk, file));
+                resize.map_err(system("start a thread"))?;
+                serve(disk, desks, &resized, [stop.as_fd(), ended.as_fd()])?;
+                // A resize and a disconnect wait for requests, and they perhaps for a backend that is away:
+                // those that are left now fail.
+                if disk.take_news() && !sync(file) {
+                    disk.give_up();
+                }
                 // Refused where somebody else has detached it.
-                let _ = ask(&file, Request::Disconnect, 0);
-            }
-            Ok(())
+                let _ = ask(file, Request::Disconnect, 0);
+                Ok(())
+            })
         });
         let Some(kernel) = attached else { return result };
         let done = kernel.join().unwrap_or_else(|_| Err(io::Error::other("panicked")));
@@ -121,27 +124,61 @@ impl<'a> BlockDevice<'a> {
     }
 }
 
-/// Until any of `ends` is readable, or the disk is gone; resizes the device meanwhile.
+/// Until any of `ends` is readable, or the disk is gone; has the device resized meanwhile.
 fn serve(
     disk: &Disk,
     desks: &Desks<'_>,
-    file: &File,
+    resized: &SyncSender<()>,
     ends: [BorrowedFd<'_>; 2],
 ) -> Result<(), Error> {
     while wait_for_news(disk, &ends).map_err(system("wait for the disk"))? == News::Resized {
         desks.check()?;
+        // Full: the size is looked at after this.
+        let _ = resized.try_send(());
+    }
+    Ok(())
+}
+
+/// Tells the kernel the disk's size whenever there is news of it. A newer kernel first waits until nothing is
+/// in flight (`blk_mq_freeze_queue` in `nbd_set_size`): not for the thread that is to hear of the end.
+fn resize_at(news: Receiver<()>, disk: &Disk, file: &File) {
+    for () in news {
         if let Err(e) = ask(file, Request::SetSize, disk.geometry().size) {
             tracing::warn!("the NBD device could not be resized: {e}");
         }
     }
-    Ok(())
+}
+
+/// Has the kernel make no longer requests than fit into what may be in flight: it does not ask. They
+/// are up to 128 KiB long, or with newer kernels up to 4 MiB (`BLK_DEF_MAX_SECTORS_CAP`).
+fn limit_requests(path: &Path, file: &File, in_flight: usize) -> Result<(), Error> {
+    let number = file.metadata().map_err(|e| device("look at", "")(path, e))?.rdev();
+    let (major, minor) = (major(number), minor(number));
+    let limit = format!("/sys/dev/block/{major}:{minor}/queue/max_sectors_kb");
+    lower(limit.as_ref(), in_flight)
+}
+
+/// Makes a limit in KiB no larger than so many bytes.
+fn lower(limit: &Path, bytes: usize) -> Result<(), Error> {
+    let failed = |doing| move |e| device(doing, "")(limit, e);
+    let now = fs::read_to_string(limit).map_err(failed("read the longest request"))?;
+    let longest = now.trim().parse::<usize>().unwrap_or(usize::MAX).saturating_mul(1 << 10);
+    if longest <= bytes {
+        return Ok(());
+    }
+    let lowered = fs::write(limit, (bytes >> 10).to_string());
+    Ok(lowered.or_else(|e| {
+        let rule =
+            || format!("at least {longest}, the longest request: {} stays: {e}", limit.display());
+        InvalidOption::unless(false, "in_flight", bytes, rule)
+    })?)
 }
 
 /// Has the kernel use the device, and says by the end of a socket when it does so no more.
 fn start(file: &File) -> io::Result<(UnixStream, JoinHandle<io::Result<()>>)> {
     let (ended, at_work) = UnixStream::pair()?;
     let file = file.try_clone()?;
-    let thread = std::thread::Builder::new().name("nbd-device".to_owned()).spawn(move || {
+    let thread = thread::Builder::new().name("nbd-device".to_owned()).spawn(move || {
         let done = ask(&file, Request::DoIt, 0);
         drop(at_work);
         done
@@ -174,4 +211,26 @@ fn open(path: &Path) -> Result<File, Error> {
         return Err(device("open", ": it is no NBD device such as /dev/nbd0")(path, other));
     }
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_requests_are_made_to_fit() {
+        let limit = std::env::temp_dir().join(format!("max_sectors_kb-{}", std::process::id()));
+        for (before, after) in [("1280\n", "512"), ("512\n", "512\n"), ("128\n", "128\n")] {
+            fs::write(&limit, before).unwrap();
+            lower(&limit, 512 << 10).unwrap();
+            assert_eq!(fs::read_to_string(&limit).unwrap(), after);
+        }
+        fs::remove_file(&limit).unwrap();
+        // Of the kernel's own, one that nobody can write.
+        let fixed = Path::new("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size");
+        if fixed.exists() {
+            let refused = lower(fixed, 512 << 10).unwrap_err().to_string();
+            assert!(refused.starts_with("in_flight is 524288, but must be at least"), "{refused}");
+        }
+    }
 }

@@ -5,8 +5,8 @@
 //! `doc/proto.md`). A connection is pinned to a vCPU, whose one thread carries its requests from the socket to the
 //! ring and back: there is no lock and no other thread in between, and no copy of the data
 //! between the socket and the granted pages. While answers are due from the backend the thread spins as
-//! [`Config::waiting`] says, but for [`crate::Waiting::Poll`], which is taken for
-//! [`crate::Waiting::Event`]: there are sockets to be watched, too.
+//! [`Config::waiting`] says, but with [`crate::Waiting::Poll`] it sleeps after some turns, too: there are
+//! sockets to be watched.
 //!
 //! ```no_run
 //! # fn f(platform: std::sync::Arc<dyn xen_platform::Platform>,

@@ -75,7 +75,8 @@ fn listen(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
             let is_socket = std::fs::symlink_metadata(path)?.file_type().is_socket();
             let refused = |e: io::Error| e.kind() == io::ErrorKind::ConnectionRefused;
             if !is_socket || !UnixStream::connect(path).is_err_and(refused) {
-                return Err(e);
+                let what = if is_socket { "another program listens there" } else { "no socket" };
+                return Err(io::Error::new(e.kind(), format!("in use: {what}; take another path")));
             }
             std::fs::remove_file(path)?;
             UnixListener::bind(path)?
@@ -135,4 +136,20 @@ fn escape(bytes: &[u8]) -> String {
         }
     }
     escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_is_taken_over_from_the_dead_alone() {
+        let path = std::env::temp_dir().join(format!("blkfront-{}.sock", std::process::id()));
+        let living = UnixListener::bind(&path).unwrap();
+        let refused = listen(&path).unwrap_err().to_string();
+        assert!(refused.contains("another program listens there"), "{refused}");
+        drop(living);
+        drop(listen(&path).unwrap());
+        assert!(!path.exists());
+    }
 }

@@ -21,6 +21,8 @@ pub(super) enum Conduct {
     Good,
     /// Answers that many requests, then takes more but never answers.
     FallsSilent(u32),
+    /// Shows its answers when it ends, and says nothing.
+    AnswersLast,
     /// Answers with an id that was never there.
     UnknownId,
     /// Answers with the id of a tag beyond the ring.
@@ -121,6 +123,7 @@ impl Backend {
                         served.channel.take().unwrap();
                     }
                 }
+                let _ = served.responses.publish();
             })
         };
         let threads = queues.iter().map(serve).collect();
@@ -137,7 +140,7 @@ impl Served {
                 let (id, operation) = (request.id, request.response_operation());
                 self.answer(Response { id, operation, status });
             }
-            if self.responses.publish() {
+            if self.conduct != Conduct::AnswersLast && self.responses.publish() {
                 self.channel.notify().unwrap();
             }
         }

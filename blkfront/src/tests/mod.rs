@@ -1,7 +1,6 @@
 //! The data path against a backend on a thread of this process.
 
 mod alloc;
-mod asynchronous;
 mod backend;
 mod host;
 mod hostile;

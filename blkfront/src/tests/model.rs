@@ -246,22 +246,3 @@ fn what_cannot_be_done_is_refused_before_it_is_sent() {
     assert_eq!(queue.submit(io).unwrap_err().reason, Refusal::NotSupported);
     assert!(rig.storage().log.is_empty());
 }
-
-#[test]
-fn buffers_joined_are_one_io() {
-    let mut rig = Rig::new(small(1), 1);
-    let _backend = rig.connect(UNION, Rig::limits(UNION, 0, FlushMode::None), Conduct::Good);
-    let mut queue = rig.queue(0);
-    let (mut head, mut tail) = (queue.alloc(4096).unwrap(), queue.alloc(1536).unwrap());
-    head.write(0, &[1; 4096]);
-    tail.write(0, &[2; 1536]);
-    // Behind a page that is not full there would be a hole.
-    let ragged = tail.append(queue.alloc(512).unwrap());
-    assert!(ragged.is_err());
-    head.append(tail).unwrap();
-    queue.submit(Io::write(0, 0, head)).unwrap();
-    let mut done = Vec::new();
-    while queue.wait(&mut done, None) == 0 {}
-    assert_eq!(rig.storage().log, [(op::WRITE, 11)]);
-    assert_eq!(rig.storage().data[4096..4096 + 1536], [2; 1536]);
-}

@@ -3,6 +3,7 @@
 use super::*;
 use crate::link::Notice;
 use crate::{Io, Refusal};
+use std::time::{Duration, Instant};
 
 /// Sectors of each of the writes: 24 pages, an indirect request.
 const LONG: usize = 24 * 4096;
@@ -124,4 +125,45 @@ fn a_durable_write_is_flushed_where_only_the_new_backend_has_a_cache() {
     queue.wait(&mut done, None);
     assert_eq!(done[0].result, Ok(()));
     assert_eq!(rig.storage().log, [(WRITE, 1), (FLUSH_DISKCACHE, 0)]);
+}
+
+#[test]
+fn an_answer_that_was_shown_before_the_backend_went_counts() {
+    for vcpus in [1, 2] {
+        let mut rig = Rig::new(small(vcpus), 1);
+        let limits = Rig::limits(UNION, 0, FlushMode::Cache);
+        let backend = rig.connect(UNION, limits, Conduct::AnswersLast);
+        let mut queue = rig.queue(0);
+        queue.submit(Io::flush(0)).unwrap();
+        while rig.storage().log.is_empty() {
+            std::thread::yield_now();
+        }
+        drop(backend);
+        rig.fabric.post(|| Notice::Down);
+        let mut done = Vec::new();
+        assert_eq!(queue.wait(&mut done, Some(Duration::from_secs(5))), 1);
+        assert_eq!(done[0].result, Ok(()));
+    }
+}
+
+#[test]
+fn a_ring_s_owner_sleeps_while_a_vcpu_knows_of_more_connections() {
+    let mut rig = Rig::new(small(2), 1);
+    let limits = Rig::limits(UNION, 0, FlushMode::Cache);
+    let _backend = rig.connect(UNION, limits, Conduct::Good);
+    let mut queue = rig.queue(0);
+    let end = Instant::now() + Duration::from_secs(5);
+    let sleeps_again = |before| {
+        while rig.fabric.stats(0).sleeps == before {
+            assert!(Instant::now() < end, "it does not sleep");
+            std::thread::yield_now();
+        }
+    };
+    sleeps_again(0);
+    // The owner's notice of the second connection was replaced by a later one.
+    rig.fabric.link.mailboxes[0].post(Notice::Up { connection: 2, limits, ring: None });
+    queue.poll(&mut Vec::new());
+    let before = rig.fabric.stats(0).sleeps;
+    queue.submit(Io::flush(0)).unwrap();
+    sleeps_again(before);
 }

@@ -90,11 +90,6 @@ impl FrontendMachine {
         }
     }
 
-    /// The state this end has asked its owner to publish last, or found.
-    pub fn state(&self) -> XenbusState {
-        self.published
-    }
-
     /// Whether I/O can be done.
     pub fn is_connected(&self) -> bool {
         self.link == Link::Up && !self.closing

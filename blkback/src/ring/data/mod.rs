@@ -271,12 +271,6 @@ impl Data {
 /// # Safety
 /// As for [`IoVec::new`], for each segment's part of its page.
 unsafe fn list(base: *mut u8, segments: &[Segment], buffers: &mut IoVecs) {
-    // Most are.
-    if let [segment] = segments {
-        // SAFETY: the caller's obligations.
-        return buffers
-            .push(unsafe { IoVec::new(base.wrapping_add(segment.offset()), segment.bytes()) });
-    }
     let (mut from, mut bytes) = (base, 0);
     for (page, segment) in segments.iter().enumerate() {
         if bytes == 0 {

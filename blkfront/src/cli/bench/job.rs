@@ -142,19 +142,19 @@ pub(crate) struct Job {
     #[serde(serialize_with = "seconds")]
     pub(crate) runtime: Option<Duration>,
     pub(crate) time_based: bool,
-    #[serde(serialize_with = "one_seconds")]
+    #[serde(serialize_with = "seconds")]
     pub(crate) ramp_time: Duration,
     pub(crate) rate_iops: Option<u64>,
     pub(crate) verify: Option<Verify>,
     pub(crate) randseed: u64,
 }
 
-fn seconds<S: serde::Serializer>(time: &Option<Duration>, to: S) -> Result<S::Ok, S::Error> {
-    time.map(|time| time.as_secs_f64()).serialize(to)
-}
-
-fn one_seconds<S: serde::Serializer>(time: &Duration, to: S) -> Result<S::Ok, S::Error> {
-    time.as_secs_f64().serialize(to)
+fn seconds<T, S>(time: &T, to: S) -> Result<S::Ok, S::Error>
+where
+    T: Copy + Into<Option<Duration>>,
+    S: serde::Serializer,
+{
+    (*time).into().map(|time| time.as_secs_f64()).serialize(to)
 }
 
 impl Job {
@@ -168,6 +168,14 @@ impl Job {
         };
         if let Some(wrong) = bssplit.iter().find(|b| !whole(b.bytes) || b.bytes == 0) {
             bail!("block size {} is no multiple of {SECTOR_SIZE}", wrong.bytes);
+        }
+        let smallest = bssplit.iter().map(|b| b.bytes).min().unwrap_or_default();
+        let uneven = bssplit.iter().find(|b| !b.bytes.is_multiple_of(smallest));
+        if let (Some(_), Some(uneven)) = (args.verify, uneven) {
+            bail!(
+                "verify checks blocks of {smallest}, the smallest, and {} is no multiple of that",
+                uneven.bytes
+            );
         }
         let timed = args.size.is_none() && args.verify.is_none();
         if args.time_based && args.runtime.is_none() {
@@ -207,6 +215,9 @@ impl Job {
             bail!("the disk is read-only: only read and randread can be done");
         }
         let room = disk.size.saturating_sub(self.offset) / u64::from(self.numjobs);
+        if let Some(size) = self.size.filter(|size| *size > room) {
+            tracing::warn!("a size of {size} is cut to {room} bytes, a job's share of the disk");
+        }
         let size = self.size.unwrap_or(room).min(room);
         let size = size - size % self.min_block();
         if size < self.max_block() || !self.offset.is_multiple_of(unit) {
@@ -293,7 +304,26 @@ fn parse_split(text: &str) -> anyhow::Result<Vec<Share>> {
 
 #[cfg(test)]
 mod tests {
-    use super::parse_split;
+    use super::{Job, JobArgs, parse_split};
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        job: JobArgs,
+    }
+
+    fn job(options: &[&str]) -> anyhow::Result<Job> {
+        Job::new(&Line::parse_from([&["bench"], options].concat()).job)
+    }
+
+    #[test]
+    fn blocks_that_cannot_be_verified_are_refused() {
+        let refused = job(&["--verify=crc32c", "--bssplit=4k/50:6k/50"]).unwrap_err();
+        assert!(refused.to_string().contains("6144 is no multiple"), "{refused}");
+        assert!(job(&["--verify=crc32c", "--bssplit=4k/50:12k/50"]).is_ok());
+        assert!(job(&["--bssplit=4k/50:6k/50"]).is_ok());
+    }
 
     #[test]
     fn a_split_is_read_as_fio_does() {

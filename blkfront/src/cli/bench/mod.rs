@@ -7,7 +7,7 @@ mod verify;
 mod worker;
 
 use super::units::show_count;
-use super::{Host, Rings};
+use super::{Host, Rings, say};
 use anyhow::{Context, anyhow};
 use blkfront::{Config, Disk, MAX_DEPTH, MAX_POOL_BYTES, Stats};
 use job::{Job, JobArgs};
@@ -54,23 +54,32 @@ pub(crate) struct Shared {
     pub(crate) epoch: Instant,
 }
 
+impl Shared {
+    fn ios(&self) -> u64 {
+        self.done.iter().map(|done| done.load(Ordering::Relaxed)).sum()
+    }
+}
+
 /// What the process had used at some moment.
 #[derive(Clone, Debug)]
 struct Usage {
     user: Duration,
     system: Duration,
+    /// I/Os completed, in the ramp and in reading back too.
+    ios: u64,
     rings: Vec<Stats>,
 }
 
 impl Usage {
-    fn now(disk: &Disk) -> anyhow::Result<Self> {
+    fn now(disk: &Disk, shared: &Shared) -> anyhow::Result<Self> {
         let usage = getrusage(UsageWho::RUSAGE_SELF).context("read the CPU time used")?;
         let time = |t: TimeVal| {
             let micros = t.tv_sec().unsigned_abs() * 1_000_000 + t.tv_usec().unsigned_abs();
             Duration::from_micros(micros)
         };
         let rings = disk.info().rings.iter().map(|ring| ring.stats).collect();
-        Ok(Self { user: time(usage.user_time()), system: time(usage.system_time()), rings })
+        let (user, system) = (time(usage.user_time()), time(usage.system_time()));
+        Ok(Self { user, system, ios: shared.ios(), rings })
     }
 }
 
@@ -82,9 +91,9 @@ pub(crate) fn run(host: &Host, args: &Args) -> anyhow::Result<ExitCode> {
     // The figures are there, whatever closing says.
     let closed = disk.close();
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        say(&serde_json::to_string_pretty(&report)?);
     } else {
-        print!("{report}");
+        say(&report);
     }
     closed?;
     Ok(if report.failed() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
@@ -132,7 +141,7 @@ fn load(disk: &Disk, args: &Args, job: &Arc<Job>) -> anyhow::Result<Report> {
         outcome += thread.join().map_err(|_| anyhow!("a job panicked"))??;
     }
     let rings = to.rings.iter().zip(&from.rings).map(|(now, then)| *now - *then).collect();
-    let cpu = Cpu::new(to.user - from.user, to.system - from.system, outcome.ios());
+    let cpu = Cpu::new(to.user - from.user, to.system - from.system, to.ios - from.ios);
     Ok(Report::new(disk.info(), job, args.rings.wait(), outcome, cpu, rings))
 }
 
@@ -144,7 +153,7 @@ fn watch(
     ended: impl Fn() -> bool,
 ) -> anyhow::Result<(Usage, Usage)> {
     let begin = Instant::now();
-    let mut from = Usage::now(disk)?;
+    let mut from = Usage::now(disk, shared)?;
     let mut ramping = !job.ramp_time.is_zero();
     let terminal = std::io::stderr().is_terminal();
     let (mut shown, mut before) = (begin, 0);
@@ -152,11 +161,11 @@ fn watch(
         std::thread::sleep(LOOK);
         if ramping && begin.elapsed() >= job.ramp_time {
             ramping = false;
-            from = Usage::now(disk)?;
+            from = Usage::now(disk, shared)?;
         }
         let since = shown.elapsed();
         if terminal && since >= Duration::from_secs(1) {
-            let done: u64 = shared.done.iter().map(|done| done.load(Ordering::Relaxed)).sum();
+            let done = shared.ios();
             let iops = (done - before) as f64 / since.as_secs_f64();
             let ramp = if ramping { " (ramp)" } else { "" };
             let seconds = begin.elapsed().as_secs();
@@ -168,7 +177,7 @@ fn watch(
     if terminal {
         eprint!("\r\x1b[K");
     }
-    Ok((from, Usage::now(disk)?))
+    Ok((from, Usage::now(disk, shared)?))
 }
 
 /// The first interrupt ends the run early, with its figures; the second, the process.

@@ -83,10 +83,6 @@ pub(crate) struct Outcome {
 }
 
 impl Outcome {
-    pub(crate) fn ios(&self) -> u64 {
-        self.reads.ios + self.writes.ios
-    }
-
     /// `count` I/Os, all writes or all reads of `len` bytes begun at the same time, are over.
     fn record(&mut self, (write, len, since): (bool, u64, u64), count: u64, now: u64) {
         if count > 0 {
