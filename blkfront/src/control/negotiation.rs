@@ -146,8 +146,8 @@ impl Control {
         self.asked = false;
         self.changed_at = Some(tokio::time::Instant::now());
         self.complaint.clear();
-        fabric.connect(self.connection, limits, offered.rings);
         self.deadline = None;
+        // Before any I/O is done on this connection: whoever asks then is to be told of it.
         {
             let mut state = locked(&self.state);
             state.connected = true;
@@ -156,6 +156,7 @@ impl Control {
             state.features = features;
             state.limits = limits;
         }
+        fabric.connect(self.connection, limits, offered.rings);
         if self.connection > 1 && before != device.sectors {
             self.news.ring();
         }

@@ -41,7 +41,7 @@ fn make_disk(root: &Root, disk: &PathBuf) -> Result<()> {
     ensure!(nix::unistd::geteuid().is_root(), "installing Debian in a directory takes root");
     let dir = tempfile::tempdir_in(disk.parent().context("a disk's directory")?)?;
     let list = dir.path().join("sources.list");
-    fs::write(&list, sources(root.suite.name(), root.arch)?)?;
+    fs::write(&list, sources(root.suite.name())?)?;
     let system = dir.path().join("root");
     let packages = format!("{PACKAGES},xen-utils-{}", root.suite.xen());
     let mut install = Command::new("mmdebstrap");

@@ -7,7 +7,7 @@ use super::initramfs::Initramfs;
 use super::machine::LINUX;
 use super::modules::Modules;
 use super::packages::Root;
-use crate::process::output;
+use crate::process::{output, run};
 use anyhow::Result;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -67,8 +67,16 @@ const HOTPLUG: &str = "block-blkback";
 /// It does not start without, even where it shows nothing.
 const QEMU_KEYMAPS: &str = "usr/share/qemu/keymaps";
 const QEMU: &str = "usr/libexec/xen-qemu-system-i386";
-const PROGRAMS_32: &[&str] = &["sbin/e2fsck", "sbin/mke2fs", "usr/bin/fio"];
-const MODULES_32: &[&str] = &["crc32c_generic", "ext4", "xen-blkfront", "xenfs"];
+/// What an HVM guest begins with, beside Xen's hvmloader.
+const FIRMWARE: &[&str] = &[
+    "usr/share/qemu/kvmvapic.bin",
+    "usr/share/qemu/linuxboot.bin",
+    "usr/share/seabios/bios-256k.bin",
+];
+/// Its kernel and initramfs come through a port, and each byte is emulated: no more than it needs, and no fio.
+const HVM_PROGRAMS: &[&str] =
+    &["usr/bin/xenstore-read", "usr/bin/xenstore-watch", "usr/bin/xenstore-write"];
+const HVM_MODULES: &[&str] = &["ata_piix", "sd_mod", "xen-blkfront", "xenfs"];
 
 /// The files a host boots from.
 #[derive(Debug)]
@@ -88,8 +96,8 @@ pub struct Images {
 pub struct Parts<'a> {
     /// The packages.
     pub root: &'a Root,
-    /// Those of 32-bit guests, if there are to be any.
-    pub root_32: Option<&'a Root>,
+    /// Whether there are HVM guests.
+    pub hvm: bool,
     /// Whether dom0 and guests have perf and blktrace.
     pub profilers: bool,
     /// Our programs.
@@ -124,11 +132,16 @@ pub fn build(dir: &Path, parts: &Parts<'_>) -> Result<Images> {
     // The device model is what serves qdisk.
     more.program(QEMU)?;
     more.tree(Path::new(QEMU_KEYMAPS), &root.dir.join(QEMU_KEYMAPS))?;
-    if let Some(root) = parts.root_32 {
-        let guest = dir.join("guest32.cpio");
-        system_32(&guest, root, parts.scripts)?;
-        more.copy(Path::new("guest32/kernel"), &root.find("boot", "vmlinuz-")?)?;
-        more.copy(Path::new("guest32/initramfs"), &guest)?;
+    if parts.hvm {
+        let hvmloader = format!("usr/lib/xen-{}/boot/hvmloader", root.suite.xen());
+        for name in FIRMWARE.iter().copied().chain([&*hvmloader]) {
+            more.copy(Path::new(name), &root.dir.join(name))?;
+        }
+        let guest = dir.join("hvm.cpio");
+        hvm_system(&guest, root, parts.scripts)?;
+        run(Command::new("gzip").arg("--force").arg(&guest))?;
+        more.copy(Path::new("hvm/kernel"), &kernel)?;
+        more.copy(Path::new("hvm/initramfs"), &guest.with_extension("cpio.gz"))?;
     }
     more.finish()?;
     Ok(Images { xen, kernel, dom0, disk: None })
@@ -158,10 +171,10 @@ fn system(path: &Path, parts: &Parts<'_>) -> Result<()> {
     finish(image, parts.scripts)
 }
 
-fn system_32(path: &Path, root: &Root, scripts: &Path) -> Result<()> {
+fn hvm_system(path: &Path, root: &Root, scripts: &Path) -> Result<()> {
     let mut image = Initramfs::create(root, path)?;
-    image.programs(PROGRAMS_32)?;
-    image.modules(&Modules::find(root)?, MODULES_32)?;
+    image.programs(HVM_PROGRAMS)?;
+    image.modules(&Modules::find(root)?, HVM_MODULES)?;
     finish(image, scripts)
 }
 

@@ -10,6 +10,11 @@ use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+/// What loads programs.
+const LOADER: &str = "usr/lib64/ld-linux-x86-64.so.2";
+/// Where their libraries are.
+const LIBRARIES: &[&str] = &["usr/lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu/ceph"];
+
 /// An initramfs being written.
 pub(super) struct Initramfs<'a> {
     root: &'a Root,
@@ -41,8 +46,7 @@ impl<'a> Initramfs<'a> {
         image.copy(Path::new("etc/mke2fs.conf"), &root.dir.join("etc/mke2fs.conf"))?;
         image.add(Path::new("usr/bin/busybox"), &root.dir.join("usr/bin/busybox"))?;
         image.archive.link(Path::new("usr/bin/sh"), "busybox")?;
-        let loader = root.arch.loader();
-        image.add(Path::new(loader), &root.dir.join(loader))?;
+        image.add(Path::new(LOADER), &root.dir.join(LOADER))?;
         Ok(image)
     }
 
@@ -101,7 +105,7 @@ impl<'a> Initramfs<'a> {
                 continue;
             }
             let name = line.split(['[', ']']).nth(1).context("a library's name")?;
-            let dirs = self.root.arch.libraries().iter().map(|dir| Path::new(dir).join(name));
+            let dirs = LIBRARIES.iter().map(|dir| Path::new(dir).join(name));
             let found =
                 dirs.map(|path| (self.root.dir.join(&path), path)).find(|(at, _)| at.exists());
             match found {
@@ -110,7 +114,7 @@ impl<'a> Initramfs<'a> {
                     self.add(&path, &at)?;
                     self.libraries(&at)?;
                 }
-                None if self.root.arch.loader().ends_with(name) => {}
+                None if LOADER.ends_with(name) => {}
                 None => bail!("{program:?} needs {name}, which is not there"),
             }
         }

@@ -26,13 +26,11 @@ const PACKAGES: &[&str] = &[
     "xen-utils-common",
     "xenstore-utils",
 ];
-/// What a 32-bit guest is made of.
-const PACKAGES_32: &[&str] = &["busybox-static", "e2fsprogs", "fio", "linux-image-686-pae"];
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Packages still have files in these (merged /usr).
 const MERGED: &[&str] = &["bin", "sbin", "lib", "lib64"];
 
-pub(super) fn sources(suite: &str, arch: Arch) -> Result<String> {
+pub(super) fn sources(suite: &str) -> Result<String> {
     let mut ask = Command::new("apt-get");
     ask.args(["indextargets", "--format", "$(SITE) $(RELEASE)", "Identifier: Packages"]);
     let mut lines = BTreeSet::new();
@@ -42,48 +40,10 @@ pub(super) fn sources(suite: &str, arch: Arch) -> Result<String> {
         if suffix.is_empty() && release.contains('-') {
             continue; // updates, backports
         }
-        if !suffix.is_empty() && arch == Arch::I386 {
-            continue;
-        }
         lines.insert(format!("deb [signed-by={KEYRING}] {site} {suite}{suffix} main\n"));
     }
     ensure!(!lines.is_empty(), "apt knows no Debian archive: is this machine Debian's?");
     Ok(lines.into_iter().collect())
-}
-
-/// What packages are built for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Arch {
-    /// Hypervisor, dom0, and guests.
-    Amd64,
-    /// 32-bit guests.
-    I386,
-}
-
-impl Arch {
-    /// Debian's name of it.
-    fn name(self) -> &'static str {
-        match self {
-            Self::Amd64 => "amd64",
-            Self::I386 => "i386",
-        }
-    }
-
-    /// Where its libraries are.
-    pub(super) fn libraries(self) -> &'static [&'static str] {
-        match self {
-            Self::Amd64 => &["usr/lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu/ceph"],
-            Self::I386 => &["usr/lib/i386-linux-gnu", "usr/lib/i386-linux-gnu/ceph"],
-        }
-    }
-
-    /// What loads them.
-    pub(super) fn loader(self) -> &'static str {
-        match self {
-            Self::Amd64 => "usr/lib64/ld-linux-x86-64.so.2",
-            Self::I386 => "usr/lib/ld-linux.so.2",
-        }
-    }
 }
 
 /// The unpacked packages of a suite.
@@ -93,8 +53,6 @@ pub struct Root {
     pub dir: PathBuf,
     /// The suite they are from.
     pub suite: Suite,
-    /// What they are built for.
-    pub arch: Arch,
 }
 
 impl Root {
@@ -102,13 +60,9 @@ impl Root {
     ///
     /// # Errors
     /// When apt or dpkg-deb fail, with what they say.
-    pub fn prepare(suite: Suite, arch: Arch, cache: &Path, refresh: bool) -> Result<Self> {
-        let dir = match arch {
-            Arch::Amd64 => cache.join(suite.name()),
-            Arch::I386 => cache.join(suite.name()).join(arch.name()),
-        };
-        let apt = Apt { suite, arch, dir };
-        let root = Self { dir: apt.dir.join("root"), suite, arch };
+    pub fn prepare(suite: Suite, cache: &Path, refresh: bool) -> Result<Self> {
+        let apt = Apt { suite, dir: cache.join(suite.name()) };
+        let root = Self { dir: apt.dir.join("root"), suite };
         let stamp = apt.dir.join("unpacked");
         // What was asked for in the first line, the packages that came of it in the others.
         let unpacked = fs::read_to_string(&stamp).unwrap_or_default();
@@ -173,16 +127,12 @@ fn unpack(package: &Path, root: &Path) -> Result<()> {
 
 struct Apt {
     suite: Suite,
-    arch: Arch,
     dir: PathBuf,
 }
 
 impl Apt {
     /// The packages to ask for.
     fn wanted(&self) -> String {
-        if self.arch == Arch::I386 {
-            return PACKAGES_32.join(" ");
-        }
         let xen = self.suite.xen();
         format!("{} xen-hypervisor-{xen}-amd64 xen-utils-{xen}", PACKAGES.join(" "))
     }
@@ -195,7 +145,7 @@ impl Apt {
         }
         // Nothing is installed.
         fs::write(self.dir.join("status"), "")?;
-        fs::write(self.dir.join("sources.list"), sources(name, self.arch)?)?;
+        fs::write(self.dir.join("sources.list"), sources(name)?)?;
         run(self.get().arg("update")).context("package lists")?;
         let install = || {
             let mut command = self.get();
@@ -234,9 +184,8 @@ impl Apt {
         ] {
             command.args(["-o", option]);
         }
-        let arch = self.arch.name();
         for option in ["APT::Architecture", "APT::Architectures"] {
-            command.arg("-o").arg(format!("{option}={arch}"));
+            command.arg("-o").arg(format!("{option}=amd64"));
         }
         command
     }

@@ -44,7 +44,7 @@ pub fn check(name: &str) -> Result<()> {
 }
 
 /// What only some scenarios need in their images: words of their scripts' line `# needs: ...`, of which
-/// there are `i386` and `profilers`.
+/// there are `hvm` and `profilers`.
 ///
 /// # Errors
 /// When its script cannot be read.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 use xen_blk_tests::xen::image::Images;
-use xen_blk_tests::xen::packages::{Arch, Root};
+use xen_blk_tests::xen::packages::Root;
 use xen_blk_tests::xen::{Suite, debian, image, machine, scenario};
 
 /// Our programs that dom0 gets.
@@ -139,22 +139,20 @@ fn prepare(
         );
     }
     eprintln!("==> packages of {}", suite.name());
-    let root = |arch| Root::prepare(suite, arch, &cache(), refresh);
-    let amd64 = root(Arch::Amd64)?;
+    let root = Root::prepare(suite, &cache(), refresh)?;
     let needs = scenarios.iter().map(|name| scenario::needs(name)).collect::<Result<Vec<_>>>()?;
     let needed = |what: &str| needs.iter().flatten().any(|need| need == what);
-    let i386 = needed("i386").then(|| root(Arch::I386)).transpose()?;
     let ours: Vec<_> = OURS.iter().map(|name| programs.join(name)).collect();
     let parts = image::Parts {
-        root: &amd64,
-        root_32: i386.as_ref(),
+        root: &root,
+        hvm: needed("hvm"),
         profilers: needed("profilers"),
         ours: &ours,
         hotplug: &super::root().join("blkback/dist/block-blkback"),
         scripts: &scenario::scripts(),
     };
     let images = image::build(&cache().join(suite.name()).join("images"), &parts)?;
-    Ok((amd64, images))
+    Ok((root, images))
 }
 
 fn run_one(suite: Suite, images: &Images, scenario: &str, limit: Duration) -> Result<()> {
