@@ -4,7 +4,7 @@
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod guest;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use guest::{Device, Guest, Link, Store, Transport, WellBehaved, state};
 use ring_proto::{Abi, RingLayout};
 use std::fs::File;
@@ -113,7 +113,7 @@ fn a_disk_that_cannot_be_opened_for_ever_makes_room() -> Result<()> {
     // It is being opened.
     std::thread::sleep(Duration::from_secs(2));
     ensure!(!daemon.log().contains("disk opened"), "the lease holds nobody: {}", daemon.log());
-    run(host.toolstack().args(["detach", "guest", "xvda", "--force"]))?;
+    host.detach("guest", "xvda")?;
     let device = guest.attach(&host, "vdev=xvda,target=memory:16M")?;
     let mut disk = WellBehaved::connect(&guest, &device, PLAIN)?;
     disk.round_trip(0)?;
@@ -155,6 +155,33 @@ fn the_directory_stays_for_who_runs_the_script() -> Result<()> {
         toolstack.join().map_err(|_| anyhow::anyhow!("the toolstack panicked"))??;
         Ok(())
     })
+}
+
+/// As DRBD's script, and those of iSCSI, which make a device of a name.
+#[test]
+fn what_another_script_has_found_is_the_disk() -> Result<()> {
+    let host = Host::start(Programs::beside_us()?)?;
+    let mut daemon = host.backend(&["--script-timeout-s", "3600"])?;
+    let guest = Guest::create(&host, "guest")?;
+    let admin = Store::connect(&host.platform_dir().join("xenstored.sock"))?;
+    let image = host.dir().join("found.raw");
+    File::create(&image)?.set_len(3 << 20)?;
+    let device = guest.attach(&host, "vdev=xvda,script=block-test,target=resource")?;
+    device.begin(&guest)?;
+    let link = Link::new(&guest, PLAIN)?;
+    device.offer(&guest, &link.keys())?;
+    let path = image.to_str().context("a path")?;
+    admin.write(&format!("{}/physical-device-path", device.back), path)?;
+    ensure!(!daemon.log().contains("disk opened"), "{}", daemon.log());
+    admin.write(&format!("{}/hotplug-status", device.back), "connected")?;
+    device.wait_backend(&guest, &[state::CONNECTED])?;
+    ensure!(device.property(&guest, "sectors")?.as_deref() == Some("6144"), "{}", daemon.log());
+    device.set_state(&guest, state::CONNECTED)?;
+    let mut used = WellBehaved::on(&guest, link)?;
+    used.round_trip(0)?;
+    daemon.kill()?;
+    let _daemon = host.backend(&[])?;
+    used.round_trip(0)
 }
 
 /// Debian's xenstore tools and the script that we ship, on a disk of a driver domain.

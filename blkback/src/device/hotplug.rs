@@ -64,8 +64,47 @@ impl Script {
 impl Device {
     /// Opens the disk, and says in xenstore what came of it unless a script is to say that.
     pub(super) async fn open_storage(&mut self) -> Result<(), Abandoned> {
+        let script = self.description.script;
+        if self.description.finds_disk && self.hotplug_status().await?.is_none() {
+            self.script = Script::Awaited(None);
+            return Ok(());
+        }
+        self.open().await?;
+        if self.storage.is_none() {
+            return Ok(());
+        }
+        if script && !self.has_consent().await? {
+            self.script = Script::Awaited(None);
+            return Ok(());
+        }
+        self.connectable(if script { Script::Ran } else { Script::None }).await
+    }
+
+    /// The path of the disk that a script has made.
+    async fn found(&self) -> Result<Option<String>, client::Error> {
+        if !self.description.finds_disk {
+            return Ok(None);
+        }
+        let read = async |key: &str| -> Result<Option<String>, client::Error> {
+            let value = self.context.client.read_optional(&self.node(key)).await?;
+            Ok(value.and_then(|value| String::from_utf8(value).ok()))
+        };
+        if let Some(path) = read("physical-device-path").await? {
+            return Ok(Some(path));
+        }
+        // Hexadecimal, as stat(1) has it.
+        let device = read("physical-device").await?;
+        let numbers = device.as_deref().and_then(|device| device.split_once(':'));
+        let number = |text| u32::from_str_radix(text, 16).ok();
+        let numbers = numbers.and_then(|(major, minor)| Some((number(major)?, number(minor)?)));
+        Ok(numbers.map(|(major, minor)| format!("/dev/block/{major}:{minor}")))
+    }
+
+    /// Opens the disk, or says why that cannot be done.
+    async fn open(&mut self) -> Result<(), Abandoned> {
         let (description, direct) = (self.description.clone(), self.context.tuning.direct);
-        let mut open = tokio::task::spawn_blocking(move || description.open(direct));
+        let found = self.found().await?;
+        let mut open = tokio::task::spawn_blocking(move || description.open(found, direct));
         let opened = loop {
             // That may take long, or for ever: storage that hangs keeps no other disk from this one's place.
             let opened = tokio::time::timeout(OPEN_LOOK, &mut open).await;
@@ -74,6 +113,10 @@ impl Device {
             }
             if let Ok(opened) = opened {
                 break opened;
+            }
+            // It is being detached, and nobody knows yet whether it can be used.
+            if !self.is_wanted(self.frontend_state().await?).await? {
+                return Ok(());
             }
         };
         match opened {
@@ -89,12 +132,7 @@ impl Device {
                     self.context.sizes.watch(&storage, &self.resized);
                 }
                 self.storage = Some(storage);
-                if self.description.script && !self.has_consent().await? {
-                    self.script = Script::Awaited(None);
-                    return Ok(());
-                }
-                let script = if self.description.script { Script::Ran } else { Script::None };
-                self.connectable(script).await
+                Ok(())
             }
             Ok(Err(error)) => self.refused(&error).await,
             Err(error) => self.refused(&error).await,
@@ -122,8 +160,13 @@ impl Device {
     /// The disk may be connected, as far as a script is concerned.
     pub(super) async fn connectable(&mut self, script: Script) -> Result<(), Abandoned> {
         self.script = script;
-        if self.storage.is_none() {
+        if self.storage.is_none() && self.description.finds_disk {
+            self.open().await?;
+        } else if self.storage.is_none() {
             return self.feed(BackendEvent::StorageFailed).await;
+        }
+        if self.storage.is_none() {
+            return Ok(());
         }
         self.write(&[("hotplug-status".to_owned(), "connected".to_owned())]).await?;
         self.feed(BackendEvent::StorageReady).await

@@ -37,6 +37,10 @@ const RETRY_PAUSE: Duration = Duration::from_secs(1);
 /// The same where a quota is used up: it takes an administrator. libxl waits 10 s for a disk that it detaches.
 const QUOTA_PAUSE: Duration = Duration::from_secs(5);
 
+/// After a look at a frontend that wrote the state it had: it may do so as often as it likes, and a look can be
+/// a hundred reads of xenstore.
+const SAME_STATE_PAUSE: Duration = Duration::from_millis(20);
+
 /// What every device of a daemon shares.
 #[derive(Clone)]
 pub(crate) struct Context {
@@ -255,6 +259,8 @@ struct Device {
     script: Script,
     /// The state that the log has last.
     told: Option<XenbusState>,
+    /// The frontend's state when it was last looked at.
+    seen: Option<XenbusState>,
     /// For all that the frontend can make happen as often as it likes.
     log: Throttle,
 }
@@ -305,6 +311,7 @@ impl Device {
             connected: None,
             script: Script::None,
             told: None,
+            seen: None,
             log: Throttle::new(),
         };
         Ok((device, frontend))
@@ -317,7 +324,14 @@ impl Device {
         while !self.machine.has_ended() {
             let script = self.script.deadline();
             tokio::select! {
-                moved = next(&mut frontend) => { moved?; self.observe().await? }
+                moved = next(&mut frontend) => {
+                    moved?;
+                    let before = self.seen;
+                    self.observe().await?;
+                    if self.seen == before {
+                        tokio::time::sleep(SAME_STATE_PAUSE).await;
+                    }
+                }
                 () = changed.notified() => self.observe().await?,
                 () = resized.notified() => self.resize().await?,
                 ended = ring_ended(&mut self.link) => self.ring_ended(ended).await?,
@@ -370,11 +384,14 @@ impl Device {
         if !client.exists(&self.dir).await? || self.is_anew(&client).await? {
             return self.feed(BackendEvent::DirectoryRemoved).await;
         }
-        let online = client.read_optional(&self.node("online")).await?.as_deref() == Some(b"1");
-        let state = self.frontend_state().await?;
-        if (online || uses(state)) && !std::mem::replace(&mut self.opened, true) {
+        let mut state = self.frontend_state().await?;
+        if self.is_wanted(state).await? && !std::mem::replace(&mut self.opened, true) {
             self.open_storage().await?;
+            // That took a while.
+            state = self.frontend_state().await?;
         }
+        self.seen = state;
+        let online = self.is_online().await?;
         self.look_for_script().await?;
         let served = self.machine.is_connected();
         self.feed(BackendEvent::Online(online)).await?;
@@ -390,6 +407,16 @@ impl Device {
             }
         }
         Ok(())
+    }
+
+    async fn is_online(&self) -> Result<bool, client::Error> {
+        let online = self.context.client.read_optional(&self.node("online")).await?;
+        Ok(online.as_deref() == Some(b"1"))
+    }
+
+    /// Whether the toolstack means the disk to be there, or its frontend uses it.
+    async fn is_wanted(&self, frontend: Option<XenbusState>) -> Result<bool, client::Error> {
+        Ok(uses(frontend) || self.is_online().await?)
     }
 
     async fn frontend_state(&self) -> Result<Option<XenbusState>, client::Error> {

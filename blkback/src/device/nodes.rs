@@ -9,6 +9,9 @@ use xenstore_glue::vbd::DevicePaths;
 
 /// The hotplug script that says what we have said of a disk.
 const OWN_SCRIPT: &str = "block-blkback";
+/// Scripts that leave a target as it is: ours, and Xen's for devices and for tapdisk. What another one makes of a
+/// target, that finds out by itself (xl-disk-configuration(5), script=).
+const PLAIN_SCRIPTS: [&str; 3] = [OWN_SCRIPT, "block", "blktap"];
 
 /// A device's backend directory, as libxl fills it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -30,6 +33,8 @@ pub(super) struct Description {
     pub(super) script: bool,
     /// It is [`OWN_SCRIPT`].
     pub(super) own_script: bool,
+    /// It is none of [`PLAIN_SCRIPTS`].
+    pub(super) finds_disk: bool,
 }
 
 /// Why a device is refused before its frontend was even looked at.
@@ -77,6 +82,7 @@ impl Description {
         }
         let mode = text("mode").await?.unwrap_or_default();
         let script = text("script").await?.unwrap_or_default();
+        let name = script.rsplit('/').next().unwrap_or_default();
         Ok(Self {
             frontend,
             frontend_id: paths.frontend_domain,
@@ -87,7 +93,8 @@ impl Description {
             cdrom: is(text("device-type").await?, "cdrom"),
             removable: is(text("removable").await?, "1"),
             discard: !is(text("discard-enable").await?, "0"),
-            own_script: script.rsplit('/').next() == Some(OWN_SCRIPT),
+            own_script: name == OWN_SCRIPT,
+            finds_disk: !name.is_empty() && !PLAIN_SCRIPTS.contains(&name),
             script: !script.is_empty(),
         })
     }
@@ -98,12 +105,16 @@ impl Description {
         target.unwrap_or_else(|_| self.params.clone())
     }
 
-    /// Opens the disk. Blocks as long as the device does.
-    pub(super) fn open(&self, direct: Direct) -> Result<Arc<dyn Storage>, DescriptionError> {
-        let target: Target = self
-            .params
-            .parse()
-            .map_err(|source| DescriptionError::Target { params: self.params.clone(), source })?;
+    /// Opens the disk: that at the path which a script has found, or as its line has it. Blocks as long as
+    /// the device does.
+    pub(super) fn open(
+        &self,
+        found: Option<String>,
+        direct: Direct,
+    ) -> Result<Arc<dyn Storage>, DescriptionError> {
+        let params = found.map_or_else(|| self.params.clone(), |path| format!("file:{path}"));
+        let target: Target =
+            params.parse().map_err(|source| DescriptionError::Target { params, source })?;
         let options = storage::Options {
             read_only: self.read_only,
             direct,
