@@ -57,6 +57,47 @@ async fn every_request_once() {
     assert!(matches!(nobody, Err(Error::Connect { .. })));
 }
 
+/// The server has one thread, as in the broker.
+#[tokio::test]
+async fn a_client_that_never_stops_asking_does_not_keep_others_waiting() {
+    let host = Host::new();
+    host.domain(1);
+    let message = |request: Request| {
+        let mut bytes = Vec::new();
+        request.to_packet(1, 0).unwrap().encode(&mut bytes);
+        bytes
+    };
+    let path = |text: &str| Path::new(text).unwrap();
+    // Many watches make a write slow, so that there is always one more.
+    let mut watcher = UnixStream::connect(host.socket(1)).unwrap();
+    for number in 0..quota::WATCHES {
+        let token = number.to_string().into();
+        watcher.write_all(&message(Request::Watch { path: path("data"), token })).unwrap();
+    }
+    let greedy = UnixStream::connect(host.socket(1)).unwrap();
+    let (mut ask, mut take) = (greedy.try_clone().unwrap(), greedy.try_clone().unwrap());
+    let writes = message(Request::Write { path: path("data"), value: vec![] }).repeat(1000);
+    let asking = std::thread::spawn(move || while ask.write_all(&writes).is_ok() {});
+    let taking =
+        std::thread::spawn(move || while take.read(&mut [0; 1 << 16]).is_ok_and(|n| n > 0) {});
+    let (socket, read) = (host.socket(0), message(Request::Read(path("/local"))));
+    let modest = tokio::task::spawn_blocking(move || {
+        // By then the greedy one is at it.
+        std::thread::sleep(Duration::from_millis(100));
+        let mut modest = UnixStream::connect(socket)?;
+        modest.set_read_timeout(Some(Duration::from_secs(5)))?;
+        let answered = (0..10).try_for_each(|_| {
+            modest.write_all(&read)?;
+            modest.read_exact(&mut [0; HEADER_LEN])
+        });
+        greedy.shutdown(std::net::Shutdown::Both)?;
+        answered
+    });
+    modest.await.unwrap().unwrap();
+    asking.join().unwrap();
+    taking.join().unwrap();
+}
+
 /// The device, as far as it goes without Xen: a FIFO opened once, for both ways, like the
 /// device, gives every message back, so that a request reads as its own reply.
 #[tokio::test]
