@@ -199,7 +199,13 @@ impl State {
         for output in self.store.take_outputs() {
             match output {
                 Output::Event(id, event) => {
-                    if self.outboxes.get(&id).is_some_and(|outbox| !outbox.event(&event)) {
+                    let Some(outbox) = self.outboxes.get(&id) else { continue };
+                    if outbox.event(&event) {
+                        continue;
+                    }
+                    outbox.forget_events();
+                    if !self.store.look_again(id).iter().all(|event| outbox.event(event)) {
+                        outbox.close();
                         let domid = self.store.domain_of(id);
                         warn!(domid, "closed a connection that does not read its watch events");
                     }
