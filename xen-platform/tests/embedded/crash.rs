@@ -3,6 +3,7 @@
 use super::*;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use xen_platform::{Access, CopyDirection, CopySegment, Error, GrantStatus, LocalRegion, Platform};
 
 const CHILD_READY: &str = "child is ready";
@@ -116,6 +117,20 @@ fn destroying_a_domain_needs_nobody_to_cooperate() {
     // The heir has read the end of the connection: nobody takes it for a later domain's process.
     let reader = std::thread::spawn(move || lines.all(|line| line.is_ok()));
     eventually("the heir ends", || reader.is_finished());
+}
+
+#[test]
+fn a_directory_that_others_may_write_to_is_refused() {
+    let host = TestHost::start();
+    let ours = |mode| PermissionsExt::from_mode(mode);
+    let dir = host.dir.join("dom1");
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::set_permissions(&dir, ours(0o757)).unwrap();
+    let (done, _, complaint) = host.cli(&["domain", "create", "a"]);
+    assert!(!done && complaint.contains("others may write"), "{complaint}");
+    std::fs::set_permissions(&host.dir, ours(0o777)).unwrap();
+    let (done, _, complaint) = host.cli(&["serve"]);
+    assert!(!done && complaint.contains("others may write"), "{complaint}");
 }
 
 #[test]

@@ -12,11 +12,12 @@ use crate::{Error, Result};
 use host::Host;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::geteuid;
 use ring_proto::DomId;
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -28,6 +29,9 @@ use xenstore_glue::store::Server;
 
 /// Of dom0, in bytes: rings and data of its own frontends, if it has any.
 const DOM0_MEMORY: u64 = 256 << 20;
+
+/// Of a directory's mode: group and others.
+const OTHERS_WRITE: u32 = 0o022;
 
 /// The pause after a connection could not be accepted: out of descriptors, most likely.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -68,7 +72,7 @@ async fn serve_here(
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
     let failed = |e: io::Error| Error::io(format!("use the directory {}", dir.display()), e);
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
+    create_dir(dir).map_err(failed)?;
     let _lock = lock(dir)?;
     remove_sockets(dir).map_err(failed)?;
     raise_file_limit();
@@ -111,6 +115,18 @@ async fn serve_here(
         task.abort();
     }
     remove_sockets(dir).map_err(failed)
+}
+
+/// Creates a directory for sockets unless it is there. Others who may write to it could put their own
+/// in the place of ours.
+fn create_dir(dir: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    let found = fs::metadata(dir)?;
+    if found.uid() != geteuid().as_raw() || found.mode() & OTHERS_WRITE != 0 {
+        let reason = "others may write there: it must be ours, and of mode 0755 at the most";
+        return Err(io::Error::other(reason));
+    }
+    Ok(())
 }
 
 /// One broker a directory, for as long as the lock lives.
@@ -205,11 +221,7 @@ impl Broker {
 
     fn listen(self: &Arc<Self>, domid: DomId) -> Result<()> {
         let dir = domain_dir(&self.dir, domid);
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&dir)
-            .map_err(|e| Error::io(format!("create {}", dir.display()), e))?;
+        create_dir(&dir).map_err(|e| Error::io(format!("use {}", dir.display()), e))?;
         listen_store(&self.store, &dir.join(XENSTORE_SOCKET), domid)?;
         let task = processes::listen(Arc::clone(self), &dir.join(HYPERVISOR_SOCKET), domid)?;
         locked(&self.listeners).insert(domid.0, task);
