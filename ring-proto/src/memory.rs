@@ -9,9 +9,10 @@ use core::sync::atomic::AtomicU32;
 /// Pages shared with a peer that is not trusted.
 ///
 /// # Safety
-/// `base()` must be aligned to a page and valid for reads and writes of `len()` bytes for as long
-/// as the value lives, and nobody in this process may hold a Rust reference to any of those bytes,
-/// except through atomics.
+/// `base()` must be aligned to a page, and `len()` bytes from there valid for reads and writes for as
+/// long as the value lives. Where pages were mapped to be read only, a write may fault instead, which
+/// ends the process; it never changes anything else. Nobody in this process may hold a Rust reference
+/// to any of those bytes, except through atomics.
 pub unsafe trait SharedMemory: Send + Sync {
     /// The first byte.
     fn base(&self) -> NonNull<u8>;

@@ -27,8 +27,8 @@ unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
 
-// SAFETY: `base` and `len` are whole pages that mmap gave, mapped until `drop`. No references into them
-// are made but to atomics.
+// SAFETY: `base` and `len` are whole pages that mmap gave, mapped until `drop`: a write faults where they
+// are read-only. No references into them are made but to atomics.
 unsafe impl SharedMemory for Mapping {
     fn base(&self) -> NonNull<u8> {
         self.base
@@ -131,7 +131,7 @@ impl<T> Kept<T> {
     }
 }
 
-// SAFETY: the mapping keeps the promises.
+// SAFETY: the mapping keeps the promises, that of read-only pages too.
 unsafe impl<T: Send + Sync> SharedMemory for Kept<T> {
     fn base(&self) -> NonNull<u8> {
         self.mapping.base()

@@ -40,7 +40,7 @@ use std::{fmt, io};
 
 use tokio::sync::{Semaphore, mpsc};
 
-use crate::wire::{BadPath, Errno, MessageType, Path, Reply, Request, WireError};
+use crate::wire::{BadPath, Errno, MessageType, Path, Request, WireError};
 use connection::{Command, Connection};
 pub use nodes::Nodes;
 pub use transaction::{Commit, Transaction};
@@ -267,28 +267,6 @@ impl Client {
         Err(Error::Conflict)
     }
 
-    /// The directory of a domain, `/local/domain/<domid>`.
-    ///
-    /// # Errors
-    /// As [`Nodes::read`].
-    pub async fn domain_path(&self, domid: u16) -> Result<String> {
-        match self.nodes.call(Request::GetDomainPath(domid)).await? {
-            Reply::GetDomainPath(path) => Ok(path.to_string()),
-            other => Err(nodes::unexpected(&other)),
-        }
-    }
-
-    /// Whether xenstore knows a domain. Privileged.
-    ///
-    /// # Errors
-    /// As [`Nodes::read`].
-    pub async fn is_domain_introduced(&self, domid: u16) -> Result<bool> {
-        match self.nodes.call(Request::IsDomainIntroduced(domid)).await? {
-            Reply::IsDomainIntroduced(known) => Ok(known),
-            other => Err(nodes::unexpected(&other)),
-        }
-    }
-
     /// Makes a domain known to xenstore, by the frame of its ring page and its event channel.
     /// Privileged.
     ///
@@ -304,24 +282,5 @@ impl Client {
     /// As [`Nodes::read`]; `ENOENT` is also what a release gets that had to be sent again.
     pub async fn release(&self, domid: u16) -> Result<()> {
         self.nodes.acknowledged(Request::Release(domid)).await
-    }
-
-    /// Drops all watches and transactions that xenstore holds for this connection, those of
-    /// this client included, whose [`Watch`]es then stay silent. What a kernel does on boot.
-    ///
-    /// Over the xenbus device the connection is shared with the kernel, and this would silence
-    /// the kernel's own drivers, so it is refused there.
-    ///
-    /// # Errors
-    /// [`Error::Device`] on an [`Endpoint::Device`]; else as [`Nodes::read`].
-    pub async fn reset_watches(&self) -> Result<()> {
-        if self.nodes.is_device() {
-            return Err(Error::Device {
-                request: MessageType::ResetWatches,
-                subject: "the kernel's connection".into(),
-                source: io::ErrorKind::Unsupported.into(),
-            });
-        }
-        self.nodes.acknowledged(Request::ResetWatches).await
     }
 }

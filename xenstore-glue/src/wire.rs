@@ -29,11 +29,23 @@ pub const ABS_PATH_MAX: usize = 3072;
 /// The most bytes a path relative to a domain's directory may have (`XENSTORE_REL_PATH_MAX`).
 pub const REL_PATH_MAX: usize = 2048;
 
-/// A message's type, `enum xsd_sockmsg_type`. The discriminant is the number on the wire.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u32)]
-#[expect(missing_docs, reason = "the protocol's own names; xenstore.txt describes each")]
-pub enum MessageType {
+macro_rules! message_types {
+    ($($variant:ident = $number:literal,)*) => {
+        /// A message's type, `enum xsd_sockmsg_type`. The discriminant is the number on the wire.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u32)]
+        #[expect(missing_docs, reason = "the protocol's own names; xenstore.txt describes each")]
+        pub enum MessageType {
+            $($variant = $number,)*
+        }
+
+        impl MessageType {
+            const ALL: &[Self] = &[$(Self::$variant),*];
+        }
+    };
+}
+
+message_types! {
     Control = 0,
     Directory = 1,
     Read = 2,
@@ -59,34 +71,9 @@ pub enum MessageType {
 }
 
 impl MessageType {
-    const ALL: [Self; 22] = [
-        Self::Control,
-        Self::Directory,
-        Self::Read,
-        Self::GetPerms,
-        Self::Watch,
-        Self::Unwatch,
-        Self::TransactionStart,
-        Self::TransactionEnd,
-        Self::Introduce,
-        Self::Release,
-        Self::GetDomainPath,
-        Self::Write,
-        Self::Mkdir,
-        Self::Rm,
-        Self::SetPerms,
-        Self::WatchEvent,
-        Self::Error,
-        Self::IsDomainIntroduced,
-        Self::Resume,
-        Self::SetTarget,
-        Self::ResetWatches,
-        Self::DirectoryPart,
-    ];
-
     /// The type with this number, if the protocol has one.
     pub fn from_raw(raw: u32) -> Option<Self> {
-        Self::ALL.into_iter().find(|kind| *kind as u32 == raw)
+        Self::ALL.iter().copied().find(|kind| *kind as u32 == raw)
     }
 }
 

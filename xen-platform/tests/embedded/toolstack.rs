@@ -121,6 +121,39 @@ async fn a_backend_that_refuses_a_disk_is_quoted() {
     assert!(!done && complaint.contains("no driver domain"), "{complaint}");
 }
 
+/// A task that writes to a node as long as it may.
+fn keep_writing(client: Client, path: String) -> tokio::task::JoinHandle<()> {
+    tokio::spawn(async move { while client.write(&path, "6").await.is_ok() {} })
+}
+
+/// Whatever is in a transaction, they could make it fail.
+#[tokio::test]
+async fn neither_end_can_veto_a_removal() {
+    let host = TestHost::start();
+    let dom0 = xenstore(&host, DomId(0)).await;
+    let stor = host.create("stor", OnCrash::Preserve);
+    let guest = host.create("guest", OnCrash::Preserve);
+    for disk in ["xvda", "xvdb"] {
+        let line = format!("vdev={disk},format=raw,backendtype=tap,backend=stor,target=null:1G");
+        assert!(host.cli(&["attach", "guest", &line, "--no-wait"]).0);
+    }
+    let (front, back) = (xenstore(&host, guest).await, xenstore(&host, stor).await);
+    let dir = format!("backend/vbd3/{}/51712", guest.0);
+    let _ends = [
+        keep_writing(front, "device/vbd/51712/state".to_owned()),
+        keep_writing(xenstore(&host, guest).await, "device/vbd/51728/state".to_owned()),
+        keep_writing(xenstore(&host, guest).await, "data/x".to_owned()),
+        keep_writing(back, format!("{dir}/state")),
+    ];
+    for removal in [&["detach", "guest", "xvda", "--force"][..], &["domain", "destroy", "guest"]] {
+        let removed = start_cli(&host, removal).await.unwrap();
+        assert!(removed.status.success(), "{removed:?}");
+    }
+    for gone in [format!("/local/domain/{}", guest.0), format!("/libxl/{}", guest.0)] {
+        assert!(!dom0.exists(&gone).await.unwrap(), "{gone}");
+    }
+}
+
 #[tokio::test]
 async fn a_destroyed_guest_leaves_its_backends_to_close() {
     let host = TestHost::start();

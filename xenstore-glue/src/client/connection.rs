@@ -3,6 +3,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::coop::consume_budget;
 use tokio::time::{Instant, sleep};
 use tracing::{debug, info, warn};
 
@@ -136,6 +137,8 @@ impl Connection {
         let mut link = Link::new(transport, self.watches.keys().copied().collect());
         let (mut decoder, mut buf) = (Decoder::default(), vec![0; PAYLOAD_MAX]);
         loop {
+            // Reads take none of it: a stream of events would keep this thread to itself.
+            consume_budget().await;
             while let Some(token) = link.next_rewatch() {
                 if let Some(watch) = self.watches.get(&token) {
                     link.send_watch(Arc::clone(watch), None);

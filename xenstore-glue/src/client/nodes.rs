@@ -20,7 +20,6 @@ pub struct Nodes {
     commands: mpsc::UnboundedSender<Command>,
     transaction: Option<TransactionId>,
     max_payload: usize,
-    is_device: bool,
 }
 
 impl Nodes {
@@ -29,7 +28,7 @@ impl Nodes {
         // (xenbus_dev_frontend.c).
         let is_device = matches!(endpoint, Endpoint::Device(_));
         let max_payload = if is_device { PAYLOAD_MAX - HEADER_LEN } else { PAYLOAD_MAX };
-        Self { commands, transaction: None, max_payload, is_device }
+        Self { commands, transaction: None, max_payload }
     }
 
     pub(super) fn within(&self, transaction: TransactionId) -> Self {
@@ -163,10 +162,6 @@ impl Nodes {
 
     pub(super) fn commands(&self) -> &mpsc::UnboundedSender<Command> {
         &self.commands
-    }
-
-    pub(super) fn is_device(&self) -> bool {
-        self.is_device
     }
 
     /// Whether the connection's task is gone, with its runtime: it outlives every handle else.

@@ -83,7 +83,7 @@ words!(
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct DiskSpec {
     /// What the backend serves; empty for a CD-ROM drive without a medium. Taken as it stands: the
-    /// man page's "/dev is prepended" is left to whoever opens it.
+    /// man page's "/dev is prepended" is left to [`Target`](super::Target).
     pub target: String,
     /// The format of the target.
     pub format: Format,
@@ -203,15 +203,18 @@ struct Parser {
     target: Slot<String>,
     format: Slot<Format>,
     vdev: Slot<VirtualDevice>,
-    read_only: Slot<bool>,
-    cdrom: Slot<bool>,
     backend: Slot<String>,
     backend_type: Slot<BackendType>,
     script: Slot<String>,
-    discard: Slot<bool>,
-    trusted: Slot<bool>,
     specification: Slot<Specification>,
+    // Of these the last one counts.
+    read_only: bool,
+    cdrom: bool,
+    discard: Option<bool>,
+    trusted: bool,
     direct_io_safe: bool,
+    /// The positional access was there.
+    accessed: bool,
     /// A deprecated prefix was there: no positional format follows.
     prefixed: bool,
 }
@@ -274,20 +277,20 @@ fn format(value: &str) -> Result<Option<Format>, Problem> {
     word(value, "format", "raw, qcow, qcow2, vhd, qed, empty", Format::from_word)
 }
 
-fn access(value: &str) -> Result<Option<bool>, Problem> {
-    word(value, "access", "ro, r, rw, w", |value| match value {
-        "ro" | "r" => Some(true),
-        "rw" | "w" => Some(false),
-        _ => None,
-    })
+fn is_read_only(value: &str) -> Result<bool, Problem> {
+    match value {
+        "ro" | "r" => Ok(true),
+        "rw" | "w" | "" => Ok(false),
+        _ => Err(Problem::Value("access", "ro, r, rw, w")),
+    }
 }
 
-fn devtype(value: &str) -> Result<Option<bool>, Problem> {
-    word(value, "devtype", "cdrom, disk", |value| match value {
-        "cdrom" => Some(true),
-        "disk" => Some(false),
-        _ => None,
-    })
+fn is_cdrom(value: &str) -> Result<bool, Problem> {
+    match value {
+        "cdrom" => Ok(true),
+        "disk" | "" => Ok(false),
+        _ => Err(Problem::Value("devtype", "cdrom, disk")),
+    }
 }
 
 fn vdev(value: &str) -> Result<Option<VirtualDevice>, Problem> {
@@ -300,15 +303,16 @@ impl Parser {
             target: Slot::new("target"),
             format: Slot::new("format"),
             vdev: Slot::new("vdev"),
-            read_only: Slot::new("access"),
-            cdrom: Slot::new("devtype"),
             backend: Slot::new("backend"),
             backend_type: Slot::new("backendtype"),
             script: Slot::new("script"),
-            discard: Slot::new("discard"),
-            trusted: Slot::new("trusted"),
             specification: Slot::new("specification"),
+            read_only: false,
+            cdrom: false,
+            discard: None,
+            trusted: true,
             direct_io_safe: false,
+            accessed: false,
             prefixed: false,
         }
     }
@@ -342,26 +346,30 @@ impl Parser {
             return self.keyword(key, value);
         }
         match parameter {
-            "cdrom" => self.cdrom.set(Some(true)),
-            "discard" => self.discard.set(Some(true)),
-            "no-discard" => self.discard.set(Some(false)),
-            "trusted" => self.trusted.set(Some(true)),
-            "untrusted" => self.trusted.set(Some(false)),
-            "direct-io-safe" => {
-                self.direct_io_safe = true;
-                Ok(())
-            }
-            "colo" | "no-colo" => Err(Problem::Unsupported(parameter.to_owned())),
-            _ => self.positional(parameter),
+            "cdrom" => self.cdrom = true,
+            "discard" => self.discard = Some(true),
+            "no-discard" => self.discard = Some(false),
+            "trusted" => self.trusted = true,
+            "untrusted" => self.trusted = false,
+            "direct-io-safe" => self.direct_io_safe = true,
+            "colo" | "no-colo" => return Err(Problem::Unsupported(parameter.to_owned())),
+            _ => return self.positional(parameter),
         }
+        Ok(())
     }
 
     fn keyword(&mut self, key: &str, value: &str) -> Result<(), Problem> {
         match key {
             "format" => self.format.set(Some(format(value)?.unwrap_or(Format::Raw))),
             "vdev" => self.vdev.set(vdev(value)?),
-            "access" => self.read_only.set(access(value)?),
-            "devtype" => self.cdrom.set(devtype(value)?),
+            "access" => {
+                self.read_only = is_read_only(value)?;
+                Ok(())
+            }
+            "devtype" => {
+                self.cdrom = is_cdrom(value)?;
+                Ok(())
+            }
             "backend" => self.backend.set(text(value)),
             "backendtype" => {
                 let words = "phy, qdisk, standalone, tap";
@@ -393,22 +401,24 @@ impl Parser {
         if !self.vdev.is_given() {
             return self.vdev_and_devtype(value);
         }
-        if !self.read_only.is_given() {
-            return self.read_only.set(access(value)?);
+        if self.accessed {
+            return Err(Problem::TooMany);
         }
-        Err(Problem::TooMany)
+        self.accessed = true;
+        self.read_only = is_read_only(value)?;
+        Ok(())
     }
 
     fn vdev_and_devtype(&mut self, value: &str) -> Result<(), Problem> {
         let (name, kind) = value.rsplit_once(':').unwrap_or((value, ""));
         if !kind.is_empty() {
-            self.cdrom.set(devtype(kind)?)?;
+            self.cdrom = is_cdrom(kind)?;
         }
         self.vdev.set(vdev(name)?)
     }
 
     fn finish(self) -> Result<DiskSpec, Problem> {
-        let cdrom = self.cdrom.get().unwrap_or(false);
+        let cdrom = self.cdrom;
         let target = self.target.get().unwrap_or_default();
         let vdev = self.vdev.get().ok_or(Problem::NoVdev)?;
         if target.is_empty() && !cdrom {
@@ -419,14 +429,14 @@ impl Parser {
             target,
             format: format.unwrap_or(Format::Raw),
             vdev,
-            read_only: cdrom || self.read_only.get().unwrap_or(false),
+            read_only: cdrom || self.read_only,
             cdrom,
             backend: self.backend.get(),
             backend_type: self.backend_type.get(),
             script: self.script.get(),
             direct_io_safe: self.direct_io_safe,
-            discard: self.discard.get(),
-            trusted: self.trusted.get().unwrap_or(true),
+            discard: self.discard,
+            trusted: self.trusted,
             specification: self.specification.get().unwrap_or(Specification::Xen),
         })
     }

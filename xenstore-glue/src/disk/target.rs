@@ -12,7 +12,7 @@
 //! operation= "read" | "write" | "flush" | "discard"
 //! ```
 //! The first wrapper is the outermost. A path is anything that begins with `/` or has no `word:` in
-//! front; behind `file:` it is taken as it stands. Image formats other than raw (`qcow2:` and the like)
+//! front: then it is one below `/dev`, as for Xen's block script. Behind `file:` it is taken as it stands. Image formats other than raw (`qcow2:` and the like)
 //! are refused by name.
 
 use super::{SizeError, format_size, parse_size};
@@ -180,7 +180,8 @@ fn store(word: Option<&str>, whole: &str, behind: &str) -> Result<Store, TargetE
         _ => Ok(Store::Path(PathBuf::from(text))),
     };
     match word {
-        None => path(whole),
+        None if whole.is_empty() || whole.starts_with('/') => path(whole),
+        None => path(&format!("/dev/{whole}")),
         Some("file") => path(behind),
         Some("null") => Ok(Store::Null(disk_size(behind)?)),
         Some("memory") => Ok(Store::Memory(disk_size(behind)?)),

@@ -49,6 +49,15 @@ fn the_man_pages_examples_are_equivalent() {
 }
 
 #[test]
+fn of_flags_the_last_one_counts() {
+    let disk = spec("vdev=xvda,discard,no-discard,untrusted,trusted,cdrom,devtype=disk,/x");
+    assert_eq!((disk.discard, disk.trusted, disk.cdrom), (Some(false), true, false));
+    assert!(!spec("access=ro,access=rw,/x,,xvda").read_only);
+    assert!(spec("access=rw,/x,,xvda,ro").read_only);
+    assert!(!spec("access=ro,access=,/x,,xvda").read_only);
+}
+
+#[test]
 fn a_named_target_takes_the_rest() {
     let disk = spec(
         "vdev=xvda,backendtype=tap,backend=stor,script=/etc/xen/scripts/block-x,no-discard,untrusted,\
@@ -91,6 +100,7 @@ fn targets_are_what_params_may_hold() {
         assert_eq!(store(path), Ok(Store::Path("/dev/x".into())), "{path}");
     }
     assert_eq!(store("/a,b:c"), Ok(Store::Path("/a,b:c".into())));
+    assert_eq!(store("vg/guest"), Ok(Store::Path("/dev/vg/guest".into())));
     assert_eq!(store("file:aio:x"), Ok(Store::Path("aio:x".into())));
     let wrapped = target("aio:delay:200us,limit:5000iops,limit:1M/s,error:write@0.5%,/x").unwrap();
     assert_eq!(

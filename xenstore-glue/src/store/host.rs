@@ -74,11 +74,6 @@ impl Store {
         let perms = perms.to_vec();
         self.apply(DOM0, Request::SetPerms { path: checked(path)?, perms }).map(drop)
     }
-
-    /// The domains introduced, dom0 first.
-    pub fn domains(&self) -> impl Iterator<Item = u16> {
-        self.domains.keys().copied()
-    }
 }
 
 fn checked(path: &str) -> Result<Path, Errno> {

@@ -37,8 +37,7 @@ impl Outbox {
         }
     }
 
-    /// Queues an event, unless the same one waits already. `false` if there is no room: the
-    /// connection does not read, and this is closed.
+    /// Queues an event, unless the same one waits already. `false` if there is no room.
     pub(super) fn event(&self, event: &Reply) -> bool {
         // xenstored does not send events that are too long, either.
         let Ok(packet) = event.to_packet(0, 0) else { return true };
@@ -48,18 +47,23 @@ impl Outbox {
         if queue.closed || queue.events.contains(&message[..]) {
             return true;
         }
+        // Replies need no such check: they are bounded by quota::OUTSTANDING.
+        if queue.bytes + message.len() > quota::OUTBOX_BYTES + quota::OUTSTANDING * PAYLOAD_MAX {
+            return false;
+        }
         let message: Arc<[u8]> = message.into();
         queue.events.insert(Arc::clone(&message));
         queue.push(message);
-        // Replies need no such check: they are bounded by quota::OUTSTANDING.
-        let fits = queue.bytes <= quota::OUTBOX_BYTES + quota::OUTSTANDING * PAYLOAD_MAX;
-        drop(queue);
-        if fits {
-            self.changed.notify_one()
-        } else {
-            self.close()
-        }
-        fits
+        self.changed.notify_one();
+        true
+    }
+
+    /// Drops the events that wait.
+    pub(super) fn forget_events(&self) {
+        let mut queue = self.lock();
+        let events = std::mem::take(&mut queue.events);
+        queue.messages.retain(|message| !events.contains(message));
+        queue.bytes = queue.messages.iter().map(|message| message.len()).sum();
     }
 
     /// Moves everything queued to `out`. `false` if the outbox is closed.

@@ -21,6 +21,7 @@ pub const PERMS: usize = 5;
 pub const OUTSTANDING: usize = 20;
 /// Connections of a domain. Under Xen a domain has one; here its programs have one each.
 pub const CONNECTIONS: usize = 64;
-/// Bytes of replies and events that wait for one connection. Only one that does not read gets
-/// there, and it is closed, dom0's too. Equal events waiting at the same time count once.
+/// Bytes of events that wait for one connection, dom0's too. Where there are more, all give way
+/// to one of each of its watches; it is closed only if these are too many. Equal events waiting at
+/// the same time count once.
 pub const OUTBOX_BYTES: usize = 1 << 20;

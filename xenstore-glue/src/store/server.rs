@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::AbortHandle;
+use tokio::task::coop::consume_budget;
 use tracing::{debug, warn};
 
 use super::outbox::Outbox;
@@ -131,6 +132,8 @@ impl Server {
         // Requests whose replies are not written yet, and those of them that are in `unsent`.
         let (mut outstanding, mut sending) = (0, 0);
         loop {
+            // A client that never stops talking would never let the others' tasks run.
+            consume_budget().await;
             let mut input = &buf[unread.clone()];
             while outstanding < quota::OUTSTANDING && !input.is_empty() {
                 if let Some(packet) = decoder.feed(&mut input).map_err(io::Error::other)? {
@@ -196,7 +199,13 @@ impl State {
         for output in self.store.take_outputs() {
             match output {
                 Output::Event(id, event) => {
-                    if self.outboxes.get(&id).is_some_and(|outbox| !outbox.event(&event)) {
+                    let Some(outbox) = self.outboxes.get(&id) else { continue };
+                    if outbox.event(&event) {
+                        continue;
+                    }
+                    outbox.forget_events();
+                    if !self.store.look_again(id).iter().all(|event| outbox.event(event)) {
+                        outbox.close();
                         let domid = self.store.domain_of(id);
                         warn!(domid, "closed a connection that does not read its watch events");
                     }

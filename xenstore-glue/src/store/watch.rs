@@ -41,6 +41,10 @@ impl Change {
 }
 
 impl Watch {
+    fn event(&self, path: Path) -> Reply {
+        Reply::WatchEvent { path, token: self.token.clone() }
+    }
+
     /// The path of the event that this watch gets for a change, if any.
     fn matches(&self, change: &Change) -> Option<Path> {
         let root = self.root.as_str();
@@ -75,9 +79,9 @@ impl Store {
         if !who.is_privileged() && of_domain >= quota::WATCHES {
             return Err(Errno::Enospc);
         }
-        let event = Reply::WatchEvent { path: path.clone(), token: token.clone() };
-        connection.watches.push(Watch { root, path: path.clone(), token });
-        self.outputs.push(Output::Event(id, event));
+        let watch = Watch { root, path: path.clone(), token };
+        self.outputs.push(Output::Event(id, watch.event(path.clone())));
+        connection.watches.push(watch);
         Ok(Reply::Ok(MessageType::Watch))
     }
 
@@ -96,17 +100,17 @@ impl Store {
     }
 
     /// Queues an event for every watch that a change concerns, if its owner may know: who can
-    /// read the node or its parent, or could before.
+    /// read the node or its parent, or could before. Where that is more than a connection holds,
+    /// all its watches are told to [look again](Self::look_again) instead.
     pub(super) fn fire(&mut self, changes: &[Change]) {
-        for change in changes {
-            for (id, connection) in &self.connections {
-                let target = self.domains.get(&connection.domid).and_then(|domain| domain.target);
-                let who = Who { domid: connection.domid, target };
-                let events = connection.watches.iter().filter_map(|watch| {
-                    let path = watch.matches(change)?;
-                    Some(Reply::WatchEvent { path, token: watch.token.clone() })
-                });
-                let mut events = events.peekable();
+        for (id, connection) in &self.connections {
+            let target = self.domains.get(&connection.domid).and_then(|domain| domain.target);
+            let who = Who { domid: connection.domid, target };
+            let (before, mut bytes) = (self.outputs.len(), 0);
+            for change in changes {
+                let watches = connection.watches.iter();
+                let mut events =
+                    watches.filter_map(|watch| Some((watch, watch.matches(change)?))).peekable();
                 if events.peek().is_none() {
                     continue;
                 }
@@ -115,9 +119,25 @@ impl Store {
                 let was_readable =
                     || change.seen_by.iter().any(|perms| who.may_by(perms, Right::Read));
                 if readable(&change.path) || readable(parent(&change.path)) || was_readable() {
-                    self.outputs.extend(events.map(|event| Output::Event(*id, event)));
+                    for (watch, path) in events {
+                        bytes += path.len() + watch.token.len();
+                        self.outputs.push(Output::Event(*id, watch.event(path)));
+                    }
+                }
+                if bytes > quota::OUTBOX_BYTES {
+                    self.outputs.truncate(before);
+                    let events = self.look_again(*id);
+                    self.outputs.extend(events.into_iter().map(|event| Output::Event(*id, event)));
+                    break;
                 }
             }
         }
+    }
+
+    /// What is said to a connection instead of more events than it can hold: one of each watch, on
+    /// its own path, as when it was registered. It means that anything below may have changed.
+    pub(super) fn look_again(&self, id: ConnectionId) -> Vec<Reply> {
+        let watches = self.connections.get(&id).map(|connection| &connection.watches);
+        watches.into_iter().flatten().map(|watch| watch.event(watch.path.clone())).collect()
     }
 }

@@ -28,41 +28,21 @@ impl Agreement {
         self.layout.slots(self.order)
     }
 
-    /// Brings offer and request together; both ends come to the same.
+    /// Brings offer and request together; both ends come to the same. The request is within the offer:
+    /// one that was read is ([`FrontendRequest::from_keys`]), one that is made must be.
     ///
     /// # Errors
-    /// A request beyond the offer, or one that names a page or a port twice: two rings in one page
-    /// would corrupt each other, and a port can be bound only once.
+    /// A request without a ring or a port, or one that names a page or a port twice: two rings in one
+    /// page would corrupt each other, and a port can be bound only once.
     pub fn new(offer: &BackendOffer, request: FrontendRequest) -> Result<Self, Refusal> {
-        let count = request.queues.len();
         let refuse =
-            |key: &str, value: String, rule| Err(Refusal::new(key, Some(value.as_bytes()), rule));
-        if count == 0 {
-            return refuse("multi-queue-num-queues", count.to_string(), Rule::Below(1));
+            |key: &str, value: &str| Err(Refusal::new(key, Some(value.as_bytes()), Rule::Below(1)));
+        if request.queues.is_empty() {
+            return refuse("multi-queue-num-queues", "0");
         }
-        if count > usize::from(offer.max_queues) {
-            let rule = Rule::Above(offer.max_queues.into());
-            return refuse("multi-queue-num-queues", count.to_string(), rule);
-        }
-        if request.order > offer.max_ring_page_order {
-            let rule = Rule::Above(offer.max_ring_page_order.into());
-            return refuse("ring-page-order", request.order.to_string(), rule);
-        }
-        if request.layout == RingLayout::Split && !offer.split_ring {
-            return refuse("split-ring", "1".to_owned(), Rule::NotOffered);
-        }
-        let (requests, responses) = request.layout.pages(request.order);
         for (queue, keys) in request.queues.iter().enumerate() {
-            let (key, has) = (request.port_key(queue), keys.request_refs.len());
-            if has != requests {
-                return Err(Refusal::new(key, None, Rule::PageCount(has, requests)));
-            }
-            let has = keys.response_refs.len();
-            if has != responses {
-                return Err(Refusal::new(key, None, Rule::PageCount(has, responses)));
-            }
             if keys.port.0 == 0 {
-                return refuse(&key, "0".to_owned(), Rule::Below(1));
+                return refuse(&request.port_key(queue), "0");
             }
         }
         distinct(request.grants().map(|(key, gref)| (key, gref.0)))?;

@@ -97,9 +97,6 @@ pub enum Rule {
     /// The backend does not offer it.
     #[error("not offered by the backend")]
     NotOffered,
-    /// A queue does not have the pages that its ring takes.
-    #[error("{0} pages, the ring takes {1}")]
-    PageCount(usize, usize),
 }
 
 /// Digits that a number may have: those of 2^64.

@@ -276,6 +276,31 @@ fn watches_tell_who_may_know() {
     assert_eq!(told.collect::<Vec<_>>(), [dom0.0, dom1.0]);
 }
 
+/// Of all that changed at once, a watcher is told what it can hold, or to look again.
+#[test]
+fn a_huge_commit_is_one_event_a_watch() {
+    let mut store = Store::new();
+    let (dom0, dom1) = (Peer::new(&mut store, 0), Peer::new(&mut store, 1));
+    let s = &mut store;
+    dom0.ask(s, 0, watch("/local/domain", "t")).unwrap();
+    for number in 0..quota::WATCHES {
+        dom1.ask(s, 0, watch("data", &number.to_string())).unwrap();
+    }
+    s.take_outputs();
+    let tx = dom1.begin(s).unwrap();
+    for number in 0..800 {
+        let deep = format!("/{}", "x".repeat(94) + &(number % 2).to_string()).repeat(20);
+        dom1.ask(s, tx, write(&format!("data{deep}/{number}"), "")).unwrap();
+    }
+    dom1.commit(s, tx).unwrap();
+    let told = s.take_outputs();
+    assert_eq!(told.len(), 1 + quota::WATCHES);
+    for output in told {
+        let Output::Event(_, Reply::WatchEvent { path, .. }) = output else { panic!("{output:?}") };
+        assert!(["/local/domain", "data"].contains(&path.as_str()), "{path}");
+    }
+}
+
 #[test]
 fn a_released_domain_leaves_nothing() {
     let mut store = Store::new();

@@ -2,8 +2,7 @@
 
 use super::super::control::{Answer, Command};
 use super::super::locked;
-use super::Broker;
-use super::processes::ACCEPT_PAUSE;
+use super::{Broker, accept};
 use crate::{Error, Result};
 use std::path::Path;
 use std::sync::Arc;
@@ -18,19 +17,7 @@ const MAX_COMMAND: u64 = 4096;
 pub(super) fn listen(broker: Arc<Broker>, path: &Path) -> Result<JoinHandle<()>> {
     let listener = UnixListener::bind(path)
         .map_err(|e| Error::io(format!("listen on {}", path.display()), e))?;
-    Ok(tokio::task::spawn_local(async move {
-        loop {
-            match listener.accept().await {
-                Ok((stream, _)) => {
-                    tokio::task::spawn_local(serve(Arc::clone(&broker), stream));
-                }
-                Err(error) => {
-                    warn!(%error, "cannot accept a command");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
-            }
-        }
-    }))
+    Ok(accept(listener, "commands".to_owned(), move |stream| serve(Arc::clone(&broker), stream)))
 }
 
 /// One connection, one command.

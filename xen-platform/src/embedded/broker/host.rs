@@ -39,6 +39,7 @@ struct Domain {
 #[derive(Debug)]
 struct Process {
     pid: i32,
+    pidfd: Arc<OwnedFd>,
     memory: OwnedFd,
     grant_table: OwnedFd,
     active_table: OwnedFd,
@@ -49,7 +50,7 @@ struct Process {
 }
 
 impl Process {
-    fn new(pid: i32, domain: &NewDomain) -> Result<Self> {
+    fn new(pid: i32, pidfd: Arc<OwnedFd>, domain: &NewDomain) -> Result<Self> {
         let bytes = usize::try_from(domain.memory).unwrap_or(usize::MAX);
         let memory = memory_file(&domain.name, bytes)?;
         let grant_table = GrantTable::create(&domain.name)?;
@@ -57,7 +58,7 @@ impl Process {
         let grants = GrantTable::map(grant_table.as_fd())?;
         let active = ActiveTable::map(active_table.as_fd())?;
         let peers = BTreeSet::new();
-        Ok(Self { pid, memory, grant_table, active_table, grants, active, peers })
+        Ok(Self { pid, pidfd, memory, grant_table, active_table, grants, active, peers })
     }
 }
 
@@ -132,6 +133,12 @@ impl Host {
         self.domains.get(&domid).map(|d| d.info(domid))
     }
 
+    /// The domain's process, if there is one: its number and its pidfd.
+    pub(super) fn process(&self, domid: u16) -> Option<(i32, Arc<OwnedFd>)> {
+        let process = self.domains.get(&domid)?.process.as_ref()?;
+        Some((process.pid, Arc::clone(&process.pidfd)))
+    }
+
     /// Told when the domain's process ends.
     pub(super) fn end_of_process(&self, domid: u16) -> Option<Arc<Notify>> {
         self.domains.get(&domid).map(|d| Arc::clone(&d.ended))
@@ -141,7 +148,7 @@ impl Host {
     pub(super) fn attach(
         &mut self,
         domid: u16,
-        pid: i32,
+        (pid, pidfd): (i32, Arc<OwnedFd>),
         request: &Request,
         send: Send<'_>,
     ) -> Result<(), String> {
@@ -154,7 +161,7 @@ impl Host {
         if let Some(Process { pid, .. }) = &domain.process {
             return Err(format!("process {pid} is attached to the domain: stop it first"));
         }
-        let process = Process::new(pid, &domain.created).map_err(|e| e.to_string())?;
+        let process = Process::new(pid, pidfd, &domain.created).map_err(|e| e.to_string())?;
         send(&Reply::Attached { domid }, &[process.memory.as_fd(), process.grant_table.as_fd()])
             .map_err(|e| e.to_string())?;
         domain.process = Some(process);

@@ -2,6 +2,7 @@
 
 mod control;
 mod host;
+mod pidfd;
 mod ports;
 mod processes;
 
@@ -11,24 +12,29 @@ use crate::{Error, Result};
 use host::Host;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::geteuid;
 use ring_proto::DomId;
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tokio::task::{JoinHandle, LocalSet};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::task::{JoinHandle, JoinSet, LocalSet};
 use tracing::{info, warn};
 use xenstore_glue::client::{Client, Endpoint};
 use xenstore_glue::store::Server;
 
 /// Of dom0, in bytes: rings and data of its own frontends, if it has any.
 const DOM0_MEMORY: u64 = 256 << 20;
+
+/// Of a directory's mode: group and others.
+const OTHERS_WRITE: u32 = 0o022;
+
+/// The pause after a connection could not be accepted: out of descriptors, most likely.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Whoever ignores SIGKILL this long hangs in the kernel.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -66,7 +72,7 @@ async fn serve_here(
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
     let failed = |e: io::Error| Error::io(format!("use the directory {}", dir.display()), e);
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
+    create_dir(dir).map_err(failed)?;
     let _lock = lock(dir)?;
     remove_sockets(dir).map_err(failed)?;
     raise_file_limit();
@@ -109,6 +115,18 @@ async fn serve_here(
         task.abort();
     }
     remove_sockets(dir).map_err(failed)
+}
+
+/// Creates a directory for sockets unless it is there. Others who may write to it could put their own
+/// in the place of ours.
+fn create_dir(dir: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    let found = fs::metadata(dir)?;
+    if found.uid() != geteuid().as_raw() || found.mode() & OTHERS_WRITE != 0 {
+        let reason = "others may write there: it must be ours, and of mode 0755 at the most";
+        return Err(io::Error::other(reason));
+    }
+    Ok(())
 }
 
 /// One broker a directory, for as long as the lock lives.
@@ -160,6 +178,27 @@ fn raise_file_limit() {
     }
 }
 
+/// Serves whoever connects, each in a task, until this one is aborted, and those with it.
+fn accept<F: Future<Output = ()> + 'static>(
+    listener: UnixListener,
+    of: String,
+    serve: impl Fn(UnixStream) -> F + 'static,
+) -> JoinHandle<()> {
+    tokio::task::spawn_local(async move {
+        let mut served = JoinSet::new();
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => drop(served.spawn_local(serve(stream))),
+                Err(error) => {
+                    warn!(of, %error, "cannot accept a connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+            while served.try_join_next().is_some() {}
+        }
+    })
+}
+
 fn listen_store(store: &Server, path: &Path, domid: DomId) -> Result<()> {
     store.listen(path, domid.0).map_err(|e| Error::io(format!("listen on {}", path.display()), e))
 }
@@ -182,11 +221,7 @@ impl Broker {
 
     fn listen(self: &Arc<Self>, domid: DomId) -> Result<()> {
         let dir = domain_dir(&self.dir, domid);
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&dir)
-            .map_err(|e| Error::io(format!("create {}", dir.display()), e))?;
+        create_dir(&dir).map_err(|e| Error::io(format!("use {}", dir.display()), e))?;
         listen_store(&self.store, &dir.join(XENSTORE_SOCKET), domid)?;
         let task = processes::listen(Arc::clone(self), &dir.join(HYPERVISOR_SOCKET), domid)?;
         locked(&self.listeners).insert(domid.0, task);
@@ -214,26 +249,25 @@ impl Broker {
         if domid == 0 {
             return Err("dom0 cannot be destroyed: stop the broker instead".to_owned());
         }
-        let (process, ended) = {
+        // Meanwhile its number is nobody else's.
+        let _changing = self.changing.lock().await;
+        let process = {
             let host = locked(&self.host);
-            let info = host.get(domid).ok_or("no such domain")?;
-            (info.process, host.end_of_process(domid).ok_or("no such domain")?)
+            host.get(domid).ok_or("no such domain")?;
+            host.process(domid)
         };
-        if let Some(pid) = process {
+        if let Some((pid, process)) = process {
             let own = i32::try_from(std::process::id()).ok();
             if pid <= 1 || Some(pid) == own || Some(pid) == asker {
                 return Err(format!("process {pid} is attached to it: let it detach first"));
             }
-            let mut ended = pin!(ended.notified());
-            ended.as_mut().enable();
-            // Its connection is still open, so the number is still its own.
-            kill(Pid::from_raw(pid), Signal::SIGKILL)
-                .map_err(|e| format!("cannot kill its process {pid}: {e}"))?;
-            tokio::time::timeout(KILL_TIMEOUT, ended)
+            // Its connection may not end with it: somebody else may have that, too.
+            tokio::time::timeout(KILL_TIMEOUT, pidfd::kill(process))
                 .await
-                .map_err(|_| format!("its process {pid} does not end"))?;
+                .map_err(|_| format!("its process {pid} does not end"))?
+                .map_err(|e| format!("cannot kill its process {pid}: {e}"))?;
         }
-        self.remove(domid).await;
+        self.forget(domid).await;
         Ok(())
     }
 
@@ -247,21 +281,16 @@ impl Broker {
         let Some(info) = info else { return };
         info!(domid, pid, on_crash = ?info.on_crash, "the domain's process ended");
         if info.on_crash == OnCrash::Destroy {
-            self.remove(domid).await;
+            let _changing = self.changing.lock().await;
+            self.forget(domid).await;
         }
     }
 
-    async fn remove(self: &Arc<Self>, domid: u16) {
-        let _changing = self.changing.lock().await;
-        self.forget(domid).await;
-    }
-
+    /// Removes the domain, and ends whoever serves a process of it. This may be one of those, so
+    /// that is the last thing done. Only while `changing` is held.
     async fn forget(&self, domid: u16) {
         if locked(&self.host).remove(domid).is_none() {
             return;
-        }
-        if let Some(task) = locked(&self.listeners).remove(&domid) {
-            task.abort();
         }
         let dir = domain_dir(&self.dir, DomId(domid));
         self.store.unlisten(dir.join(XENSTORE_SOCKET));
@@ -275,6 +304,11 @@ impl Broker {
                 });
             }
             Err(error) => warn!(domid, %error, "cannot remove the domain from xenstore"),
+        }
+        let listener = locked(&self.listeners).remove(&domid);
+        if let Some(task) = listener {
+            task.abort();
+            let _ = task.await;
         }
     }
 }

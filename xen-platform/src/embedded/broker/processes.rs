@@ -2,7 +2,7 @@
 
 use super::super::locked;
 use super::super::protocol::{self, MAX_MESSAGE, Refusal, Reply, Request};
-use super::Broker;
+use super::{Broker, accept, pidfd};
 use crate::{Error, Result};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen as start_listening, socket,
@@ -22,23 +22,9 @@ use tracing::{debug, warn};
 pub(super) fn listen(broker: Arc<Broker>, path: &Path, domid: DomId) -> Result<JoinHandle<()>> {
     let failed = |e: io::Error| Error::io(format!("listen on {}", path.display()), e);
     let listener = seqpacket_listener(path).map_err(failed)?;
-    Ok(tokio::task::spawn_local(async move {
-        loop {
-            match listener.accept().await {
-                Ok((stream, _)) => {
-                    tokio::task::spawn_local(serve(Arc::clone(&broker), domid.0, stream));
-                }
-                Err(error) => {
-                    warn!(%domid, %error, "cannot accept a process");
-                    // Out of descriptors, most likely: let some be closed first.
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
-            }
-        }
-    }))
+    let serve = move |stream| serve(Arc::clone(&broker), domid.0, stream);
+    Ok(accept(listener, format!("{domid}"), serve))
 }
-
-pub(super) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Tokio knows no `SOCK_SEQPACKET`, but accepts and reads such a socket like a stream: each read
 /// gives one packet, or nothing at the end.
@@ -52,6 +38,13 @@ fn seqpacket_listener(path: &Path) -> io::Result<UnixListener> {
 
 async fn serve(broker: Arc<Broker>, domid: u16, mut stream: UnixStream) {
     let pid = stream.peer_cred().ok().and_then(|c| c.pid()).unwrap_or(0);
+    let pidfd = match pidfd::of_peer(&stream, pid) {
+        Ok(pidfd) => Arc::new(pidfd),
+        Err(error) => {
+            warn!(domid, pid, %error, "cannot tell whose connection it is");
+            return;
+        }
+    };
     let mut packet = [0; MAX_MESSAGE];
     let mut attached = false;
     // Any error ends the connection, and with it the process's part in the domain. Descriptors that
@@ -75,7 +68,7 @@ async fn serve(broker: Arc<Broker>, domid: u16, mut stream: UnixStream) {
         let done = if attached {
             host.handle(domid, &request, &mut send)
         } else {
-            match host.attach(domid, pid, &request, &mut send) {
+            match host.attach(domid, (pid, Arc::clone(&pidfd)), &request, &mut send) {
                 Ok(()) => {
                     debug!(domid, pid, "process attached");
                     attached = true;

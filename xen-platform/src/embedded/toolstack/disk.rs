@@ -5,6 +5,7 @@ use super::{
     remove_with_parents, wait_for,
 };
 use ring_proto::DomId;
+use tracing::warn;
 use xenstore_glue::client::{self, Client, Nodes};
 use xenstore_glue::disk::{DiskSpec, Format};
 use xenstore_glue::vbd::{BackendKind, Directory, attach_nodes};
@@ -128,20 +129,17 @@ async fn refused(client: &Client, backend: &str) -> Result<Error> {
 /// When there is no such disk, or the backend does not close in time: then nothing is removed.
 pub async fn detach_disk(client: &Client, guest: DomId, devid: u32, force: bool) -> Result<()> {
     let libxl = libxl_path(guest, devid);
-    let found = client
-        .transact(async |nodes| {
-            let all = devices(nodes, guest.0).await?;
-            let Some(device) = all.into_iter().find(|d| d.libxl == libxl) else {
-                return Ok(None);
-            };
-            if force {
-                nodes.rm(&device.frontend).await?;
-            }
-            ask_to_close(nodes, &device.backend).await?;
-            Ok(Some(device))
-        })
-        .await?;
-    let Some(device) = found else { return Err(Error::NotAttached { guest, devid }) };
+    let found = devices(client, guest.0).await?.into_iter().find(|d| d.libxl == libxl);
+    let device = found.ok_or(Error::NotAttached { guest, devid })?;
+    let asked = client.transact(async |nodes| ask_to_close(nodes, &device.backend).await).await;
+    match asked {
+        // A driver domain can make it fail, by writing there all the time.
+        Err(error) if force => warn!(backend = device.backend, %error, "cannot ask it to close"),
+        asked => drop(asked?),
+    }
+    if force {
+        client.rm(&device.frontend).await?;
+    }
     let state = format!("{}/state", device.backend);
     let closed = wait_for(client, &state, &[CLOSED], BACKEND_TIMEOUT).await?;
     if !closed && !force {
@@ -152,6 +150,11 @@ pub async fn detach_disk(client: &Client, guest: DomId, devid: u32, force: bool)
 
 async fn remove(client: &Client, device: &Device, force: bool) -> Result<()> {
     let ours = force || device.backend_domid() == Some(0);
+    // Not in the transaction, which either end could make fail by writing to its directory.
+    client.rm(&device.frontend).await?;
+    if ours {
+        client.rm(&device.backend).await?;
+    }
     client
         .transact(async |nodes| {
             remove_with_parents(nodes, &device.frontend).await?;

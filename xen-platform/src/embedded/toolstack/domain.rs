@@ -69,23 +69,29 @@ const OWNED: [&str; 7] = [
 /// Removes a domain's directories, as `xl destroy` does: its frontends vanish, its backends are
 /// asked to close. Returns the backends to [bury](bury_backends).
 pub(in super::super) async fn destroy_domain(client: &Client, domid: u16) -> Result<Vec<Device>> {
-    let devices = client
-        .transact(async |nodes| {
-            let devices = devices(nodes, domid).await?;
-            for device in &devices {
-                nodes.rm(&device.frontend).await?;
-                ask_to_close(nodes, &device.backend).await?;
-            }
-            nodes.rm(&format!("/local/domain/{domid}")).await?;
-            nodes.rm(&format!("/libxl/{domid}")).await?;
-            Ok(devices)
-        })
-        .await?;
+    let removed = remove_nodes(client, domid).await;
+    // Also where something is left over: the number may be another domain's next.
     match client.release(domid).await {
         // Done already, when xenstore restarted before it could say so.
         Err(error) if !error.is_not_found() => Err(error),
-        _ => Ok(devices),
+        _ => removed,
     }
+}
+
+async fn remove_nodes(client: &Client, domid: u16) -> Result<Vec<Device>> {
+    let devices = devices(client, domid).await?;
+    for Device { frontend, backend, .. } in &devices {
+        // A driver domain that writes there all the time makes this fail, for its own disk.
+        if let Err(error) = client.transact(async |nodes| ask_to_close(nodes, backend).await).await
+        {
+            warn!(backend, %error, "cannot ask the backend of a destroyed domain to close");
+        }
+        client.rm(frontend).await?;
+    }
+    // Not in a transaction, which the domain and whoever it lets write there could make fail.
+    client.rm(&format!("/local/domain/{domid}")).await?;
+    client.rm(&format!("/libxl/{domid}")).await?;
+    Ok(devices)
 }
 
 /// Waits for backends to close and removes their directories. A driver domain removes its own,
