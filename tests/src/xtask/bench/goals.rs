@@ -324,3 +324,23 @@ pub(super) fn table(goals: &[Goal]) -> String {
     }
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_round_has_is_compared_and_not_medians() {
+        let mut results = Results::default();
+        let theirs = rust_vmm::Null.takes(&BASE).unwrap_or(BASE);
+        for (ours, needed) in [(40.0, 36.0), (80.0, 100.0), (120.0, 116.0)] {
+            results.row(Ours.name(), BASE).samples.push(Sample::rate(ours));
+            results.row(rust_vmm::Null.name(), theirs).samples.push(Sample::rate(needed / 4.0));
+        }
+        let goals = goals(&results);
+        let [goal] = goals.as_slice() else { unreachable!("one goal has its figures") };
+        let Needed::AtLeast(bar) = goal.needed else { unreachable!("more is better") };
+        assert_eq!((goal.ours, bar, goal.ratio), (80.0, 100.0, Some(120.0 / 116.0)));
+        assert!(goal.is_met());
+    }
+}
