@@ -13,7 +13,7 @@ mod wrappers;
 
 use blkback::storage::{Direct, OpKind, OpenError, Options, open};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use rig::{DEPTH, HUNG, Rig, SECTOR, TestFile, parse};
+use rig::{DEPTH, HUNG, Rig, SECTOR, TestFile, parse, skip};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
@@ -49,6 +49,8 @@ fn an_image_is_one_writers_or_many_readers() {
     let predecessor = open(&file.target(), buffered()).expect("open");
     std::thread::scope(|scope| {
         let successor = scope.spawn(|| open(&file.target(), buffered()).is_ok());
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(!successor.is_finished(), "it does not wait");
         drop(predecessor);
         assert!(successor.join().expect("join"), "the image is free again");
     });
@@ -102,7 +104,7 @@ fn discard_frees_blocks() {
     let file = TestFile::on_disk(MIB as u64);
     let mut rig = Rig::new(&file.target(), Options::default());
     if rig.storage.geometry().discard.is_none() {
-        return eprintln!("skipped: the file system cannot punch holes");
+        return skip("the file system cannot punch holes");
     }
     rig.write(0, &vec![1; MIB]).expect("write");
     rig.run(OpKind::Flush, 0, Vec::new()).expect("flush");

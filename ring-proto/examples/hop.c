@@ -1,6 +1,6 @@
 /*
  * The bare ring hop in C: what ring.h's macros, without any of our checks on the indices, can do.
- *   hop DEPTH ORDER COUNT   prints nanoseconds for COUNT requests there and back
+ *   hop DEPTH ORDER NANOSECONDS   prints requests a second, there and back
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -13,11 +13,12 @@
 #include "../tests/c/xen.h"
 
 #define DEVICE_SECTORS (1ull << 30)
+/* Requests between two looks at the clock. */
+#define ROUND 100000
 
 static struct blkif_sring *sring;
 static size_t bytes;
-static uint32_t depth;
-static uint64_t count;
+static volatile int ready, over;
 
 static void pin(int cpu)
 {
@@ -58,7 +59,8 @@ static void *back(void *unused)
     (void)unused;
     pin(1);
     BACK_RING_INIT(&ring, sring, bytes);
-    for (uint64_t done = 0; done < count;) {
+    ready = 1;
+    while (!over) {
         RING_IDX prod = *(volatile RING_IDX *)&sring->req_prod;
 
         xen_rmb();
@@ -66,7 +68,7 @@ static void *back(void *unused)
             pause_cpu();
             continue;
         }
-        for (; ring.req_cons != prod; done++) {
+        while (ring.req_cons != prod) {
             struct blkif_request req;
             struct blkif_response *rsp;
 
@@ -82,11 +84,20 @@ static void *back(void *unused)
     return NULL;
 }
 
+static int64_t now(void)
+{
+    struct timespec time;
+
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000000ll + time.tv_nsec;
+}
+
 int main(int argc, char **argv)
 {
-    struct timespec from, to;
     blkif_front_ring_t ring;
     uint64_t sent = 0, done = 0, faults = 0;
+    int64_t from, taken;
+    uint32_t depth;
     pthread_t other;
     int notify;
 
@@ -94,44 +105,49 @@ int main(int argc, char **argv)
         return 2;
     depth = atoi(argv[1]);
     bytes = 4096ul << atoi(argv[2]);
-    count = strtoull(argv[3], NULL, 0);
     sring = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (sring == MAP_FAILED)
         return 2;
     SHARED_RING_INIT(sring);
     FRONT_RING_INIT(&ring, sring, bytes);
-    pin(0);
     pthread_create(&other, NULL, back, NULL);
-    clock_gettime(CLOCK_MONOTONIC, &from);
-    while (done < count) {
-        RING_IDX prod;
+    /* A thread starts where its maker may run: pinned before, it would wait for this CPU with the clock on. */
+    while (!ready)
+        sched_yield();
+    pin(0);
+    from = now();
+    do {
+        for (uint64_t end = done + ROUND; done < end;) {
+            RING_IDX prod;
 
-        for (; sent < count && sent - done < depth; sent++) {
-            struct blkif_request *req = RING_GET_REQUEST(&ring, ring.req_prod_pvt++);
+            for (; sent < end && sent - done < depth; sent++) {
+                struct blkif_request *req = RING_GET_REQUEST(&ring, ring.req_prod_pvt++);
 
-            req->operation = BLKIF_OP_READ;
-            req->nr_segments = 1;
-            req->handle = 0;
-            req->id = sent;
-            req->sector_number = sent * 8 % DEVICE_SECTORS;
-            req->seg[0] = (struct blkif_request_segment){ sent, 0, 7 };
+                req->operation = BLKIF_OP_READ;
+                req->nr_segments = 1;
+                req->handle = 0;
+                req->id = sent;
+                req->sector_number = sent * 8 % DEVICE_SECTORS;
+                req->seg[0] = (struct blkif_request_segment){ sent, 0, 7 };
+            }
+            RING_PUSH_REQUESTS_AND_CHECK_NOTIFY(&ring, notify);
+            (void)notify;
+            while ((prod = *(volatile RING_IDX *)&sring->rsp_prod) == ring.rsp_cons)
+                pause_cpu();
+            xen_rmb();
+            for (; ring.rsp_cons != prod; ring.rsp_cons++, done++) {
+                struct blkif_response rsp;
+
+                RING_COPY_RESPONSE(&ring, ring.rsp_cons, &rsp);
+                faults += rsp.id != done || rsp.status != BLKIF_RSP_OKAY;
+            }
         }
-        RING_PUSH_REQUESTS_AND_CHECK_NOTIFY(&ring, notify);
-        (void)notify;
-        while ((prod = *(volatile RING_IDX *)&sring->rsp_prod) == ring.rsp_cons)
-            pause_cpu();
-        xen_rmb();
-        for (; ring.rsp_cons != prod; ring.rsp_cons++, done++) {
-            struct blkif_response rsp;
-
-            RING_COPY_RESPONSE(&ring, ring.rsp_cons, &rsp);
-            faults += rsp.id != done || rsp.status != BLKIF_RSP_OKAY;
-        }
-    }
-    clock_gettime(CLOCK_MONOTONIC, &to);
+        taken = now() - from;
+    } while (taken < atoll(argv[3]));
+    over = 1;
     pthread_join(other, NULL);
     if (faults)
         return 1;
-    printf("%lld\n", (to.tv_sec - from.tv_sec) * 1000000000ll + to.tv_nsec - from.tv_nsec);
+    printf("%.0f\n", done * 1e9 / taken);
     return 0;
 }

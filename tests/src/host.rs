@@ -161,7 +161,9 @@ impl Host {
         domain: &str,
         options: &[&str],
     ) -> Result<Process> {
-        command.args(["serve", "--domain", domain, "--platform", &self.platform()]);
+        // What this machine's own daemon is told is nothing to us.
+        command.args(["serve", "--config", "/dev/null"]);
+        command.args(["--domain", domain, "--platform", &self.platform()]);
         command.arg("--listen").arg(self.stats_address()).args(options);
         let mut process = Process::start("blkback", self.dir.path(), &command)?;
         process.wait_for("serving")?;
@@ -202,6 +204,20 @@ impl Host {
         let mut command = self.programs.command("blkfront");
         command.arg(action).args(["--platform", &self.platform(), "--domain", guest]);
         command
+    }
+
+    /// Serves a guest's `xvda` as NBD. Returns the frontend and where it serves, which is `GUEST.sock` in
+    /// [`Host::dir`].
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn export(&self, guest: &str, options: &[&str]) -> Result<(Process, String)> {
+        let socket = self.dir().join(format!("{guest}.sock"));
+        let mut command = self.frontend(guest, "nbd");
+        command.args(["xvda", "--socket"]).arg(&socket).args(options);
+        let mut process = Process::start(guest, self.dir(), &command)?;
+        process.wait_for("nbd+unix:")?;
+        Ok((process, format!("nbd+unix:///?socket={}", socket.display())))
     }
 
     /// A command of Debian's xenstore tools, as dom0.

@@ -36,12 +36,7 @@ impl Exported {
                 file.display()
             ),
         )?;
-        let socket = host.dir().join("nbd.sock");
-        let mut command = host.frontend("guest", "nbd");
-        command.args(["xvda", "--vcpus", "4", "--socket"]).arg(&socket).args(nbd_options);
-        let mut nbd = Process::start("nbd", host.dir(), &command)?;
-        nbd.wait_for("nbd+unix:")?;
-        let uri = format!("nbd+unix:///?socket={}", socket.display());
+        let (nbd, uri) = host.export("guest", &[&["--vcpus", "4"], nbd_options].concat())?;
         Ok(Self { nbd, _backend: backend, host, file, uri })
     }
 

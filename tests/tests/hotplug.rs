@@ -29,7 +29,8 @@ fn offered(host: &Host, guest: &Guest, vdev: &str) -> Result<(Device, Link)> {
 #[test]
 fn the_disk_is_connected_when_its_script_has_run_or_nobody_runs_it() -> Result<()> {
     let host = Host::start(Programs::beside_us()?)?;
-    let mut daemon = host.backend(&[])?;
+    // Time enough for what is to come before it is up.
+    let mut daemon = host.backend(&["--script-timeout-s", "15"])?;
     let guest = Guest::create(&host, "guest")?;
     let admin = Store::connect(&host.platform_dir().join("xenstored.sock"))?;
     let state_of = |device: &Device| admin.read(&format!("{}/state", device.back));

@@ -69,9 +69,9 @@ fn a_ring_that_drains_is_not_in_the_way() -> Result<()> {
     let neighbour = host.create_domain("neighbour", &["--on-crash", "preserve"])?;
     host.attach("neighbour", &disk_line("memory:64M"))?;
     let slow = guest(&host, "slow", "delay:5s,memory:64M")?;
-    let load = |guest: &str| {
+    let load = |guest: &str, size: &str| {
         let mut load = host.frontend(guest, "bench");
-        load.args(["xvda", "--rw=randwrite", "--bs=4k", "--size=64m", "--iodepth=8"]);
+        load.args(["xvda", "--rw=randwrite", "--bs=4k", "--size", size, "--iodepth=8"]);
         load
     };
     let taken = |domain: u16| -> Result<u64> {
@@ -80,21 +80,22 @@ fn a_ring_that_drains_is_not_in_the_way() -> Result<()> {
         let device = devices.iter().find(|device| device["domain"] == domain);
         Ok(device.and_then(|device| device["total"]["wr_req"].as_u64()).unwrap_or(0))
     };
-    let mut victim = Process::start("slow", host.dir(), &load("slow"))?;
+    let mut victim = Process::start("slow", host.dir(), &load("slow", "64m"))?;
     wait_until("requests are in flight", || Ok(taken(slow)? > 0))?;
     victim.kill()?;
     let held = || -> Result<bool> {
         let maps = std::fs::read_to_string(format!("/proc/{}/maps", backend.pid()))?;
         Ok(maps.contains("/memfd:slow "))
     };
-    run(&mut load("neighbour"))?;
+    // Little enough to be done long before that, on a busy machine, too.
+    run(&mut load("neighbour", "4m"))?;
     ensure!(held()?, "the neighbour was served only when the slow disk had answered");
     wait_until("what the slow disk's ring held is let go of", || Ok(!held()?))?;
     // Alone again.
     let mut last = Process::start(
         "last",
         host.dir(),
-        load("neighbour").args(["--time_based", "--runtime=600"]),
+        load("neighbour", "4m").args(["--time_based", "--runtime=600"]),
     )?;
     let name = format!("d{neighbour}.xvda r0");
     wait_until("the thread has one ring", || {

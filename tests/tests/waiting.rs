@@ -4,16 +4,20 @@ use anyhow::{Result, ensure};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use xen_blk_tests::cpu;
 use xen_blk_tests::host::{DRIVER_DOMAIN, Host, Programs};
-use xen_blk_tests::process::{HUNG, Process, run, wait_until};
+use xen_blk_tests::process::{HUNG, Process, run, skip, wait_until};
+
+/// Each wants the CPUs for itself.
+static ALONE: Mutex<()> = Mutex::new(());
 
 /// A small ext4 of its own, which can be frozen: the kernel's threads that write to it wait.
 struct FileSystem(PathBuf);
 
 impl FileSystem {
-    /// `None`, and says so, where nothing can be mounted.
+    /// `None` where nothing can be mounted, and need not be.
     fn new(dir: &Path) -> Result<Option<Self>> {
         let (image, mountpoint) = (dir.join("ext4.img"), dir.join("ext4"));
         File::create(&image)?.set_len(64 << 20)?;
@@ -22,10 +26,7 @@ impl FileSystem {
         let mut mount = Command::new("mount");
         match run(mount.args(["-o", "loop"]).args([&image, &mountpoint])) {
             Ok(_) => Ok(Some(Self(mountpoint))),
-            Err(error) => {
-                eprintln!("skipped: {error:#}");
-                Ok(None)
-            }
+            Err(error) => skip(&format!("{error:#}")).map(|()| None),
         }
     }
 
@@ -53,6 +54,7 @@ impl Drop for Frozen<'_> {
 /// A write to the page cache is done by a thread of the kernel, which may want the CPU that ours spins on.
 #[test]
 fn nobody_spins_while_a_thread_of_the_kernel_writes() -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let host = Host::start(Programs::beside_us()?)?;
     let Some(files) = FileSystem::new(host.dir())? else { return Ok(()) };
     let image = files.0.join("disk.img");
@@ -91,11 +93,12 @@ fn nobody_spins_while_a_thread_of_the_kernel_writes() -> Result<()> {
 #[test]
 fn a_thread_that_polls_gives_way_while_its_disk_is_busy() -> Result<()> {
     const CPU: &str = "0";
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let host = Host::start(Programs::beside_us()?)?;
     let mut backend = host.backend_on(CPU, &["--wait", "poll"])?;
     host.create_domain("guest", &[])?;
     // For longer than is looked at.
-    let disk = format!("vdev=xvda,backend={DRIVER_DOMAIN},target=delay:3s,null:1G");
+    let disk = format!("vdev=xvda,backend={DRIVER_DOMAIN},target=delay:20s,null:1G");
     host.attach("guest", &disk)?;
     let mut reads = host.frontend("guest", "bench");
     reads.args(["xvda", "--size=4k"]);
@@ -123,6 +126,7 @@ fn a_thread_that_polls_gives_way_while_its_disk_is_busy() -> Result<()> {
 #[test]
 fn a_slow_disk_does_not_keep_a_thread_from_waiting_for_a_quick_frontend() -> Result<()> {
     const READS: u64 = 100;
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let host = Host::start(Programs::beside_us()?)?;
     // A frontend that was asleep is back sooner than that, even on a busy machine...
     let mut backend = host.backend(&["--wait", "adaptive", "--spin-us", "5000"])?;

@@ -1,7 +1,7 @@
 //! Block devices, where loop devices can be made.
 
 use crate::model;
-use crate::rig::{Rig, SECTOR, TestFile, parse};
+use crate::rig::{Rig, SECTOR, TestFile, parse, skip};
 use blkback::storage::{Completion, Direct, OpKind, OpenError, Options, open};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -18,7 +18,7 @@ struct Loop {
 }
 
 impl Loop {
-    /// `None`, and says so, where that is not possible.
+    /// `None` where that is not possible, and need not be.
     fn new(bytes: u64, sector_size: &str) -> Option<Self> {
         Self::on(TestFile::on_disk(bytes), sector_size)
     }
@@ -34,7 +34,7 @@ impl Loop {
                 Some(Self { device, _file: file })
             }
             other => {
-                eprintln!("skipped: no loop device: {other:?}");
+                skip(&format!("no loop device: {other:?}"));
                 None
             }
         }
@@ -91,7 +91,8 @@ fn sectors_of_4096_bytes() {
 struct Mounted(PathBuf);
 
 impl Mounted {
-    /// By the last of the arguments of `mount` but for the directory. `None` where that is not possible.
+    /// By the last of the arguments of `mount` but for the directory. `None` where that is not possible, and
+    /// need not be.
     fn new(arguments: &[&str]) -> Option<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("mounted-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
@@ -101,7 +102,7 @@ impl Mounted {
         let mounted = mounted.is_ok_and(|status| status.success());
         let this = Self(directory);
         if !mounted {
-            eprintln!("skipped: nothing can be mounted");
+            skip("nothing can be mounted");
         }
         mounted.then_some(this)
     }

@@ -1,6 +1,6 @@
 //! The same random operations on every kind of disk and on a plain vector.
 
-use crate::rig::{AREA, DEPTH, Random, Rig, SECTOR, TestFile, parse};
+use crate::rig::{AREA, DEPTH, Random, Rig, SECTOR, TestFile, parse, skip};
 use blkback::storage::{Direct, IoVec, OpKind, Options, Storage, open};
 use std::ops::Range;
 use std::sync::Arc;
@@ -103,7 +103,7 @@ fn file_buffered() {
 fn file_direct() {
     let file = TestFile::on_disk(DISK as u64);
     let Ok(storage) = open(&file.target(), options(Direct::On)) else {
-        return eprintln!("skipped: no O_DIRECT in {:?}", file.0);
+        return skip(&format!("no O_DIRECT in {:?}", file.0));
     };
     check(storage.clone(), true, 3);
     let file = TestFile::on_disk(DISK as u64);

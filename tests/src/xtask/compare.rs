@@ -1,5 +1,6 @@
 //! The tables of the scenario `compare`: backends beside each other on one host.
 
+use super::bench::sample::Spread;
 use super::xen::text;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -50,12 +51,12 @@ pub(super) fn tables(outcome: &Outcome) -> Option<String> {
          of xen-blkback | of qdisk |\n|---|---|---|---|---|---|---|\n",
     );
     for row in &rows {
-        let iops = |backend| table.median(backend, row, |s, _, _| s.iops);
+        let iops = |backend| table.spread(backend, row, |s, _, _| s.iops);
         let shown = |backend| {
-            let (low, middle, high) = iops(backend);
-            format!("{middle:.0} ({low:.0}-{high:.0})")
+            let Spread { lowest, median, highest } = iops(backend);
+            format!("{median:.0} ({lowest:.0}-{highest:.0})")
         };
-        let of = |peer| iops("ours").1 / iops(peer).1;
+        let of = |peer| iops("ours").median / iops(peer).median;
         out += &format!(
             "| {row} | {} | {} | {} | {} | {:.2} | {:.1} |\n",
             shown("direct"),
@@ -75,21 +76,21 @@ pub(super) fn tables(outcome: &Outcome) -> Option<String> {
                 let delta = |s: &Sample, before: &Value, after: &Value| {
                     (number(&after[&name]) - number(&before[&name])) * scale / s.ios
                 };
-                table.median(backend, row, delta).1
+                table.spread(backend, row, delta).median
             };
             let grants = GRANT_PROBES.map(|probe| {
                 let pages = |value: &Value| last_number(text(&value[probe]));
                 let delta = |s: &Sample, before: &Value, after: &Value| {
                     (pages(after) - pages(before)) / s.ios
                 };
-                format!("{:.3}", table.median(backend, row, delta).1)
+                format!("{:.3}", table.spread(backend, row, delta).median)
             });
             out += &format!(
                 "| {row} | {backend} | {:.1} | {:.1} | {:.3} | {:.3} | {} |\n",
                 per_io(format!("{backend}_ns"), 1e-3),
                 per_io("busy_ticks".to_owned(), TICK_US),
                 per_io(format!("{prefix}_events"), 1.0),
-                table.median(backend, row, |s, _, _| s.guest_events / s.ios).1,
+                table.spread(backend, row, |s, _, _| s.guest_events / s.ios).median,
                 grants.join(", "),
             );
         }
@@ -104,26 +105,21 @@ struct Tables<'a> {
 }
 
 impl Tables<'_> {
-    /// Lowest, median and highest of the timed rounds, of what `value` makes of a row and of dom0's
-    /// counters before and after it.
-    fn median(
+    /// Of the timed rounds, of what `value` makes of a row and of dom0's counters before and after it.
+    fn spread(
         &self,
         backend: &str,
         row: &str,
         value: impl Fn(&Sample, &Value, &Value) -> f64,
-    ) -> (f64, f64, f64) {
-        let mut found: Vec<_> = (self.samples.iter())
-            .filter(|((_, b, r), _)| *b == backend && *r == row)
-            .map(|((round, ..), sample)| {
+    ) -> Spread {
+        let found = (self.samples.iter()).filter(|((_, b, r), _)| *b == backend && *r == row).map(
+            |((round, ..), sample)| {
                 let (before, after) = self.around(*round, backend, row);
                 value(sample, before, after)
-            })
-            .collect();
-        found.sort_unstable_by(f64::total_cmp);
-        match found.as_slice() {
-            [] => (f64::NAN, f64::NAN, f64::NAN),
-            all => (all[0], all[all.len() / 2], all[all.len() - 1]),
-        }
+            },
+        );
+        let nothing = Spread { lowest: f64::NAN, median: f64::NAN, highest: f64::NAN };
+        Spread::of(found).unwrap_or(nothing)
     }
 
     fn around(&self, round: u64, backend: &str, row: &str) -> (&Value, &Value) {

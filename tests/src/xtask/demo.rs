@@ -14,6 +14,7 @@ use std::time::Duration;
 use xen_blk_tests::cpu;
 use xen_blk_tests::host::{DRIVER_DOMAIN, Host, Programs};
 use xen_blk_tests::process::{Process, run as output, tied};
+use xen_blk_tests::scratch::Scratch;
 
 /// fio's job, as `blkfront bench` knows it.
 const PROFILE: &str = "iometer-file-access-server";
@@ -51,7 +52,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let host = Host::start(Programs::in_dir(target().join("release")))?;
     host.create_domain("guest", &["--vcpus", VCPUS, "--on-crash", "preserve"])?;
     let backend = host.backend(&[])?;
-    let file = host.dir().join("disk.raw");
+    let dir = target().join("demo");
+    std::fs::create_dir_all(&dir)?;
+    // Not in /tmp, which may be a tmpfs: that has no O_DIRECT.
+    let scratch = Scratch::new(&dir)?;
+    let file = scratch.path().join("disk.raw");
     // Written in full: the first write to a block of a sparse file costs more than any later one.
     let mut disk = File::create(&file)?;
     std::io::copy(&mut std::io::repeat(0x5a).take(FILE_BYTES), &mut disk)?;
@@ -70,7 +75,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             rows.push(measure(&host, &backend, options, disk, vdev, rings)?);
         }
     }
-    report(&rows)
+    report(&rows, &dir)
 }
 
 fn measure(
@@ -130,7 +135,7 @@ impl Row {
     }
 }
 
-fn report(rows: &[Row]) -> Result<()> {
+fn report(rows: &[Row], dir: &Path) -> Result<()> {
     println!(
         "\n{:<16} {:>9} {:>9} {:>9} {:>9} {:>9} {:>15} {:>10}",
         "", "IOPS", "MiB/s", "p50 us", "p99 us", "p99.9 us", "CPU us an I/O", "contended"
@@ -155,8 +160,6 @@ fn report(rows: &[Row]) -> Result<()> {
          to wait. The ring lock of the seed work: {} of {}.",
         SEED_LOCK.0, SEED_LOCK.1
     );
-    let dir = target().join("demo");
-    std::fs::create_dir_all(&dir)?;
     write_json(rows, &dir.join("demo.json"))?;
     let bars = |value: &dyn Fn(&Row) -> f64| {
         rows.iter().map(|row| (row.label(), value(row))).collect::<Vec<_>>()
@@ -170,7 +173,7 @@ fn report(rows: &[Row]) -> Result<()> {
             Bars { title: "p99, us", values: bars(&|row| row.latency_us("p99")) },
         ],
     )?;
-    let shown = dir.strip_prefix(root()).unwrap_or(&dir);
+    let shown = dir.strip_prefix(root()).unwrap_or(dir);
     println!("Left behind: {0}/demo.json, {0}/demo.svg", shown.display());
     Ok(())
 }

@@ -40,9 +40,9 @@ impl Usage {
     /// Waits until a process is back at what it held, as far as that can be told from outside.
     pub(crate) fn wait_for_baseline(self, pid: u32) -> Result<Self> {
         let mut now = self;
-        wait_until("descriptors to be closed", || {
+        wait_until("descriptors to be closed and threads to end", || {
             now = Self::of(pid)?;
-            Ok(now.descriptors <= self.descriptors)
+            Ok(now.descriptors <= self.descriptors && now.threads <= self.threads)
         })
         .with_context(|| format!("{now:?}, it had {self:?}"))?;
         ensure!(now.mappings <= self.mappings + SLACK_MAPPINGS, "{now:?}, it had {self:?}");

@@ -21,29 +21,29 @@ fn ext4(path: &Path, mib: u64) {
 fn nbdcopy_and_qemu_img_copy_a_file_system_in_and_out() {
     let export = Export::file(64, &["--vcpus", "2"]);
     let at = |name: &str| export.host.dir().join(name).to_str().unwrap().to_owned();
-    let uri = export.uri();
+    let uri = &export.uri;
     ext4(Path::new(&at("in.img")), 64);
-    tool("nbdcopy", &["--flush", &at("in.img"), &uri]);
-    tool("nbdcopy", &[&uri, &at("out.img")]);
+    tool("nbdcopy", &["--flush", &at("in.img"), uri]);
+    tool("nbdcopy", &[uri, &at("out.img")]);
     tool("cmp", &[&at("in.img"), &at("out.img")]);
     tool("cmp", &[&at("in.img"), &at("disk.img")]);
     tool("e2fsck", &["-fn", &at("out.img")]);
-    tool("qemu-img", &["compare", "-f", "raw", "-F", "raw", &at("in.img"), &uri]);
-    tool("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &uri, &at("out.qcow2")]);
-    tool("qemu-img", &["convert", "-n", "-O", "raw", &at("out.qcow2"), &uri]);
-    tool("nbdcopy", &[&uri, &at("again.img")]);
+    tool("qemu-img", &["compare", "-f", "raw", "-F", "raw", &at("in.img"), uri]);
+    tool("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", uri, &at("out.qcow2")]);
+    tool("qemu-img", &["convert", "-n", "-O", "raw", &at("out.qcow2"), uri]);
+    tool("nbdcopy", &[uri, &at("again.img")]);
     tool("cmp", &[&at("in.img"), &at("again.img")]);
 }
 
 #[test]
 fn qemu_io_zeroes_discards_and_makes_durable() {
     let export = Export::file(64, &[]);
-    let uri = export.uri();
+    let uri = &export.uri;
     let disk = export.host.dir().join("disk.img");
     let io = |commands: &[&str]| {
         let commands = commands.iter().flat_map(|command| ["-c", command]);
         let arguments: Vec<&str> =
-            ["-f", "raw"].into_iter().chain(commands).chain([&*uri]).collect();
+            ["-f", "raw"].into_iter().chain(commands).chain([uri.as_str()]).collect();
         let text = tool("qemu-io", &arguments);
         assert!(!text.contains("fail") && !text.contains("error"), "{text}");
     };

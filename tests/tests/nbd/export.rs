@@ -9,6 +9,7 @@ pub(crate) struct Export {
     pub(crate) server: Process,
     pub(crate) backend: Process,
     pub(crate) host: Host,
+    pub(crate) uri: String,
 }
 
 impl Export {
@@ -22,12 +23,8 @@ impl Export {
         host.create_domain("guest", &[]).unwrap();
         let target = target.replace("DIR", host.dir().to_str().unwrap());
         host.attach("guest", &format!("backend=stor,vdev=xvda,target={target}")).unwrap();
-        let socket = host.dir().join("nbd.sock");
-        let mut command = host.frontend("guest", "nbd");
-        command.arg("xvda").arg("--socket").arg(&socket).args(options);
-        let mut server = Process::start("nbd", host.dir(), &command).unwrap();
-        server.wait_for("nbd+unix:").unwrap();
-        Self { server, backend, host }
+        let (server, uri) = host.export("guest", options).unwrap();
+        Self { server, backend, host, uri }
     }
 
     /// Serves a file of so many MiB, `disk.img` in the host's directory.
@@ -39,11 +36,7 @@ impl Export {
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
-        self.host.dir().join("nbd.sock")
-    }
-
-    pub(crate) fn uri(&self) -> String {
-        format!("nbd+unix:///?socket={}", self.socket().display())
+        self.host.dir().join("guest.sock")
     }
 
     /// Kilobytes of memory that the server has resident.

@@ -206,33 +206,3 @@ fn threads_that_use_one_grant_at_once_leave_it_unused() {
     assert_eq!(entry(&a, gref).flags, GTF_PERMIT_ACCESS);
     pages.revoke().map_err(|(_, e)| e).unwrap();
 }
-
-/// `cargo test --release -p xen-platform --test embedded -- --ignored --nocapture copy_cost`
-#[test]
-#[ignore = "a measurement"]
-fn copy_cost() {
-    let host = TestHost::start();
-    let (a, b) = (host.guest("a"), host.guest("b"));
-    let pages = a.grant(b.domid(), 32, Access::ReadWrite).unwrap();
-    let local = LocalRegion::new(32).unwrap();
-    let mut copier = b.copier(a.domid()).unwrap();
-    for (len, direction) in [
-        (0, CopyDirection::FromPeer),
-        (4096, CopyDirection::FromPeer),
-        (4096, CopyDirection::ToPeer),
-    ] {
-        let mut segments: Vec<_> = pages
-            .refs()
-            .iter()
-            .enumerate()
-            .map(|(i, &gref)| CopySegment { len, local: i * 4096, ..segment(gref, direction) })
-            .collect();
-        let start = Instant::now();
-        for _ in 0..20_000 {
-            copier.copy(&local, &mut segments).unwrap();
-        }
-        let each = start.elapsed() / (20_000 * 32);
-        println!("{direction:?} {len} bytes: {each:?} a segment");
-        assert!(segments.iter().all(|s| s.status.is_ok()));
-    }
-}

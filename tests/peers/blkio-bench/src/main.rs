@@ -1,7 +1,7 @@
 //! Load on a vhost-user-blk device, in the manner of `blkfront bench`: the same job, the same clock (one
 //! look a batch), the same JSON, so that only what lies between differs.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use blkio::{Blkio, Blkioq, Completion, ReqFlags};
 use clap::{Parser, ValueEnum};
 use hdrhistogram::Histogram;
@@ -9,21 +9,17 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use std::mem::MaybeUninit;
 use std::path::PathBuf;
-use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-/// Entries of a virtqueue; a request takes three.
-const QUEUE_SIZE: i32 = 256;
+/// Entries of a virtqueue: a request takes three, and 128 are in flight at the most.
+const QUEUE_SIZE: i32 = 512;
 const PAGE: usize = 4096;
 
 #[derive(Parser)]
 struct Args {
     /// The device's socket
     socket: PathBuf,
-    /// Queues, and jobs: a thread each
-    #[arg(long, default_value_t = 1)]
-    queues: usize,
-    /// I/Os each job keeps in flight
+    /// I/Os in flight
     #[arg(long, default_value_t = 1)]
     iodepth: usize,
     /// Block size in bytes
@@ -43,7 +39,7 @@ struct Args {
     /// Spin for completions; otherwise sleep on the queue's descriptor
     #[arg(long)]
     poll: bool,
-    /// CPU to pin all jobs to
+    /// CPU to run on
     #[arg(long)]
     cpu: Option<usize>,
 }
@@ -134,47 +130,28 @@ fn main() -> Result<()> {
     let mut device = Blkio::new("virtio-blk-vhost-user")?;
     device.set_str("path", &args.socket.to_string_lossy())?;
     device.connect()?;
-    let (sleeping, polled) = if args.poll { (0, args.queues) } else { (args.queues, 0) };
-    device.set_i32("num-queues", sleeping as i32)?;
-    device.set_i32("num-poll-queues", polled as i32)?;
+    let (sleeping, polled) = if args.poll { (0, 1) } else { (1, 0) };
+    device.set_i32("num-queues", sleeping)?;
+    device.set_i32("num-poll-queues", polled)?;
     device.set_i32("queue-size", QUEUE_SIZE)?;
     let queues = device.start()?;
-    let queues = if args.poll { queues.poll_queues } else { queues.queues };
-    let bytes = args.iodepth * args.bs;
-    let region = device.alloc_mem_region((args.queues * bytes).next_multiple_of(PAGE))?;
+    let mut queues = if args.poll { queues.poll_queues } else { queues.queues };
+    let region = device.alloc_mem_region((args.iodepth * args.bs).next_multiple_of(PAGE))?;
     device.map_mem_region(&region)?;
-    let ready = Barrier::new(args.queues);
-    let outcomes: Vec<Result<Outcome>> = std::thread::scope(|scope| {
-        let jobs = queues.into_iter().enumerate().map(|(n, queue)| {
-            let job = Job {
-                args: &args,
-                queue,
-                buffers: region.addr + n * bytes,
-                since: vec![Instant::now(); args.iodepth],
-                random: 0x9e37_79b9_7f4a_7c15u64.wrapping_mul(n as u64 + 1),
-                position: 0,
-            };
-            let ready = &ready;
-            scope.spawn(move || {
-                if let Some(cpu) = job.args.cpu {
-                    let mut set = CpuSet::new();
-                    set.set(cpu)?;
-                    sched_setaffinity(Pid::from_raw(0), &set)?;
-                }
-                ready.wait();
-                job.run()
-            })
-        });
-        let jobs: Vec<_> = jobs.collect();
-        jobs.into_iter().map(|job| job.join().expect("a job panicked")).collect()
-    });
-    let mut latency: Histogram<u64> = Histogram::new_with_bounds(1, 60_000_000_000, 3)?;
-    let mut elapsed = Duration::ZERO;
-    for outcome in outcomes {
-        let outcome = outcome?;
-        latency.add(&outcome.latency)?;
-        elapsed = elapsed.max(outcome.elapsed);
+    if let Some(cpu) = args.cpu {
+        let mut set = CpuSet::new();
+        set.set(cpu)?;
+        sched_setaffinity(Pid::from_raw(0), &set)?;
     }
+    let job = Job {
+        args: &args,
+        queue: queues.pop().context("no queue")?,
+        buffers: region.addr,
+        since: vec![Instant::now(); args.iodepth],
+        random: 0x9e37_79b9_7f4a_7c15,
+        position: 0,
+    };
+    let Outcome { latency, elapsed } = job.run()?;
     let quantile = |q| latency.value_at_quantile(q);
     println!(
         r#"{{"total": {{"ios": {}, "iops": {}, "latency_ns": {{"p50": {}, "p99": {}, "p99_9": {}}}}}}}"#,

@@ -16,7 +16,7 @@ use vmm_sys_util::epoll::EventSet;
 
 /// Size of the device in 512-byte sectors: 4 GiB.
 const SECTORS: u64 = 8 << 20;
-const QUEUE_SIZE: usize = 256;
+const QUEUE_SIZE: usize = 512;
 /// Fruitless looks before `spin` sleeps.
 const PATIENCE: u32 = 20_000;
 

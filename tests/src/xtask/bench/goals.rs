@@ -8,7 +8,7 @@ use super::ours::Ours;
 use super::peers::{qemu::StorageDaemon, rust_vmm};
 use super::profiles::{COPIED, SLEEPING_CLIENT, at_depth, devices, iometer, on, rings};
 use super::report::{Results, Row, rate};
-use super::sample::Sample;
+use super::sample::{Sample, Spread};
 use serde::Serialize;
 use std::fmt::Write;
 
@@ -20,6 +20,9 @@ pub(super) struct Goal {
     bar: String,
     ours: f64,
     needed: Needed,
+    /// Of `ours` and what is needed: where both were measured, the median of what the rounds had.
+    /// `None` where nothing is allowed.
+    ratio: Option<f64>,
     /// Of `ours` and the bar.
     unit: Unit,
 }
@@ -44,9 +47,18 @@ enum Unit {
 
 impl Goal {
     fn is_met(&self) -> bool {
-        match self.needed {
-            Needed::AtLeast(bar) => self.ours >= bar,
-            Needed::AtMost(bar) => self.ours <= bar,
+        match (self.needed, self.ratio) {
+            (Needed::AtLeast(_), Some(ratio)) => ratio >= 1.0,
+            (Needed::AtMost(_), Some(ratio)) => ratio <= 1.0,
+            (_, None) => self.ours == 0.0,
+        }
+    }
+}
+
+impl Needed {
+    fn bar(self) -> f64 {
+        match self {
+            Self::AtLeast(bar) | Self::AtMost(bar) => bar,
         }
     }
 }
@@ -88,59 +100,82 @@ impl Goals<'_> {
         self.results.find(contender.name(), &case)
     }
 
-    fn iops(&self, contender: &dyn Contender, case: &Case) -> Option<f64> {
-        self.row(contender, case)?.iops()
+    /// IOPS of each round.
+    fn iops(&self, contender: &dyn Contender, case: &Case) -> Option<Vec<f64>> {
+        Some(self.row(contender, case)?.samples.iter().map(|sample| sample.iops).collect())
     }
 
-    /// Our IOPS, the best of several cases.
-    fn best(&self, cases: &[Case]) -> Option<f64> {
-        cases.iter().filter_map(|case| self.iops(&Ours, case)).reduce(f64::max)
-    }
-
-    /// `ours` against a share of what another did.
+    /// Our IOPS, in the best of several cases, against a share of what another did.
     fn against(
         &mut self,
         row: &str,
-        ours: Option<f64>,
+        cases: &[Case],
         factor: f64,
         other: &dyn Contender,
         case: Case,
     ) {
+        let ours = cases.iter().filter_map(|case| self.iops(&Ours, case));
+        let ours = ours.max_by(|one, another| median(one).total_cmp(&median(another)));
         let (Some(ours), Some(theirs)) = (ours, self.iops(other, &case)) else { return };
-        let bar = format!("{factor} × {} ({})", other.name(), rate(theirs));
-        self.add(row, bar, ours, Needed::AtLeast(factor * theirs), Unit::Iops);
+        let bar = format!("{factor} × {} ({})", other.name(), rate(median(&theirs)));
+        let needed: Vec<f64> = theirs.iter().map(|theirs| factor * theirs).collect();
+        self.by_rounds(row, bar, &ours, Needed::AtLeast, &needed, Unit::Iops);
+    }
+
+    /// Ours of each round against what the same round asks for: two that are measured right after each
+    /// other compare, medians of an hour in which the machine changes do not.
+    fn by_rounds(
+        &mut self,
+        row: &str,
+        bar: impl Into<String>,
+        ours: &[f64],
+        side: fn(f64) -> Needed,
+        needed: &[f64],
+        unit: Unit,
+    ) {
+        let ratios: Vec<f64> =
+            ours.iter().zip(needed).map(|(ours, needed)| ours / needed).collect();
+        let needed = side(median(needed));
+        let goal = Goal {
+            row: row.to_owned(),
+            bar: bar.into(),
+            ours: median(ours),
+            needed,
+            ratio: Some(median(&ratios)),
+            unit,
+        };
+        self.goals.push(goal);
     }
 
     fn add(&mut self, row: &str, bar: impl Into<String>, ours: f64, needed: Needed, unit: Unit) {
-        self.goals.push(Goal { row: row.to_owned(), bar: bar.into(), ours, needed, unit });
+        let ratio = (needed.bar() > 0.0).then(|| ours / needed.bar());
+        self.goals.push(Goal { row: row.to_owned(), bar: bar.into(), ours, needed, ratio, unit });
     }
 
     fn null_polled(&mut self) {
-        let (row, ours) = ("null, depth 32, polled", self.best(&[BASE]));
-        self.against(row, ours, 0.5, &Hop, BASE);
-        self.against(row, ours, 4.0, &StorageDaemon, BASE);
-        self.against(row, ours, 4.0, &rust_vmm::Null, BASE);
+        let row = "null, depth 32, polled";
+        self.against(row, &[BASE], 0.5, &Hop, BASE);
+        self.against(row, &[BASE], 4.0, &StorageDaemon, BASE);
+        self.against(row, &[BASE], 4.0, &rust_vmm::Null, BASE);
         let one = at_depth(BASE, 1);
-        let (row, ours) =
-            ("null, depth 1, polled or adaptive", self.best(&[one, one.waiting(Wait::Adaptive)]));
-        self.against(row, ours, 0.6, &Hop, one);
-        self.against(row, ours, 12.0, &StorageDaemon, one);
+        let (row, ours) = (format!("null, depth 1, {BETTER}"), better(one));
+        self.against(&row, &ours, 0.6, &Hop, one);
+        self.against(&row, &ours, 12.0, &StorageDaemon, one);
     }
 
     fn null_event(&mut self) {
         // QEMU's I/O threads spin before they sleep, so ours may, too; where the client sleeps, events decide.
-        let (row, ours) =
-            ("null, depth 32, client asleep, backends adaptive", self.best(&[SLEEPING_CLIENT]));
-        self.against(row, ours, 3.0, &StorageDaemon, SLEEPING_CLIENT);
-        self.against(row, ours, 3.0, &rust_vmm::Null, SLEEPING_CLIENT);
+        let (row, ours) = ("null, depth 32, client asleep, backends adaptive", [SLEEPING_CLIENT]);
+        self.against(row, &ours, 3.0, &StorageDaemon, SLEEPING_CLIENT);
+        self.against(row, &ours, 3.0, &rust_vmm::Null, SLEEPING_CLIENT);
         let event = BASE.waiting(Wait::Event);
         let row = "null, depth 32, both ends asleep";
-        self.against(row, self.best(&[event]), 3.0, &rust_vmm::Null, event);
+        self.against(row, &[event], 3.0, &rust_vmm::Null, event);
         let one = at_depth(event, 1);
-        self.against("null, depth 1, event-driven", self.best(&[one]), 1.0, &RoundTrips, one);
-        if let Some(ours) = self.best(&[at_depth(SLEEPING_CLIENT, 1)]) {
+        self.against("null, depth 1, event-driven", &[one], 1.0, &RoundTrips, one);
+        if let Some(ours) = self.iops(&Ours, &at_depth(SLEEPING_CLIENT, 1)) {
             let row = "null, depth 1, client asleep, backend adaptive";
-            self.add(row, "160 k", ours, Needed::AtLeast(160e3), Unit::Iops);
+            self.add(row, "160 k", median(&ours), Needed::AtLeast(160e3), Unit::Iops);
         }
     }
 
@@ -151,23 +186,27 @@ impl Goals<'_> {
             (Disk::DirectFile, 0.98, &Fio),
             (Disk::BlockDevice, 0.98, &Fio),
         ] {
-            let ours = self.best(&[on(disk), on(disk).waiting(Wait::Adaptive)]);
-            self.against(&format!("{disk}, depth 32"), ours, factor, limit, on(disk));
+            let row = format!("{disk}, depth 32, {BETTER}");
+            self.against(&row, &better(on(disk)), factor, limit, on(disk));
         }
-        let ours = self.best(&[iometer(Wait::Poll), iometer(Wait::Adaptive)]);
-        self.against("IOmeter mix, cached file, depth 64", ours, 0.9, &Fio, iometer(Wait::Poll));
+        let (row, mix) = ("IOmeter mix, cached file, depth 64", iometer(Wait::Poll));
+        self.against(&format!("{row}, {BETTER}"), &better(mix), 0.9, &Fio, mix);
     }
 
     fn copies(&mut self) {
         // Of a polling backend this is the time an I/O takes it, too.
-        let micros = |row: Option<&Row>| row?.median(|sample| sample.backend.cpu_us);
+        let micros = |row: Option<&Row>| -> Option<Vec<f64>> {
+            row?.samples.iter().map(|sample| sample.backend.cpu_us).collect()
+        };
         let persistent = micros(self.row(&Ours, &on(Disk::CachedFile)));
         let copied = micros(self.row(&Ours, &COPIED));
         let memcpy = micros(self.row(&Memcpy, &COPIED));
         if let (Some(persistent), Some(copied), Some(memcpy)) = (persistent, copied, memcpy) {
             let row = "copy instead of persistent grants, backend's CPU time an I/O";
-            let bar = format!("persistent ({persistent:.3} µs) + memcpy ({memcpy:.3} µs)");
-            self.add(row, bar, copied, Needed::AtMost(persistent + memcpy), Unit::Micros);
+            let (shown, memcpy_shown) = (median(&persistent), median(&memcpy));
+            let bar = format!("persistent ({shown:.3} µs) + memcpy ({memcpy_shown:.3} µs)");
+            let needed: Vec<f64> = persistent.iter().zip(&memcpy).map(|(a, b)| a + b).collect();
+            self.by_rounds(row, bar, &copied, Needed::AtMost, &needed, Unit::Micros);
         }
     }
 
@@ -193,19 +232,18 @@ impl Goals<'_> {
 
     fn several(&mut self) {
         for (what, case) in [("rings", rings as fn(u32) -> Case), ("devices", devices)] {
-            let Some(one) = self.best(&[case(1)]) else { continue };
+            let Some(one) = self.iops(&Ours, &case(1)) else { continue };
             for count in [2, 4, 8] {
                 let Some(row) = self.row(&Ours, &case(count)) else { continue };
-                let iops = row.iops();
                 let contended = row.samples.iter().filter_map(|sample| sample.contended).max();
                 let unfair = row.median(Sample::unfairness);
                 let name = format!("{count} {what} on two CPUs");
-                if let Some(iops) = iops {
-                    let bar = format!("one of the {what} ({})", rate(one));
-                    self.add(&name, bar, iops, Needed::AtLeast(one), Unit::Iops);
+                if let Some(iops) = self.iops(&Ours, &case(count)) {
+                    let bar = format!("one of the {what} ({})", rate(median(&one)));
+                    self.by_rounds(&name, bar, &iops, Needed::AtLeast, &one, Unit::Iops);
                 }
                 if let Some(contended) = contended {
-                    let name = format!("{name}: contended acquisitions");
+                    let name = format!("{name}: waits for the lock of the frontend's mailbox");
                     self.add(&name, "none", contended as f64, Needed::AtMost(0.0), Unit::Count);
                 }
                 if let Some(unfair) = unfair {
@@ -248,17 +286,31 @@ impl Goals<'_> {
     }
 }
 
+/// Polled, and adaptive.
+fn better(polled: Case) -> [Case; 2] {
+    [polled, polled.waiting(Wait::Adaptive)]
+}
+
+/// What a row says that shows [`better`].
+const BETTER: &str = "the better of polled and adaptive";
+
+fn median(values: &[f64]) -> f64 {
+    Spread::of(values.iter().copied()).map_or(f64::NAN, |spread| spread.median)
+}
+
 /// The goals as a table.
 pub(super) fn table(goals: &[Goal]) -> String {
     let mut out = String::from(
-        "| row | measured by | ours | needed | ours / needed | |\n|---|---|---|---|---|---|\n",
+        "What was measured in the same rounds is compared by rounds: `ours / needed` is the median of what each \
+         round had, and decides; the two beside it are medians of their own.\n\n\
+         | row | measured by | ours | needed | ours / needed | |\n|---|---|---|---|---|---|\n",
     );
     for goal in goals {
-        let (sign, bar) = match goal.needed {
-            Needed::AtLeast(bar) => ("≥", bar),
-            Needed::AtMost(bar) => ("≤", bar),
+        let sign = match goal.needed {
+            Needed::AtLeast(_) => "≥",
+            Needed::AtMost(_) => "≤",
         };
-        let ratio = if bar > 0.0 { format!("{:.2}", goal.ours / bar) } else { "–".to_owned() };
+        let ratio = goal.ratio.map_or_else(|| "–".to_owned(), |ratio| format!("{ratio:.2}"));
         // Writing to a string does not fail.
         let _ = writeln!(
             out,
@@ -266,9 +318,29 @@ pub(super) fn table(goals: &[Goal]) -> String {
             goal.row,
             goal.bar,
             goal.unit.show(goal.ours),
-            goal.unit.show(bar),
+            goal.unit.show(goal.needed.bar()),
             if goal.is_met() { "met" } else { "**missed**" },
         );
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_round_has_is_compared_and_not_medians() {
+        let mut results = Results::default();
+        let theirs = rust_vmm::Null.takes(&BASE).unwrap_or(BASE);
+        for (ours, needed) in [(40.0, 36.0), (80.0, 100.0), (120.0, 116.0)] {
+            results.row(Ours.name(), BASE).samples.push(Sample::rate(ours));
+            results.row(rust_vmm::Null.name(), theirs).samples.push(Sample::rate(needed / 4.0));
+        }
+        let goals = goals(&results);
+        let [goal] = goals.as_slice() else { unreachable!("one goal has its figures") };
+        let Needed::AtLeast(bar) = goal.needed else { unreachable!("more is better") };
+        assert_eq!((goal.ours, bar, goal.ratio), (80.0, 100.0, Some(120.0 / 116.0)));
+        assert!(goal.is_met());
+    }
 }

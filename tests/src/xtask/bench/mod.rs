@@ -15,7 +15,7 @@ mod peers;
 mod place;
 mod profiles;
 mod report;
-mod sample;
+pub(super) mod sample;
 
 use super::{packages, target};
 use anyhow::{Context, Result, ensure};
@@ -80,6 +80,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if idle {
         packages::install(idle::NEEDS)?;
     }
+    let conditions = options.write.then(|| page::conditions(options)).transpose()?;
     let place = Place::new()?;
     let mut results = Results::default();
     let perf = !options.no_perf && perf_counts();
@@ -108,6 +109,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         text += &format!("### Goals\n\n{}\n", goals::table(&goals));
     }
     text += &report::tables(&results);
+    if !perf {
+        text += "Calls are the programs' own counts: perf was not there, or not wanted.\n";
+    }
     for line in left_out {
         text += &format!("{line}\n");
     }
@@ -115,8 +119,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let path = target().join("bench/bench.json");
     let all = serde_json::json!({ "results": results, "goals": goals });
     serde_json::to_writer_pretty(File::create(&path)?, &all)?;
-    if options.write {
-        page::write(options, &results, &text)?;
+    if let Some(conditions) = conditions {
+        page::write(options, &conditions, &results, &text)?;
     }
     println!("Left behind: {}", path.display());
     Ok(())

@@ -24,11 +24,15 @@ const END: &str = "<!-- end of bench goals -->\n";
 const POINTS: usize = 3;
 
 /// Replaces the section of the goals, or the page of other profiles.
-pub(super) fn write(options: &Options, results: &Results, text: &str) -> Result<()> {
+pub(super) fn write(
+    options: &Options,
+    conditions: &str,
+    results: &Results,
+    text: &str,
+) -> Result<()> {
     let names = options.profile.iter().filter_map(ValueEnum::to_possible_value);
     let name = names.map(|name| name.get_name().to_owned()).collect::<Vec<_>>().join("+");
     let plots = plots(results, &name)?;
-    let conditions = conditions(options)?;
     let written = if name == GOALS {
         let page = std::fs::read_to_string(root().join(PAGE))?;
         let from = page.find(BEGIN).context(BEGIN)?;
@@ -54,15 +58,21 @@ fn shown(plots: &[String], directory: &str) -> String {
     plots.iter().map(|plot| format!("\n![{plot}]({directory}{plot})\n")).collect()
 }
 
-/// Where, when and how.
-fn conditions(options: &Options) -> Result<String> {
+/// What, where, when and how: before anything is measured, or the tree would be another by then.
+pub(super) fn conditions(options: &Options) -> Result<String> {
     let cpus = std::fs::read_to_string("/proc/cpuinfo")?;
     let model =
         cpus.lines().find_map(|line| line.strip_prefix("model name\t: ")).context("cpuinfo")?;
     let kernel = output(Command::new("uname").arg("-r"))?;
     let date = output(Command::new("date").args(["-u", "+%F"]))?;
+    let git = |arguments: &[&str]| output(Command::new("git").args(arguments).current_dir(root()));
+    let commit = git(&["rev-parse", "--short", "HEAD"])?;
+    // Figures are written into docs, and make no other program.
+    let changed = git(&["status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs"])?;
     Ok(format!(
-        "{model}, {} CPUs, Linux {}, {}; {} rounds of {} s.\n",
+        "{}{}, {model}, {} CPUs, Linux {}, {}; {} rounds of {} s.\n",
+        commit.trim(),
+        if changed.is_empty() { "" } else { "-dirty" },
         std::thread::available_parallelism()?,
         kernel.trim(),
         date.trim(),

@@ -66,7 +66,16 @@ impl Contender for Fio {
         let path = place.path(case.disk)?.context("a null disk")?;
         let mut command = fio(case, meter);
         command.arg("--ioengine=io_uring").arg(format!("--filename={}", path.display()));
-        command.arg(format!("--direct={}", u8::from(case.disk != Disk::CachedFile)));
+        command.arg("--registerfiles=1");
+        if case.disk == Disk::CachedFile {
+            // A system call for many I/Os is 1.3 times as fast here, and 0.4 of it on a loop device.
+            command.args(["--direct=0", "--iodepth_batch_submit=16"]);
+            command.arg("--iodepth_batch_complete_min=1");
+            command.arg(format!("--iodepth_batch_complete_max={}", case.depth));
+        } else {
+            // Buffers that the kernel knows spare a look-up of their pages; a copy to them is no faster.
+            command.args(["--direct=1", "--fixedbufs=1"]);
+        }
         let observed = meter.observe(vec![command], &[], || Ok(()))?;
         let mut sample = read_fio(observed.reports.first().context("no report")?)?;
         observed.share(&mut sample);

@@ -13,8 +13,6 @@ use std::path::PathBuf;
 use std::process::Command;
 use xen_blk_tests::process::run as output;
 
-/// Requests that take about a tenth of a second, at depth 1 and at any greater one.
-const REQUESTS: (u64, u64) = (200_000, 2_000_000);
 /// The largest depth a one-page ring holds.
 const ONE_PAGE: u32 = 32;
 
@@ -53,15 +51,9 @@ impl Contender for Hop {
     }
 
     fn measure(&self, case: &Case, meter: &Meter, _place: &Place) -> Result<Sample> {
-        let count = if case.depth == 1 { REQUESTS.0 } else { REQUESTS.1 };
         let order = if case.depth > ONE_PAGE { 2 } else { 0 };
-        let arguments = [u64::from(case.depth), order, count].map(|n| n.to_string());
-        let (mut requests, mut nanos) = (0, 0u64);
-        while nanos < meter.time.as_nanos() as u64 {
-            let text = output(Command::new(program()).args(&arguments))?;
-            nanos += text.trim().parse::<u64>().context("the hop's nanoseconds")?;
-            requests += count;
-        }
-        Ok(Sample::rate(requests as f64 * 1e9 / nanos as f64))
+        let arguments = [u128::from(case.depth), order, meter.time.as_nanos()];
+        let rate = output(Command::new(program()).args(arguments.map(|n| n.to_string())))?;
+        Ok(Sample::rate(rate.trim().parse().context("the hop's rate")?))
     }
 }

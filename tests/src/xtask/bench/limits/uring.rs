@@ -16,6 +16,11 @@ use std::time::{Duration, Instant};
 /// Bytes of each read.
 const BLOCK: usize = 4096;
 
+/// Aligned, as guests' pages are.
+#[derive(Clone)]
+#[repr(align(4096))]
+struct Page([u8; BLOCK]);
+
 /// The limit of cached files.
 pub(crate) struct PlainUring;
 
@@ -47,7 +52,7 @@ fn random_read(path: &Path, depth: u32, time: Duration) -> Result<Sample> {
         .build(depth)
         .context("io_uring")?;
     ring.submitter().register_files(&[file.as_raw_fd()])?;
-    let mut buffers = vec![[0u8; BLOCK]; depth as usize];
+    let mut buffers = vec![Page([0; BLOCK]); depth as usize];
     let mut idle: Vec<usize> = (0..buffers.len()).collect();
     let (mut done, mut calls, mut random) = (0u64, 0u64, 0x9e37_79b9_7f4a_7c15u64);
     let from = Instant::now();
@@ -63,7 +68,7 @@ fn random_read(path: &Path, depth: u32, time: Duration) -> Result<Sample> {
                 random ^= random >> 7;
                 random ^= random << 17;
                 let read =
-                    opcode::Read::new(types::Fixed(0), buffers[n].as_mut_ptr(), BLOCK as u32)
+                    opcode::Read::new(types::Fixed(0), buffers[n].0.as_mut_ptr(), BLOCK as u32)
                         .offset(random % blocks * BLOCK as u64)
                         .build()
                         .user_data(n as u64);

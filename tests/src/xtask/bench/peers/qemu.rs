@@ -1,4 +1,5 @@
-//! qemu-storage-daemon: its vhost-user-blk export, with an I/O thread that polls as long as that pays.
+//! qemu-storage-daemon: its vhost-user-blk export, with an I/O thread that polls as long as that pays, or
+//! always where the case's backend does.
 
 use super::{build, drive, serve, vhost_takes};
 use crate::xtask::bench::case::{Case, Disk, Wait};
@@ -26,7 +27,8 @@ impl Contender for StorageDaemon {
     }
 
     fn takes(&self, case: &Case) -> Option<Case> {
-        vhost_takes(case).then_some(Case { backend: Wait::Adaptive, ..*case })
+        let backend = if case.backend == Wait::Poll { Wait::Poll } else { Wait::Adaptive };
+        vhost_takes(case).then_some(Case { backend, ..*case })
     }
 
     fn measure(&self, case: &Case, meter: &Meter, place: &Place) -> Result<Sample> {
@@ -50,7 +52,9 @@ impl Contender for StorageDaemon {
             socket.display()
         );
         let mut command = on_backend_cpu("qemu-storage-daemon");
-        command.args(["--object", "iothread,id=io"]);
+        // A poll that may last a second does not end while there is work.
+        let poll = if case.backend == Wait::Poll { ",poll-max-ns=1000000000" } else { "" };
+        command.args(["--object", &format!("iothread,id=io{poll}")]);
         command.arg("--blockdev").arg(format!("{storage},node-name=disk"));
         command.arg("--export").arg(export);
         let server = serve("qemu-storage-daemon", place, &socket, &mut command)?;
