@@ -160,13 +160,14 @@ impl Device {
     /// The disk may be connected, as far as a script is concerned.
     pub(super) async fn connectable(&mut self, script: Script) -> Result<(), Abandoned> {
         self.script = script;
-        if self.storage.is_none() && self.description.finds_disk {
-            self.open().await?;
-        } else if self.storage.is_none() {
-            return self.feed(BackendEvent::StorageFailed).await;
-        }
         if self.storage.is_none() {
-            return Ok(());
+            if !self.description.finds_disk {
+                return self.feed(BackendEvent::StorageFailed).await;
+            }
+            self.open().await?;
+            if self.storage.is_none() {
+                return Ok(());
+            }
         }
         self.write(&[("hotplug-status".to_owned(), "connected".to_owned())]).await?;
         self.feed(BackendEvent::StorageReady).await

@@ -140,7 +140,7 @@ impl Thread {
         let several = self.rings.len() > 1;
         let epoll = &self.epoll;
         let outcome = self.rings.iter_mut().try_for_each(|ring| ring.list(epoll, several));
-        // What others are in need of now is the newest one's fault: it must not be theirs.
+        // They had what they need while they were fewer: so it is the newest that goes.
         if let (Err(error), Some(newest)) = (outcome, self.rings.last_mut()) {
             newest.fail(error.into());
         }

@@ -67,6 +67,7 @@ pub(super) struct Worker {
     pub(super) inflight: Inflight,
     pub(super) channel: Box<dyn EventChannel>,
     limits: Limits,
+    /// Whether the disk does.
     moves_data: bool,
     orders: Arc<Orders>,
     /// As long as this lives, something of the frontend's is held.
