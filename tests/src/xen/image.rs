@@ -71,9 +71,11 @@ const QEMU: &str = "usr/libexec/xen-qemu-system-i386";
 const FIRMWARE: &[&str] = &[
     "usr/share/qemu/kvmvapic.bin",
     "usr/share/qemu/linuxboot.bin",
+    "usr/share/qemu/linuxboot_dma.bin",
     "usr/share/seabios/bios-256k.bin",
 ];
-/// Its kernel and initramfs come through a port, and each byte is emulated: no more than it needs, and no fio.
+/// On Debian 12 its kernel and initramfs come through a port, and each byte is emulated: no more than it needs, and
+/// no fio.
 const HVM_PROGRAMS: &[&str] =
     &["usr/bin/xenstore-read", "usr/bin/xenstore-watch", "usr/bin/xenstore-write"];
 const HVM_MODULES: &[&str] = &["ata_piix", "sd_mod", "xen-blkfront", "xenfs"];
