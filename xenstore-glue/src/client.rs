@@ -232,17 +232,21 @@ impl Client {
     /// [`TRANSACTION_ATTEMPTS`] times, when that meets a conflict or the connection is lost.
     /// `body` must have no effect but through the transaction.
     ///
+    /// xenstored takes a node into a transaction when it is first touched. One that will meet a conflict may
+    /// therefore see half of a change, and be refused something for that. So what xenstore refuses to `body`
+    /// is its answer only when it is refused again.
+    ///
     /// A connection may be lost when xenstore has committed and not yet said so: then `body`
     /// sees its own writes, and [`Transaction::may_be_done`] says that it may.
     ///
     /// # Errors
-    /// What `body` returned, the transaction being dropped; what
+    /// What `body` returned, the transaction being dropped, but the first [`Error::Refused`]; what
     /// [`transaction`](Self::transaction) and [`Transaction::commit`] return;
     /// [`Error::Conflict`].
     pub async fn transact<T>(&self, body: impl AsyncFn(&Transaction) -> Result<T>) -> Result<T> {
         // It is never closed.
         let _permit = self.transactions.acquire().await;
-        let mut may_be_done = false;
+        let (mut may_be_done, mut refused) = (false, false);
         for attempt in 1..=TRANSACTION_ATTEMPTS {
             let mut transaction = match self.transaction().await {
                 // The domain has as many open as it may, of other programs too.
@@ -255,6 +259,10 @@ impl Client {
             transaction.may_be_done = may_be_done;
             let value = match body(&transaction).await {
                 Err(Error::ConnectionLost) if !self.nodes.is_orphan() => continue,
+                Err(Error::Refused { .. }) if !refused => {
+                    refused = true;
+                    continue;
+                }
                 done => done?,
             };
             match transaction.commit().await {

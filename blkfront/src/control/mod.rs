@@ -386,11 +386,7 @@ impl Control {
         let frontend = &self.frontend;
         let written = self.client.transact(async |store: &client::Transaction| {
             if self.is_ours(store).await? {
-                match store.write(&format!("{frontend}/state"), state.value()).await {
-                    // Removed since that look: it is not ours to make anew.
-                    Err(error) if error.errno() == Some(Errno::Eacces) => {}
-                    written => written?,
-                }
+                store.write(&format!("{frontend}/state"), state.value()).await?;
             }
             Ok(())
         });

@@ -207,6 +207,41 @@ async fn transactions_are_tried_again() {
     assert_eq!(transaction.commit().await.unwrap(), Commit::Conflict);
 }
 
+/// What a transaction that meets a conflict was refused is no answer: the state before, and the state
+/// behind, have both nodes.
+#[tokio::test]
+async fn half_of_a_change_is_not_believed() {
+    let host = Host::new();
+    let client = connect(&host, 0).await;
+    client.write("/disk/backend", "").await.unwrap();
+    client.write("/disk/state", "4").await.unwrap();
+    let looks = AtomicU32::new(0);
+    let state = soon(client.transact(async |tx| {
+        tx.read_string("/disk/backend").await?;
+        let first = looks.fetch_add(1, Ordering::Relaxed) == 0;
+        if first {
+            client.rm("/disk").await?;
+        }
+        let state = tx.read_string("/disk/state").await;
+        if first {
+            assert!(matches!(state, Err(Error::Refused { errno: Errno::Enoent, .. })), "{state:?}");
+            client.write("/disk/backend", "").await?;
+            client.write("/disk/state", "1").await?;
+        }
+        state
+    }));
+    assert_eq!(state.await.unwrap(), "1");
+
+    // One that lasts is.
+    looks.store(0, Ordering::Relaxed);
+    let missing = soon(client.transact(async |tx| {
+        looks.fetch_add(1, Ordering::Relaxed);
+        tx.read("/no-such-node").await
+    }));
+    assert_eq!(missing.await.unwrap_err().errno(), Some(Errno::Enoent));
+    assert_eq!(looks.into_inner(), 2);
+}
+
 /// Dropped transactions and watches are given back: an unprivileged domain would soon have none.
 #[tokio::test]
 async fn what_is_dropped_is_given_back() {

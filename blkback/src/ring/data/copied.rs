@@ -18,7 +18,7 @@ pub(super) struct Copied {
     owners: Vec<u16>,
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Held {
     /// Of a read.
     segments: Vec<Segment>,
@@ -31,7 +31,7 @@ impl Copied {
     pub(super) fn new(pool: BouncePool, slots: usize, direct_segments: usize) -> Self {
         Self {
             pool,
-            held: std::iter::repeat_with(Held::default).take(slots).collect(),
+            held: vec![Held::default(); slots].into(),
             copies: Vec::with_capacity(slots * direct_segments),
             owners: Vec::with_capacity(slots * direct_segments),
         }

@@ -59,6 +59,18 @@ enum Way {
     Nothing,
 }
 
+impl Way {
+    /// The pool of persistent grants, where there is one.
+    #[inline]
+    fn grants(&mut self) -> Option<&mut PersistentGrants> {
+        match self {
+            Self::Persistent(way) => Some(way.grants()),
+            Self::Bounced(way) => Some(way.grants()),
+            Self::Copied(_) | Self::Mapped(_) | Self::Nothing => None,
+        }
+    }
+}
+
 /// One ring's way to the data of its requests.
 pub(super) struct Data {
     way: Way,
@@ -104,19 +116,9 @@ impl Data {
         Some((pool.region().clone(), pool.registered()))
     }
 
-    /// The pool of persistent grants, where there is one.
-    #[inline]
-    fn grants(&mut self) -> Option<&mut PersistentGrants> {
-        match &mut self.way {
-            Way::Persistent(way) => Some(way.grants()),
-            Way::Bounced(way) => Some(way.grants()),
-            Way::Copied(_) | Way::Mapped(_) | Way::Nothing => None,
-        }
-    }
-
     /// Starts a new moment for the pool of persistent grants.
     pub(super) fn tick(&mut self) {
-        if let Some(grants) = self.grants() {
+        if let Some(grants) = self.way.grants() {
             grants.tick();
         }
     }
@@ -128,7 +130,7 @@ impl Data {
             Way::Bounced(way) => way.purge(),
             Way::Persistent(_) | Way::Mapped(_) | Way::Nothing => {}
         }
-        self.grants().map_or_else(Vec::new, PersistentGrants::purge)
+        self.way.grants().map_or_else(Vec::new, PersistentGrants::purge)
     }
 
     /// All mappings, those of requests among them, when none uses them any more.
@@ -171,11 +173,7 @@ impl Data {
         bytes: usize,
         budget: &mut Budget,
     ) -> Result<(), Unreachable> {
-        let grants = match &mut self.way {
-            Way::Persistent(way) => way.grants(),
-            Way::Bounced(way) => way.grants(),
-            Way::Copied(_) | Way::Mapped(_) | Way::Nothing => return self.copy_page(gref, bytes),
-        };
+        let Some(grants) = self.way.grants() else { return self.copy_page(gref, bytes) };
         let page = Segment::new(gref, 0, SECTORS_PER_PAGE - 1);
         let (found, hold) = grants.find(&[page], budget).map_err(|_| Unreachable::Refused)?;
         // SAFETY: `hold` keeps the page mapped, and `bytes` is a page at the most.
