@@ -71,7 +71,7 @@ fn more_pieces_than_the_kernel_takes_are_transferred_in_turns() {
     }
     assert!(pieces.len() > 2048, "{} pieces", pieces.len());
     rig.piece(1, 0, MIB).fill(&data);
-    rig.run(OpKind::Write { fua: false }, 0, pieces.clone()).expect("write");
+    rig.run(OpKind::Write, 0, pieces.clone()).expect("write");
     assert!(std::fs::read(&file.0).expect("read") == data);
 
     rig.piece(1, 0, MIB).fill(&vec![0; MIB]);

@@ -10,7 +10,7 @@ mod usage;
 use anyhow::{Context, Result, ensure};
 use guest::{Device, Guest, Status, Store, Transport, WellBehaved, state};
 use nix::sys::signal::Signal;
-use ring_proto::{Abi, Body, RingLayout};
+use ring_proto::{Abi, Body, RingLayout, Transfer};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -387,6 +387,28 @@ fn flushes_and_discards_reach_a_file() -> Result<()> {
     let body = Body::Discard { sector: 0, sectors: 8, secure: false };
     ensure!(disk.request(body)? == Status::Okay, "discard");
     ensure!(std::fs::read(&path)?[..4096] == [0; 4096], "it was not discarded");
+    Ok(())
+}
+
+/// Of the disk's flushes the second and the fifth fail.
+#[test]
+fn a_barrier_is_flushed_before_its_data_and_behind() -> Result<()> {
+    let host = host()?;
+    let _daemon = host.backend(&[])?;
+    let guest = Guest::create(&host, "guest")?;
+    let path = image(&host, "disk.img", DISK)?;
+    let target = format!("error:flush@40%,{}", path.display());
+    let device = guest.attach(&host, &line("xvda", target))?;
+    let mut disk = WellBehaved::connect(&guest, &device, PLAIN)?;
+    let mut outcome = |transfer, sector, byte| -> Result<_> {
+        let status = disk.write_by(transfer, sector, &[byte; 4096])?;
+        Ok((status, std::fs::read(&path)?[(sector * SECTOR) as usize] == byte))
+    };
+    ensure!(outcome(Transfer::Barrier, 0, 1)? == (Status::Error, true), "nothing behind it");
+    for sector in [8, 16] {
+        ensure!(outcome(Transfer::FlushWrite, sector, 2)? == (Status::Okay, true), "{sector}");
+    }
+    ensure!(outcome(Transfer::FlushWrite, 24, 3)? == (Status::Error, false), "nothing before it");
     Ok(())
 }
 

@@ -35,8 +35,10 @@ struct Entry {
     /// For the response.
     operation: u8,
     op: OpKind,
-    /// A flush is to be done before that.
+    /// A flush is to be done before that...
     flush_first: bool,
+    /// ...and another behind it.
+    flush_last: bool,
     /// In bytes.
     offset: u64,
     /// When it was taken, where that is timed.
@@ -53,6 +55,7 @@ impl Entry {
             operation: 0,
             op: OpKind::Flush,
             flush_first: false,
+            flush_last: false,
             offset: 0,
             taken: None,
             status: Status::Error,
@@ -288,7 +291,7 @@ impl Worker {
         let entry = &mut self.table[usize::from(tag)];
         entry.id = request.id;
         entry.operation = request.response_operation();
-        entry.flush_first = false;
+        (entry.flush_first, entry.flush_last) = (false, false);
         entry.taken = now;
         entry.buffers.clear();
         match &request.body {
@@ -346,7 +349,9 @@ impl Worker {
     ) -> Result<(), Refusal> {
         let write = transfer != Transfer::Read;
         let entry = &mut self.table[usize::from(tag)];
-        (entry.op, entry.flush_first) = op_of(transfer);
+        entry.op = if write { OpKind::Write } else { OpKind::Read };
+        entry.flush_first = matches!(transfer, Transfer::FlushWrite | Transfer::Barrier);
+        entry.flush_last = transfer == Transfer::Barrier;
         self.data
             .prepare(tag, write, segments, &mut entry.buffers, budget)
             .map_err(|e| unreachable_status(&self.stats, e))?;
@@ -382,12 +387,15 @@ impl Worker {
 
     fn submit(&mut self, tag: u16) {
         let Entry { op, flush_first, offset, buffers, .. } = &self.table[usize::from(tag)];
-        let op = if *flush_first {
-            Op { tag, kind: OpKind::Flush, offset: 0, buffers: &[] }
-        } else {
-            Op { tag, kind: *op, offset: *offset, buffers }
-        };
-        self.queue.submit(op, &mut self.done);
+        if *flush_first {
+            return self.flush(tag);
+        }
+        self.queue.submit(Op { tag, kind: *op, offset: *offset, buffers }, &mut self.done);
+    }
+
+    fn flush(&mut self, tag: u16) {
+        let flush = Op { tag, kind: OpKind::Flush, offset: 0, buffers: &[] };
+        self.queue.submit(flush, &mut self.done);
     }
 
     /// Answers what the device has completed, or as much of it as a turn may unmap. Returns how many requests
@@ -458,6 +466,10 @@ impl Worker {
                     entry.flush_first = false;
                     self.submit(tag);
                 }
+                Ok(()) if entry.flush_last => {
+                    entry.flush_last = false;
+                    self.flush(tag);
+                }
                 Ok(()) => {
                     if entry.op == OpKind::Read {
                         self.data.filled(tag, &mut budget);
@@ -518,16 +530,6 @@ fn unreachable_status(stats: &RingStats, why: Unreachable) -> Refusal {
             stats.grant_errors.add(1);
             Refusal::Status(Status::Error)
         }
-    }
-}
-
-/// What a transfer is done by, and whether a flush comes first.
-const fn op_of(transfer: Transfer) -> (OpKind, bool) {
-    match transfer {
-        Transfer::Read => (OpKind::Read, false),
-        Transfer::Write => (OpKind::Write { fua: false }, false),
-        Transfer::FlushWrite => (OpKind::Write { fua: false }, true),
-        Transfer::Barrier => (OpKind::Write { fua: true }, true),
     }
 }
 

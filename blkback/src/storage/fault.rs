@@ -63,7 +63,7 @@ impl FaultyQueue {
     fn fails(&mut self, kind: OpKind) -> bool {
         let kind = match kind {
             OpKind::Read => Kind::Read,
-            OpKind::Write { .. } => Kind::Write,
+            OpKind::Write => Kind::Write,
             OpKind::Flush => Kind::Flush,
             OpKind::Discard { .. } => Kind::Discard,
         };

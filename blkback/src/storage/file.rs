@@ -2,7 +2,7 @@
 
 use super::device::{self, AtOnce, Device};
 use super::uring::UringQueue;
-use super::{Direct, Discard, Geometry, OpKind, OpenError, Options, Queue, QueueSetup, Storage};
+use super::{Direct, Discard, Geometry, OpenError, Options, Queue, QueueSetup, Storage};
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 use nix::unistd::{Whence, lseek};
 use ring_proto::abi::{PAGE_SIZE, SECTOR_SIZE};
@@ -142,7 +142,7 @@ impl Backing {
         self.lost.load(Ordering::Acquire)
     }
 
-    /// What to make of the outcome of a flush or a durable write, an errno where it failed.
+    /// What to make of the outcome of a flush, an errno where it failed.
     ///
     /// When the kernel cannot write back the page cache it says so once to each open file, marks the
     /// pages clean and goes on: the next flush would succeed without the data. As in QEMU
@@ -152,17 +152,12 @@ impl Backing {
     ///
     /// And Linux's frontend takes a flush that failed for one that succeeded, and sends no more
     /// (`blkif_interrupt` in xen-blkfront.c): so that its guest hears of it, no write succeeds either.
-    pub(super) fn synced(&self, kind: OpKind, outcome: Result<(), i32>) -> Result<(), i32> {
+    pub(super) fn synced(&self, outcome: Result<(), i32>) -> Result<(), i32> {
         let Err(errno) = outcome else {
             return if self.is_lost() { Err(libc::EIO) } else { Ok(()) };
         };
         let error = io::Error::from_raw_os_error(errno);
-        // A write past the page cache that failed has lost nothing but itself.
-        let loses = self.cached || kind == OpKind::Flush;
-        if loses
-            && error.kind() != io::ErrorKind::Unsupported
-            && !self.lost.swap(true, Ordering::AcqRel)
-        {
+        if error.kind() != io::ErrorKind::Unsupported && !self.lost.swap(true, Ordering::AcqRel) {
             tracing::error!(
                 %error,
                 "a flush failed: writes since the last one may be lost, and writes and flushes fail until the disk is attached again"
@@ -309,7 +304,7 @@ fn open_error(path: &Path, read_only: bool, source: io::Error) -> OpenError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::Op;
+    use crate::storage::{Op, OpKind};
     use std::time::Duration;
 
     /// One ring's flush is told of the loss of what another has written.
@@ -335,7 +330,7 @@ mod tests {
         assert_eq!(flush(), Ok(()));
         // As if it had come from another queue.
         let failed = Err(libc::ENOSPC);
-        assert_eq!(disk.0.synced(OpKind::Flush, failed), failed);
+        assert_eq!(disk.0.synced(failed), failed);
         assert_eq!(flush(), Err(libc::EIO));
     }
 }

@@ -74,7 +74,7 @@ impl Shared {
                     at += piece.len();
                 }
             }
-            OpKind::Write { .. } => {
+            OpKind::Write => {
                 for piece in op.buffers {
                     piece.copy_into(&*self.region, at);
                     at += piece.len();

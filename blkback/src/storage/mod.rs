@@ -92,10 +92,7 @@ pub enum OpKind {
     /// Fill the buffers.
     Read,
     /// Write the buffers.
-    Write {
-        /// The data is durable when the operation completes.
-        fua: bool,
-    },
+    Write,
     /// Every write that completed before this was submitted is durable when it completes.
     Flush,
     /// Give `bytes` back to the device.
@@ -132,7 +129,7 @@ impl Op<'_> {
     fn check(&self, bytes: u64, read_only: bool) -> Result<(), i32> {
         let (length, changes) = match self.kind {
             OpKind::Read => (self.transfer(), false),
-            OpKind::Write { .. } => (self.transfer(), true),
+            OpKind::Write => (self.transfer(), true),
             OpKind::Discard { bytes, .. } => (bytes, true),
             OpKind::Flush => return Ok(()),
         };

@@ -46,8 +46,7 @@ fn batch(rig: &mut Rig, random: &mut Random, model: &mut [u8], unit: usize, disc
                 let data: Vec<u8> = (0..len).map(|_| random.below(256) as u8).collect();
                 rig.piece(tag, 0, len).fill(&data);
                 model[range].copy_from_slice(&data);
-                let fua = random.below(4) == 0;
-                rig.submit(tag, OpKind::Write { fua }, start as u64, buffers);
+                rig.submit(tag, OpKind::Write, start as u64, buffers);
             }
             8 if discard => {
                 model[range].fill(0);

@@ -122,7 +122,7 @@ impl Rig {
     pub(crate) fn write(&mut self, offset: usize, data: &[u8]) -> io::Result<()> {
         let piece = self.piece(0, 0, data.len());
         piece.fill(data);
-        self.run(OpKind::Write { fua: false }, offset as u64, vec![piece])
+        self.run(OpKind::Write, offset as u64, vec![piece])
     }
 
     pub(crate) fn read(&mut self, offset: usize, len: usize) -> io::Result<Vec<u8>> {

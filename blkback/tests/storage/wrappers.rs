@@ -61,7 +61,7 @@ fn held_operations_do_not_keep_a_queue() {
         let mut rig = Rig::new(&target, Options::default());
         for tag in 0..DEPTH as u16 {
             let piece = rig.piece(tag, 0, SECTOR);
-            rig.submit(tag, OpKind::Write { fua: false }, 0, vec![piece]);
+            rig.submit(tag, OpKind::Write, 0, vec![piece]);
         }
         rig.queue().wait(Some(Duration::ZERO)).expect("send them");
         assert_eq!(rig.queue().in_flight(), DEPTH);

@@ -330,8 +330,18 @@ impl WellBehaved {
 
     /// Writes 4096 bytes.
     pub(crate) fn write(&mut self, sector: u64, bytes: &[u8; 4096]) -> Result<Status> {
+        self.write_by(ring_proto::Transfer::Write, sector, bytes)
+    }
+
+    /// Writes 4096 bytes, with flushes around them.
+    pub(crate) fn write_by(
+        &mut self,
+        transfer: ring_proto::Transfer,
+        sector: u64,
+        bytes: &[u8; 4096],
+    ) -> Result<Status> {
         window(&self.data.memory(), 0, 4096)?.write(bytes);
-        self.transfer(ring_proto::Transfer::Write, sector)
+        self.transfer(transfer, sector)
     }
 
     /// Reads 4096 bytes.

@@ -85,10 +85,20 @@ struct Operations {
     slots: Vec<Slot>,
     /// Slots with an operation that the kernel has or is about to get.
     busy: usize,
+    flushes: Flushes,
     /// Addresses that lie in the registered buffer.
     registered: Range<usize>,
     /// Nothing is begun again: the queue is being dropped.
     closing: bool,
+}
+
+/// The flushes of a queue. The kernel has one at a time: of two at once it tells only one that data was lost,
+/// and the other that all is well. Those that come meanwhile become one.
+struct Flushes {
+    /// The first of these is under way, for all of them.
+    together: Vec<u16>,
+    /// Submitted since it began.
+    later: Vec<u16>,
 }
 
 impl UringQueue {
@@ -128,6 +138,10 @@ impl UringQueue {
                 read_only,
                 slots,
                 busy: 0,
+                flushes: Flushes {
+                    together: Vec::with_capacity(setup.depth),
+                    later: Vec::with_capacity(setup.depth),
+                },
                 registered,
                 closing: false,
             },
@@ -332,13 +346,13 @@ impl Operations {
         let tag = op.tag;
         let checked = op.check(self.backing.bytes(), self.read_only);
         let idle = match op.kind {
-            OpKind::Read | OpKind::Write { .. } => op.transfer() == 0,
+            OpKind::Read | OpKind::Write => op.transfer() == 0,
             OpKind::Flush => self.read_only,
             OpKind::Discard { bytes, .. } => bytes == 0,
         };
         let refused = match op.kind {
             OpKind::Discard { secure: true, .. } => Err(libc::EOPNOTSUPP),
-            OpKind::Write { .. } if self.backing.is_lost() => Err(libc::EIO),
+            OpKind::Write if self.backing.is_lost() => Err(libc::EIO),
             _ => Ok(()),
         };
         let checked = checked.and(refused);
@@ -354,7 +368,22 @@ impl Operations {
         }
         slot.begin(op);
         self.busy += 1;
-        self.queue(tag, submission, done);
+        if op.kind == OpKind::Flush {
+            self.flushes.later.push(tag);
+            if self.flushes.together.is_empty() {
+                self.flush(submission, done);
+            }
+        } else {
+            self.queue(tag, submission, done);
+        }
+    }
+
+    /// Begins a flush for all that wait for one; none is under way.
+    fn flush(&mut self, submission: &mut SubmissionQueue<'_>, done: &mut Vec<Completion>) {
+        std::mem::swap(&mut self.flushes.together, &mut self.flushes.later);
+        if let Some(&tag) = self.flushes.together.first() {
+            self.queue(tag, submission, done);
+        }
     }
 
     /// Queues what is left of an operation.
@@ -366,7 +395,7 @@ impl Operations {
         };
         if !push(to, &entry.user_data(u64::from(tag))) {
             // Cannot be: the ring has an entry for each tag.
-            self.end(tag, Err(libc::EBUSY), done);
+            self.end(tag, Err(libc::EBUSY), to, done);
         }
     }
 
@@ -379,20 +408,37 @@ impl Operations {
         // User data is what `queue` put there.
         let tag = entry.user_data() as u16;
         match self.slots[usize::from(tag)].step(entry.result()) {
-            Step::Again if self.closing => self.end(tag, Err(libc::ECANCELED), done),
+            Step::Again if self.closing => self.end(tag, Err(libc::ECANCELED), submission, done),
             Step::Again => self.queue(tag, submission, done),
-            Step::End(result) => self.end(tag, result, done),
+            Step::End(result) => self.end(tag, result, submission, done),
         }
     }
 
-    fn end(&mut self, tag: u16, result: Result<(), i32>, done: &mut Vec<Completion>) {
-        let Some(kind) = self.slots[usize::from(tag)].kind.take() else { return };
-        self.busy -= 1;
+    fn end(
+        &mut self,
+        tag: u16,
+        result: Result<(), i32>,
+        submission: &mut SubmissionQueue<'_>,
+        done: &mut Vec<Completion>,
+    ) {
+        match self.slots[usize::from(tag)].kind.take() {
+            Some(OpKind::Flush) => {}
+            Some(_) => {
+                self.busy -= 1;
+                done.push(Completion { tag, result });
+                return;
+            }
+            None => return,
+        }
         // What was cancelled because the queue closes says nothing of the disk.
         let cancelled = self.closing && result == Err(libc::ECANCELED);
-        let durable = matches!(kind, OpKind::Flush | OpKind::Write { fua: true }) && !cancelled;
-        let result = if durable { self.backing.synced(kind, result) } else { result };
-        done.push(Completion { tag, result });
+        let result = if cancelled { result } else { self.backing.synced(result) };
+        for tag in self.flushes.together.drain(..) {
+            self.slots[usize::from(tag)].kind = None;
+            self.busy -= 1;
+            done.push(Completion { tag, result });
+        }
+        self.flush(submission, done);
     }
 }
 

@@ -73,20 +73,15 @@ impl Slot {
             (OpKind::Read, None) => {
                 opcode::Readv::new(DISK, vector, count).offset(self.offset).build()
             }
-            (OpKind::Write { fua }, Some((base, length))) if is_registered => {
-                opcode::WriteFixed::new(DISK, base, length, REGION)
-                    .offset(self.offset)
-                    .rw_flags(durable(fua))
-                    .build()
+            (OpKind::Write, Some((base, length))) if is_registered => {
+                opcode::WriteFixed::new(DISK, base, length, REGION).offset(self.offset).build()
             }
-            (OpKind::Write { fua }, Some((base, length))) => opcode::Write::new(DISK, base, length)
-                .offset(self.offset)
-                .rw_flags(durable(fua))
-                .build(),
-            (OpKind::Write { fua }, None) => opcode::Writev::new(DISK, vector, count)
-                .offset(self.offset)
-                .rw_flags(durable(fua))
-                .build(),
+            (OpKind::Write, Some((base, length))) => {
+                opcode::Write::new(DISK, base, length).offset(self.offset).build()
+            }
+            (OpKind::Write, None) => {
+                opcode::Writev::new(DISK, vector, count).offset(self.offset).build()
+            }
             (OpKind::Flush, _) => opcode::Fsync::new(DISK).flags(FsyncFlags::DATASYNC).build(),
             (OpKind::Discard { bytes, .. }, _) => opcode::Fallocate::new(CLAIM, bytes)
                 .offset(self.offset)
@@ -146,11 +141,6 @@ fn first(pieces: &[IoVec], at_once: AtOnce) -> &[IoVec] {
     let most = at_once.segments.min(MAX_PIECES);
     let count = pieces.iter().take(most).take_while(fits).count().max(1);
     &pieces[..count.min(pieces.len())]
-}
-
-/// Flags of pwritev2(2).
-fn durable(fua: bool) -> i32 {
-    if fua { libc::RWF_DSYNC } else { 0 }
 }
 
 #[cfg(test)]
