@@ -1,6 +1,7 @@
 //! What a ring's thread does while its disk is busy.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use blkfront::{Config, Disk, Io};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,6 +10,7 @@ use std::time::Duration;
 use xen_blk_tests::cpu;
 use xen_blk_tests::host::{DRIVER_DOMAIN, Host, Programs};
 use xen_blk_tests::process::{HUNG, Process, run, skip, wait_until};
+use xen_platform::{Choice, End};
 
 /// Each wants the CPUs for itself.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -151,5 +153,37 @@ fn a_slow_disk_does_not_keep_a_thread_from_waiting_for_a_quick_frontend() -> Res
     ensure!(sleeps < done * 3 / 2, "{sleeps} sleeps for {done} reads");
     ensure!(load.wait(HUNG)?.success(), "{}", load.describe());
     ensure!(backend.terminate()?.success(), "{}", backend.log());
+    Ok(())
+}
+
+/// What a round may copy is bounded. A read that has to wait for the next is answered before those that the disk
+/// has completed since: otherwise it might wait for ever.
+#[test]
+fn reads_are_answered_in_the_order_in_which_the_disk_completes_them() -> Result<()> {
+    const READS: u64 = 32;
+    const BYTES: usize = 128 << 10;
+    let host = Host::start(Programs::beside_us()?)?;
+    let _backend = host.backend(&[])?;
+    host.create_domain("guest", &["--on-crash", "preserve"])?;
+    let target = "target=delay:50ms,memory:16M";
+    host.attach("guest", &format!("vdev=xvda,backendtype=tap,backend={DRIVER_DOMAIN},{target}"))?;
+    let choice = Choice::new(Some(&host.platform()), Some("guest"))?;
+    let (platform, endpoint) = choice.open(End::Frontend)?;
+    let config = Config { persistent: false, merge: false, ..Config::default() };
+    let disk = Disk::open(platform, endpoint, "xvda", config)?;
+    let mut queue = disk.queue(0)?;
+    for round in 0..3 {
+        for cookie in 0..READS {
+            let buffer = queue.alloc(BYTES).context("a buffer")?;
+            let read = Io::read(cookie, cookie * BYTES as u64, buffer);
+            ensure!(queue.submit(read).is_ok(), "round {round}: read {cookie} was refused");
+        }
+        let mut done = Vec::new();
+        while done.len() < READS as usize {
+            ensure!(queue.wait(&mut done, Some(HUNG)) > 0, "only {} are answered", done.len());
+        }
+        let order: Vec<_> = done.iter().map(|read| read.cookie).collect();
+        ensure!(order.iter().copied().eq(0..READS), "round {round}: {order:?}");
+    }
     Ok(())
 }
