@@ -193,8 +193,7 @@ impl HwQueue {
             if self.in_vain >= STORM_EVENTS {
                 std::thread::sleep(STORM_PAUSE);
             }
-            self.counters.syscalls.add(1);
-            self.ring.channel.unmask()?;
+            self.counters.syscalls.add(self.ring.channel.unmask()?.into());
         }
         Ok(!self.ring.consumer.final_check()?)
     }

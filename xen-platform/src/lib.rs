@@ -173,8 +173,9 @@ pub trait EventChannel: Send + AsFd + Debug {
     fn file(&self) -> Result<EventFile>;
 
     /// Lets the next event through. Called when the work that the last one asked for is done, so
-    /// that a peer cannot make us run faster than we work (XSA-332, XSA-391).
-    fn unmask(&mut self) -> Result<()>;
+    /// that a peer cannot make us run faster than we work (XSA-332, XSA-391). Returns whether that took a
+    /// system call, for statistics.
+    fn unmask(&mut self) -> Result<bool>;
 }
 
 /// The file of an event channel.

@@ -159,7 +159,7 @@ impl EventChannel for Channel {
         Ok(EventFile { descriptor, event_bytes: size_of::<u64>() as u32, unmask: false })
     }
 
-    fn unmask(&mut self) -> Result<()> {
-        Ok(())
+    fn unmask(&mut self) -> Result<bool> {
+        Ok(false)
     }
 }

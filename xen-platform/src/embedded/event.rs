@@ -71,10 +71,10 @@ impl EventChannel for Channel {
         Ok(EventFile { descriptor, event_bytes: size_of::<u64>() as u32, unmask: false })
     }
 
-    fn unmask(&mut self) -> Result<()> {
+    fn unmask(&mut self) -> Result<bool> {
         // An event that came meanwhile is still counted in the eventfd.
         self.masked = false;
-        Ok(())
+        Ok(false)
     }
 }
 

@@ -109,9 +109,10 @@ impl EventChannel for Channel {
         Ok(EventFile { descriptor, event_bytes: size_of::<u32>() as u32, unmask: true })
     }
 
-    fn unmask(&mut self) -> Result<()> {
+    fn unmask(&mut self) -> Result<bool> {
         (&self.file)
             .write_all(&self.port.0.to_ne_bytes())
+            .map(|()| true)
             .map_err(|error| Error::io(format!("unmask {}", self.port), error))
     }
 }
