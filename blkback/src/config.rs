@@ -1,4 +1,4 @@
-//! The configuration file, and the flags that go before it.
+//! The configuration file, and the flags that override it.
 
 use crate::metrics::Address;
 use crate::storage::Direct;
@@ -11,16 +11,16 @@ use std::time::Duration;
 use xen_platform::Choice;
 use xenstore_glue::vbd::BackendKind;
 
-/// Where the daemon looks if it is not told.
+/// The configuration file, if no other is named.
 pub const DEFAULT_PATH: &str = "/etc/blkback.toml";
-/// Where records of what is in flight are kept on Xen; on the embedded platform it is a directory of
-/// this name in the platform's own.
+/// Where records of requests in flight are kept on Xen; on the embedded platform, a directory of the
+/// same name below the platform's own.
 const STATE_DIR: &str = "/run/blkback";
-/// How often the sizes of disks are looked at. One look for all of them, so that idle disks do not
-/// wake anything.
+/// How often to check the sizes of disks: all of them at once, so that idle disks cause no wake-ups of
+/// their own.
 const RESIZE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// What the daemon was told, checked.
+/// The daemon's configuration, checked.
 #[derive(Debug)]
 pub struct Config {
     /// The hypervisor.
@@ -29,11 +29,11 @@ pub struct Config {
     pub kinds: Vec<BackendKind>,
     /// Offers and strategies.
     pub tuning: Tuning,
-    /// Where statistics can be had.
+    /// Where statistics are served.
     pub listen: Option<Address>,
-    /// Where records of what is in flight are kept.
+    /// Where records of requests in flight are kept.
     pub state_dir: PathBuf,
-    /// How often the sizes of disks are looked at.
+    /// How often to check the sizes of disks.
     pub resize_interval: Option<Duration>,
 }
 
@@ -115,7 +115,7 @@ pub struct Flags {
 }
 
 impl Config {
-    /// Reads the file that the flags name, and lays the flags over it.
+    /// Reads the file that the flags name, and applies the flags over it.
     ///
     /// # Errors
     /// Which file, key or flag is wrong, and how.

@@ -29,9 +29,9 @@ pub struct Daemon {
     pub tuning: Tuning,
     /// Where devices are shown.
     pub registry: Arc<Registry>,
-    /// Where rings are recorded for a successor; `None` if that cannot be.
+    /// Where rings are recorded for a successor; `None` if that is not possible.
     pub records: Option<Records>,
-    /// How often the sizes of disks are looked at; `None` for only when asked.
+    /// How often to check the sizes of disks; `None` for only when asked.
     pub resize_interval: Option<Duration>,
 }
 
@@ -44,16 +44,16 @@ struct Task {
 impl Daemon {
     /// Serves until `stop` becomes true, then answers what is in flight and returns.
     ///
-    /// `rescan` asks for a look at the sizes of all disks.
+    /// `rescan` requests a check of the sizes of all disks.
     ///
     /// # Errors
-    /// When xenstore refuses a watch. It may go away and come back at any time.
+    /// If xenstore refuses a watch. Xenstore may go away and come back at any time.
     pub async fn serve(
         self,
         stop: watch::Receiver<bool>,
         rescan: watch::Receiver<()>,
     ) -> Result<(), client::Error> {
-        // The whole control plane is one thread: its tasks need no locks between them.
+        // The whole control plane is one thread, so its tasks need no locks between them.
         LocalSet::new().run_until(self.serve_here(stop, rescan)).await
     }
 
@@ -87,8 +87,8 @@ impl Daemon {
     }
 }
 
-/// Passes the events of one watch on, one at a time: those that nobody has taken stay with the
-/// watch, which keeps one a path (XSA-349).
+/// Forwards the events of one watch, one at a time. Events that nobody has taken stay with the
+/// watch, which keeps one per path (XSA-349).
 async fn forward(
     mut watch: Watch,
     events: tokio::sync::mpsc::Sender<Result<String, client::Error>>,
@@ -109,7 +109,7 @@ struct Devices {
 }
 
 impl Devices {
-    /// Finds devices in the directories `roots`, and gives each a task, for ever.
+    /// Finds devices in the directories `roots` and gives each a task, until it fails.
     async fn find(
         &mut self,
         roots: &[String],
@@ -124,7 +124,7 @@ impl Devices {
         }
         loop {
             let looked = tokio::select! {
-                // `events` lives: this does not end.
+                // `events` is alive, so this channel never closes.
                 Some(path) = changed.recv() => self.changed(&path?).await,
                 Some(ended) = self.running.join_next_with_id() => {
                     let id = match ended {
@@ -138,7 +138,7 @@ impl Devices {
                 }
                 Ok(()) = rescan.changed() => { self.context.sizes.look(); Ok(()) }
             };
-            // The other devices do not suffer from one that cannot be looked at.
+            // A device that cannot be examined must not harm the others.
             if let Err(error) = looked {
                 warn!(%error, "cannot look for devices");
             }
@@ -165,7 +165,7 @@ impl Devices {
         for paths in self.list(path).await? {
             self.look(paths).await?;
         }
-        // What is gone from the tree is found by its own task.
+        // A device that is gone from the tree is noticed by its own task.
         for task in self.tasks.values() {
             task.changed.notify_one();
         }
@@ -200,7 +200,7 @@ impl Devices {
             task.changed.notify_one();
             return Ok(());
         }
-        // `frontend` is there once the toolstack's transaction is, and gone with the directory.
+        // `frontend` appears with the toolstack's transaction, and goes with the directory.
         if !self.context.client.exists(&format!("{}/frontend", paths.backend())).await? {
             return Ok(());
         }
@@ -211,7 +211,7 @@ impl Devices {
         Ok(())
     }
 
-    /// A device's task has ended. The toolstack may have attached it anew meanwhile.
+    /// A device's task has ended. The toolstack may have attached the device again meanwhile.
     async fn ended(&mut self, id: Id) -> Result<(), client::Error> {
         let Some(task) = self.tasks.remove(&id) else { return Ok(()) };
         let online = format!("{}/online", task.paths.backend());

@@ -3,9 +3,9 @@
 //! - [`config`], [`tuning`]: what an operator can set.
 //! - [`daemon`]: finds devices in xenstore and gives each a task (tokio, the control plane).
 //! - [`ring`]: rings and their threads, from the event to the response (the data plane).
-//! - [`records`]: what a ring's next server needs to know of it.
-//! - [`storage`]: what a disk is made of.
-//! - [`stats`], [`registry`], [`metrics`]: what can be seen of all that.
+//! - [`records`]: what a successor needs to know to take over a ring.
+//! - [`storage`]: what backs a disk.
+//! - [`stats`], [`registry`], [`metrics`]: statistics of all that.
 
 pub mod config;
 pub mod daemon;

@@ -65,7 +65,7 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::Stats(args) => runtime.block_on(stats_cli::run(args)),
         Command::Doctor(args) => return doctor::run(&args),
     };
-    // A disk that hangs as it is opened must not keep a successor from the others.
+    // A disk that hangs while being opened must not keep a successor from serving the others.
     runtime.shutdown_background();
     outcome.map(|()| ExitCode::SUCCESS)
 }
@@ -76,7 +76,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         Some(address) => match Server::bind(address, registry.clone(), Clock::start()).await {
             Ok(server) => Some(server),
             Err(error @ ListenError::InUse(_)) => return Err(error.into()),
-            // Disks are not to be kept down by what is only counted.
+            // Disks must be served even without statistics.
             Err(error) => {
                 error!("no statistics: {}", in_one_line(&error));
                 None
@@ -111,7 +111,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
                 _ = hangup.recv() => { let _ = rescan.send(()); }
             }
         }
-        // Whoever would hear it has ended already if this fails.
+        // It fails only if there are no receivers any more.
         let _ = stop.send(true);
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     });
@@ -137,7 +137,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         }
     };
     tokio::select! {
-        // While it drains there are statistics still.
+        // Statistics are served even while it drains.
         served = daemon.serve(stopped, rescanned) => served.context("xenstore")?,
         never = statistics => match never {},
     }

@@ -1,4 +1,4 @@
-//! Where records of what is in flight are kept for whoever comes after this process: a file a ring.
+//! Keeps records of requests in flight for this process's successor: one file per ring.
 
 use crate::ring::Inflight;
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
@@ -12,12 +12,12 @@ use std::sync::Arc;
 use tracing::{info, warn};
 use xen_platform::Mapping;
 
-/// Others who may write to the directory could make us repeat writes of their own choice.
+/// Write permission for others, who could then make us repeat writes of their choice.
 const OTHERS_WRITE: u32 = 0o022;
-/// In front of the path of every backend directory.
+/// The start of the path of every backend directory.
 const ROOT: &str = "/local/domain/";
 
-/// A directory of records. It should be in memory (tmpfs): each request is written there.
+/// A directory of records. It should be on a tmpfs, because each request is written there.
 #[derive(Clone, Debug)]
 pub struct Records {
     dir: PathBuf,
@@ -30,7 +30,7 @@ pub(crate) struct RingName<'a> {
     pub(crate) backend: &'a str,
     /// Its number.
     pub(crate) ring: usize,
-    /// What tells this ring from every other, those of other connections of the same device included.
+    /// Distinguishes this ring from all others, including those of other connections of the same device.
     pub(crate) identity: &'a str,
 }
 
@@ -38,7 +38,7 @@ impl Records {
     /// Uses `dir`, and creates it if need be.
     ///
     /// # Errors
-    /// When it cannot be, or somebody else could write there.
+    /// If that fails, or others could write there.
     pub fn open(dir: &Path) -> io::Result<Self> {
         DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         let found = std::fs::metadata(dir)?;
@@ -50,7 +50,7 @@ impl Records {
         Ok(Self { dir: dir.to_owned() })
     }
 
-    /// The requests in flight of a ring that a predecessor served: what its record says.
+    /// The requests in flight on a ring that a predecessor served, according to its record.
     pub(crate) fn take_up(
         &self,
         name: RingName<'_>,
@@ -77,7 +77,7 @@ impl Records {
         None
     }
 
-    /// A new record, in the place of any other of this ring.
+    /// A new record, which replaces any other of this ring.
     pub(crate) fn begin(&self, name: RingName<'_>, requests: &RequestConsumer) -> Option<Inflight> {
         let bytes = Inflight::bytes(requests.slots());
         match self.create(&self.file(name), bytes) {
@@ -97,13 +97,13 @@ impl Records {
         }
         let mut options = OpenOptions::new();
         let file = open(options.read(true).write(true).create_new(true).mode(0o600), path)?;
-        // Reserved, and not only made so long: a full file system would kill us later, by SIGBUS.
+        // Reserve the space, not only the length: a full file system would kill us later by SIGBUS.
         let length = i64::try_from(bytes).map_err(io::Error::other)?;
         fallocate(&file, FallocateFlags::empty(), 0, length)?;
         map(&file)
     }
 
-    /// Removes the records of a device: nothing of it is in flight.
+    /// Removes the records of a device that has no requests in flight.
     pub(crate) fn forget(&self, backend: &str) {
         let prefix = file_name(backend, "");
         for name in self.names().filter(|name| name.starts_with(&prefix)) {
@@ -113,7 +113,7 @@ impl Records {
         }
     }
 
-    /// Backend directories of devices that there are records of.
+    /// Backend directories of devices that have records.
     pub(crate) fn devices(&self) -> impl Iterator<Item = String> + '_ {
         self.names().filter_map(|name| {
             let (device, _ring) = name.rsplit_once('.')?;

@@ -1,4 +1,4 @@
-//! What the daemon is serving, for whoever wants to look.
+//! The devices that the daemon serves, for statistics.
 
 use crate::stats::RingStats;
 use std::collections::BTreeMap;
@@ -9,11 +9,11 @@ use xenstore_glue::xenbus::XenbusState;
 /// A device as it is now.
 #[derive(Clone, Debug)]
 pub struct DeviceView {
-    /// Where it stands in xenstore.
+    /// Where it is in xenstore.
     pub paths: DevicePaths,
     /// `xvda` and the like.
     pub name: String,
-    /// What is behind it: the `target=` of its line.
+    /// What backs it: the `target=` of its disk line.
     pub target: String,
     /// This end's xenbus state.
     pub state: XenbusState,
@@ -25,13 +25,13 @@ pub struct DeviceView {
     pub strategy: Option<&'static str>,
     /// How the rings are laid out, once connected.
     pub layout: Option<String>,
-    /// A ring each; empty while not connected.
+    /// One per ring; empty while not connected.
     pub rings: Vec<Arc<RingStats>>,
-    /// What went wrong last.
+    /// The last error.
     pub error: Option<String>,
 }
 
-/// All devices. Control plane and readers of statistics share it; ring threads never come here.
+/// All devices. Shared by the control plane and the readers of statistics; ring threads never use it.
 #[derive(Debug, Default)]
 pub struct Registry(Mutex<BTreeMap<String, DeviceView>>);
 
@@ -40,7 +40,7 @@ impl Registry {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts it in, or anew: what went wrong with it last stays.
+    /// Inserts or replaces a device, and keeps its last error.
     pub(crate) fn insert(&self, mut view: DeviceView) {
         let mut devices = self.lock();
         let path = view.paths.backend();

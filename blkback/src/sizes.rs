@@ -1,5 +1,5 @@
-//! The sizes of disks, which may change under us (online resize). Nothing announces that: a thread
-//! looks at all of them together, so that a daemon with many idle disks wakes up once for all.
+//! The sizes of disks, which may change under us (online resize). Nothing announces that, so a thread
+//! checks all of them together: a daemon with many idle disks wakes up once for all.
 
 use crate::storage::Storage;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tracing::{Span, warn};
 
-/// The hand on the thread, which ends with the last one. Not of the control plane's, as a look lasts
-/// as long as the slowest file system takes.
+/// A handle to the thread, which ends with the last one. It is not the control plane's thread because
+/// a check takes as long as the slowest file system.
 #[derive(Clone)]
 pub(crate) struct Sizes(Sender<Message>);
 
@@ -19,17 +19,17 @@ enum Message {
 }
 
 struct Disk {
-    /// Gone when its device is.
+    /// Gone when the device is.
     storage: Weak<dyn Storage>,
     resized: Arc<Notify>,
-    /// The device's, for the log.
+    /// The device's span, for the log.
     span: Span,
-    /// The last look failed, and the log says so.
+    /// The last check failed, and was logged.
     failed: bool,
 }
 
 impl Sizes {
-    /// Looks every `interval`, or only when asked to.
+    /// Checks every `interval`, or only on request.
     pub(crate) fn start(interval: Option<Duration>) -> Self {
         let (sender, messages) = channel();
         let thread = std::thread::Builder::new().name("sizes".into());
@@ -39,19 +39,19 @@ impl Sizes {
         Self(sender)
     }
 
-    /// From now on looks at `storage` as long as that lives, and says so when its size has changed.
+    /// From now on checks `storage` as long as it lives, and notifies `resized` when its size changes.
     pub(crate) fn watch(&self, storage: &Arc<dyn Storage>, resized: &Arc<Notify>) {
         let (storage, resized) = (Arc::downgrade(storage), resized.clone());
         self.send(Message::Watch(Disk { storage, resized, span: Span::current(), failed: false }));
     }
 
-    /// Looks now.
+    /// Checks now.
     pub(crate) fn look(&self) {
         self.send(Message::Look);
     }
 
     fn send(&self, message: Message) {
-        // A thread that could not be started has been told of.
+        // Fails only if the thread could not be started, which was logged.
         let _ = self.0.send(message);
     }
 }
@@ -81,7 +81,7 @@ fn run(messages: &Receiver<Message>, interval: Option<Duration>) {
 }
 
 impl Disk {
-    /// `false` once there is nothing to look at.
+    /// Checks the size; `false` once the storage is gone.
     fn look(&mut self) -> bool {
         let Some(storage) = self.storage.upgrade() else { return false };
         let before = storage.geometry().sectors;

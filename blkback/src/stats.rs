@@ -1,4 +1,4 @@
-//! Counters of a ring, written by its thread alone and read by anyone.
+//! Counters of a ring, written only by its thread and read by anyone.
 
 use ring_proto::Reason;
 use serde::{Deserialize, Serialize};
@@ -60,8 +60,8 @@ impl Histogram {
     }
 }
 
-/// Defines [`RingStats`], and [`Counts`] over what only grows of it, so that a counter is named once for
-/// whoever counts, JSON, Prometheus and the table.
+/// Defines [`RingStats`], and [`Counts`] with its monotonic counters, so that each counter is named once
+/// for the ring, JSON, Prometheus and the table.
 macro_rules! counters {
     ($($name:ident: $help:literal,)*) => {
         /// What one ring has done. The first seven are named as Linux's backend names them in sysfs.
@@ -75,7 +75,7 @@ macro_rules! counters {
             pub persistent_held: Counter,
             /// Requests taken from the ring at a time.
             pub batch: Histogram,
-            // Of one round in [`TIMED_ROUNDS`](crate::ring::TIMED_ROUNDS):
+            // Measured in one round out of [`TIMED_ROUNDS`](crate::ring::TIMED_ROUNDS):
             /// Nanoseconds from an event to when its requests were taken.
             pub ring_wait: Histogram,
             /// Nanoseconds from when a request was taken to when the device had done it.
@@ -84,7 +84,7 @@ macro_rules! counters {
             pub completion: Histogram,
         }
 
-        /// What only grows, named as in [`RingStats`].
+        /// The monotonic counters, named as in [`RingStats`].
         #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
         #[serde(default)]
         pub struct Counts {

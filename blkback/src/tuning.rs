@@ -8,22 +8,22 @@ use std::time::Duration;
 use xen_platform::{DEFAULT_SPIN, Waiting};
 use xenstore_glue::vbd::{BackendOffer, MAX_QUEUES};
 
-/// Rings a device gets without being told otherwise: as many as Linux's frontend asks for at the most.
+/// Default number of rings of a device: the most that Linux's frontend asks for.
 const DEFAULT_QUEUES: usize = 4;
 
 /// More threads than any machine has CPUs.
 const MAX_THREADS: usize = 4096;
 
-/// Where nobody may be there to run hotplug scripts: what a script takes, with time to spare.
+/// If perhaps nobody runs hotplug scripts: as long as a script takes, and time to spare.
 const DEFAULT_SCRIPT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Offers and strategies, the same for every device.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Tuning {
-    /// Rings a device may have; 0 for one a CPU, up to four.
+    /// Rings a device may have; 0 for one per CPU, up to four.
     pub max_queues: u16,
-    /// log2 of the pages of a ring.
+    /// log2 of a ring's pages.
     pub max_ring_page_order: u8,
     /// Segments of an indirect request; 0 for none.
     pub max_indirect_segments: u16,
@@ -31,20 +31,20 @@ pub struct Tuning {
     pub persistent_grants: bool,
     /// Offer the split ring layout.
     pub split_rings: bool,
-    /// How data is reached where grants are not persistent.
+    /// How data is accessed if grants are not persistent.
     pub data: DataPath,
-    /// Whether a disk may work on the guest's pages themselves, and not on copies.
+    /// Whether a disk may work on the guest's pages themselves instead of copies.
     pub pin_grants: PinGrants,
-    /// Whether files are read past the page cache.
+    /// Whether files bypass the page cache.
     pub direct: Direct,
-    /// Threads that serve rings, at the most; 0 for one a CPU. Rings share them where there are more.
+    /// The most threads that serve rings; 0 for one per CPU. If there are more rings, they share threads.
     pub threads: usize,
     /// How ring threads wait.
     pub wait: WaitMode,
     /// The longest spin of [`WaitMode::Adaptive`], in microseconds.
     pub spin_us: u64,
-    /// In a driver domain, seconds from `InitWait` on in which `xl devd`, if it is there, will have
-    /// run a disk's hotplug script.
+    /// In a driver domain, seconds after `InitWait` within which `xl devd`, if present, will have run
+    /// a disk's hotplug script.
     pub script_timeout_s: u64,
 }
 
@@ -107,10 +107,10 @@ fn cpus() -> usize {
 }
 
 impl Tuning {
-    /// Whether every number is within its limit.
+    /// Checks that every number is within its limit.
     ///
     /// # Errors
-    /// Which is not, for a person to read.
+    /// A message that names the one that is not.
     pub fn check(&self) -> Result<(), String> {
         let within = |key, value: usize, most: usize| {
             let error = || Err(format!("{key} is {value}, but must be within 0 to {most}"));
@@ -139,7 +139,7 @@ impl Tuning {
         }
     }
 
-    /// How many threads serve rings, at the most.
+    /// The most threads that serve rings.
     pub fn threads(&self) -> usize {
         if self.threads == 0 { cpus() } else { self.threads }
     }
@@ -153,9 +153,9 @@ impl Tuning {
         }
     }
 
-    /// How long a hotplug script is waited for where it is not sure that anybody runs it.
+    /// How long to wait for a hotplug script that perhaps nobody runs.
     pub fn script_timeout(&self) -> Duration {
-        // Beyond a day nobody sees the difference, and adding it to now cannot overflow.
+        // Beyond a day nobody sees a difference, and a day added to now cannot overflow.
         Duration::from_secs(self.script_timeout_s.min(24 * 60 * 60))
     }
 }

@@ -19,9 +19,9 @@ pub const MAX_DIRECT_SEGMENTS: usize = 11;
 pub const MAX_INDIRECT_PAGES: usize = 8;
 /// Segments in one page of an indirect request: 4096 / 8.
 pub const SEGMENTS_PER_INDIRECT_PAGE: usize = PAGE_SIZE / core::mem::size_of::<Segment>();
-/// The most segments we let an indirect request have: 1 MiB, as Linux's backend does
-/// (`MAX_INDIRECT_SEGMENTS` in drivers/block/xen-blkback/common.h). The wire would allow 4096; a
-/// request that large makes one guest hold 16 MiB a slot (XSA-300).
+/// The most segments we allow in an indirect request: 1 MiB, as Linux's backend does
+/// (`MAX_INDIRECT_SEGMENTS` in drivers/block/xen-blkback/common.h). The wire format would allow 4096,
+/// but then one guest could tie up 16 MiB per slot (XSA-300).
 pub const MAX_INDIRECT_SEGMENTS: usize = 256;
 /// The largest ring we agree to: 16 pages, 512 slots (`XENBUS_MAX_RING_GRANT_ORDER` in Linux).
 pub const MAX_RING_PAGE_ORDER: u8 = 4;
@@ -34,17 +34,17 @@ pub mod op {
     pub const WRITE: u8 = 1;
     /// Write that is ordered against every other request and durable when answered.
     pub const WRITE_BARRIER: u8 = 2;
-    /// Make completed writes durable; with segments, then write them.
+    /// Make completed writes durable, then write the segments, if there are any.
     pub const FLUSH_DISKCACHE: u8 = 3;
-    /// Reserved; SCSI packets in a private use.
+    /// Reserved; used privately for SCSI packets.
     pub const RESERVED_1: u8 = 4;
     /// Give sectors back to the device.
     pub const DISCARD: u8 = 5;
-    /// Read or write whose segments stand in pages of their own.
+    /// Read or write whose segments are listed in pages of their own.
     pub const INDIRECT: u8 = 6;
 }
 
-/// `flag` of a discard: make the data unreadable, not just unused (`BLKIF_DISCARD_SECURE`).
+/// Discard `flag`: make the data unreadable, not just unused (`BLKIF_DISCARD_SECURE`).
 pub const DISCARD_SECURE: u8 = 1;
 
 /// Part of a granted page. Both sector numbers are inclusive and count 512-byte units.
@@ -53,9 +53,9 @@ pub const DISCARD_SECURE: u8 = 1;
 pub struct Segment {
     /// The page.
     pub gref: GrantRef,
-    /// First sector of the page that takes part, 0 to 7.
+    /// First sector of the page to transfer, 0 to 7.
     pub first_sect: u8,
-    /// Last sector of the page that takes part, `first_sect` to 7.
+    /// Last sector of the page to transfer, `first_sect` to 7.
     pub last_sect: u8,
     pad: u16,
 }
@@ -71,7 +71,7 @@ impl Segment {
         self.first_sect as usize * SECTOR_SIZE
     }
 
-    /// 512-byte sectors in the segment; 0 if it is the wrong way round.
+    /// 512-byte sectors in the segment; 0 if `last_sect` is below `first_sect`.
     pub const fn sectors(&self) -> u32 {
         (self.last_sect as u32 + 1).saturating_sub(self.first_sect as u32)
     }
@@ -81,8 +81,7 @@ impl Segment {
         self.sectors() as usize * SECTOR_SIZE
     }
 
-    /// Whether there is no gap between the data of this segment and that of `next`, if their pages lie
-    /// one behind the other.
+    /// Whether the data of this segment and of `next` is contiguous when their pages are adjacent.
     pub const fn touches(&self, next: &Self) -> bool {
         self.last_sect == SECTORS_PER_PAGE - 1 && next.first_sect == 0
     }
@@ -125,7 +124,7 @@ macro_rules! abi {
                 pub id: u64,
                 /// First sector, in 512-byte units.
                 pub sector_number: u64,
-                /// How many, in 512-byte units.
+                /// Number of sectors, in 512-byte units.
                 pub nr_sectors: u64,
             }
 

@@ -14,13 +14,13 @@ use crate::{RingPages, SetupError};
 
 /// Attaches to a ring that a frontend has made.
 ///
-/// On a fresh ring both indices are 0. On one that served another backend before, it goes on behind
-/// the last response, as Linux's backend does (`xen_blkif_map` in drivers/block/xen-blkback/xenbus.c):
-/// requests that stand between there and `req_prod` are seen again. Whoever has kept those that were
-/// taken passes over them ([`RequestConsumer::skip`]).
+/// On a fresh ring both indices are 0. On a ring that another backend has served, it resumes after the
+/// last response, as Linux's backend does (`xen_blkif_map` in drivers/block/xen-blkback/xenbus.c), so
+/// requests between there and `req_prod` are seen again. A caller that kept copies of those already
+/// taken skips them ([`RequestConsumer::skip`]).
 ///
 /// # Errors
-/// When pages and layout do not fit, or the indices found cannot be.
+/// If the pages do not fit the layout, or the indices found are impossible.
 #[cfg(not(loom))]
 pub fn attach(
     pages: RingPages,
@@ -52,7 +52,7 @@ pub(crate) fn halves(ring: Arc<SharedRing>, index: u32) -> (RequestConsumer, Res
     )
 }
 
-/// Slots to be fetched while one is worked on: a slot's way between CPUs takes as long as some requests.
+/// Slots to prefetch while one is processed: moving a slot between CPUs takes as long as some requests.
 pub(crate) const FETCH_AHEAD: u32 = 4;
 
 /// Takes requests. Owned by one thread.
@@ -83,7 +83,7 @@ impl RequestConsumer {
     /// Looks for new requests, and says how many wait to be taken.
     ///
     /// # Errors
-    /// When `req_prod` cannot be what it is.
+    /// If `req_prod` has an impossible value.
     #[inline]
     pub fn poll(&mut self) -> Result<u32, RingError> {
         // Acquire: the requests themselves were written before the index.
@@ -99,14 +99,13 @@ impl RequestConsumer {
         Ok(self.seen.wrapping_sub(self.taken))
     }
 
-    /// A frontend reuses a slot when it has taken a response, and that is at the earliest when one
-    /// was pushed: at most `slots` requests can be ahead of the responses, and none behind what was
-    /// seen before.
+    /// A frontend reuses a slot only after it has taken a response, which must have been pushed first. So
+    /// `req_prod` is at most `slots` ahead of the responses, and never behind what was seen before.
     fn check(&mut self, req_prod: u32) -> Result<(), RingError> {
         let slots = self.ring.slots();
         if req_prod.wrapping_sub(self.answered) > slots {
-            // The other half stored this before it published the responses that `req_prod` rests on,
-            // and nothing but the number is used.
+            // Relaxed: the other half stored this before it published the responses that allowed this
+            // `req_prod`, and only the number itself is used.
             self.answered = self.halves.responses.0.load(Ordering::Relaxed);
         }
         let (ahead, seen) =
@@ -117,7 +116,7 @@ impl RequestConsumer {
         Ok(())
     }
 
-    /// Copies the next request out of the ring, of those that [`Self::poll`] has seen.
+    /// Copies the next of the requests that [`Self::poll`] has seen out of the ring.
     pub fn pop(&mut self) -> Option<RawRequest> {
         let mut raw = RawRequest::default();
         self.pop_into(&mut raw).then_some(raw)
@@ -135,7 +134,7 @@ impl RequestConsumer {
         true
     }
 
-    /// As [`Self::pop_into`], and leaves a copy of what it read in `copy`, which is
+    /// As [`Self::pop_into`], and also stores the words it read in `copy`, which is
     /// [`RingLayout::request_words`] long, for [`RawRequest::from_copy`].
     ///
     /// # Panics
@@ -152,8 +151,8 @@ impl RequestConsumer {
         true
     }
 
-    /// Another CPU has written the slots: a few are on their way here while one is worked on. Not more
-    /// than were seen, or the frontend would lose those that it is about to write.
+    /// Another CPU wrote the slots, so a few are prefetched while one is processed. Never beyond those
+    /// seen: that would take away cache lines that the frontend is about to write.
     #[inline]
     fn fetch_ahead(&self) {
         let ahead = self.taken.wrapping_add(FETCH_AHEAD);
@@ -175,9 +174,9 @@ impl RequestConsumer {
         self.taken
     }
 
-    /// Passes over requests of those that [`Self::poll`] has seen: a predecessor took them, so that
-    /// they may be overwritten by now, and kept a copy. They are to be answered all the same. Returns
-    /// whether there were so many; else nothing is done.
+    /// Skips `count` of the requests that [`Self::poll`] has seen. A predecessor took and copied them, and
+    /// their slots may be overwritten by now; they must still be answered. Returns `false` and does
+    /// nothing if there are not that many.
     pub fn skip(&mut self, count: u32) -> bool {
         let there = count <= self.seen.wrapping_sub(self.taken);
         if there {
@@ -186,8 +185,8 @@ impl RequestConsumer {
         there
     }
 
-    /// Asks for an event with the next request, then looks once more. Only when this says `false`
-    /// is it safe to sleep (`RING_FINAL_CHECK_FOR_REQUESTS`).
+    /// Asks for an event with the next request, then looks once more. It is safe to sleep only if this
+    /// returns `false` (`RING_FINAL_CHECK_FOR_REQUESTS`).
     ///
     /// # Errors
     /// As [`Self::poll`].
@@ -196,16 +195,16 @@ impl RequestConsumer {
             return Ok(true);
         }
         self.ring.req_event().store(self.taken.wrapping_add(1), Ordering::Relaxed);
-        // Either the frontend sees our wish, or we see its request: a full fence on both sides, or
-        // both may miss and sleep for ever.
+        // Either the frontend sees our `req_event` or we see its request: without a full fence on both
+        // sides, both may miss and sleep for ever.
         full_fence();
         Ok(self.poll()? > 0)
     }
 
-    /// Takes back the wish of [`Self::final_check`]: for a thread that something else has woken, and that looks for
-    /// requests by itself. It spares both ends an event. Before the next sleep, check again.
+    /// Withdraws the request for an event made by [`Self::final_check`], which spares both ends an event.
+    /// For a thread that something else has woken and that polls anyway. Check again before the next sleep.
     pub fn withdraw(&mut self) {
-        // An event with a request that was published long ago.
+        // The event index of a request that was published long ago.
         self.ring.req_event().store(self.taken, Ordering::Relaxed);
     }
 }
@@ -228,7 +227,7 @@ impl ResponseProducer {
     /// Writes a response. The frontend sees it after [`Self::publish`].
     ///
     /// # Errors
-    /// [`RingFull`] when every request that was taken has had its response.
+    /// [`RingFull`] if every request taken already has its response.
     #[inline]
     pub fn push(&mut self, response: &Response) -> Result<(), RingFull> {
         if self.pushed == self.taken {
@@ -247,13 +246,13 @@ impl ResponseProducer {
         self.pushed
     }
 
-    /// Responses pushed and not shown yet.
+    /// Responses pushed but not yet published.
     #[inline]
     pub fn unpublished(&self) -> u32 {
         self.pushed.wrapping_sub(self.published)
     }
 
-    /// Shows the frontend what was pushed, and says whether it wants an event for it
+    /// Shows the frontend what was pushed, and returns whether it wants an event for it
     /// (`RING_PUSH_RESPONSES_AND_CHECK_NOTIFY`).
     #[must_use = "a frontend that asked for an event sleeps until it comes"]
     #[inline]
@@ -262,7 +261,7 @@ impl ResponseProducer {
             return false;
         }
         let before = core::mem::replace(&mut self.published, self.pushed);
-        // First, or the other half may see requests that rest on responses it has not heard of.
+        // First, or the other half may see requests made possible by responses it does not know of.
         self.halves.responses.0.store(self.pushed, Ordering::Relaxed);
         self.ring.rsp_prod().store(self.pushed, Ordering::Release);
         full_fence();
@@ -270,7 +269,7 @@ impl ResponseProducer {
     }
 }
 
-/// Whether an index that moved from `old` to `new` passed the one an event was asked for.
+/// Whether moving an index from `old` to `new` passed the one that an event was asked for.
 pub(crate) fn crosses(old: u32, new: u32, event: u32) -> bool {
     new.wrapping_sub(event) < new.wrapping_sub(old)
 }

@@ -1,4 +1,4 @@
-//! Requests and responses to and from the words of a slot.
+//! Encodes and decodes requests and responses in the words of a slot.
 
 use crate::abi::{Segment, op};
 use crate::layout::{Abi, Fields, SPLIT, X86_32, X86_64};
@@ -9,7 +9,7 @@ use core::ops::Deref;
 #[cfg(not(loom))]
 use core::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
-/// Code of its own for each layout, with the fields' places in it.
+/// Compiles `$code` once per layout, so that field offsets are constants.
 macro_rules! each_layout {
     ($layout:expr, $words:ident, $fields:ident => $code:expr) => {
         match $layout {
@@ -32,14 +32,14 @@ macro_rules! each_layout {
 const UNION_64: RingLayout = RingLayout::Union(Abi::X86_64);
 const UNION_32: RingLayout = RingLayout::Union(Abi::X86_32);
 
-/// A slot, as long as its layout says; nobody hands out shorter ones. A length that the compiler knows
-/// saves it a check a word.
+/// A slot as an array of its layout's length, which every slot has. With the length known at compile
+/// time there is no bounds check per word.
 #[inline]
 fn whole<T, const WORDS: usize>(slot: &[T]) -> &[T; WORDS] {
     slot.first_chunk().unwrap_or_else(|| unreachable!("a slot of {WORDS} words"))
 }
 
-/// A read beyond the slot cannot happen: the fields of a layout lie within its stride.
+/// Never reads beyond the slot: a layout's fields lie within its stride.
 #[inline]
 fn load(slot: &[Word], word: usize) -> u32 {
     slot.get(word).map_or(0, Word::get)
@@ -78,7 +78,7 @@ fn store_id(slot: &[Word], fields: &Fields, id: u64) {
     }
 }
 
-/// Copies a request out of its slot. Each word is read once, and how many are is decided by the copy (XSA-155).
+/// Copies a request out of its slot. Each word is read once, and the copy decides how many (XSA-155).
 #[inline]
 pub(crate) fn decode_request(slot: &[Word], layout: RingLayout, raw: &mut RawRequest) {
     each_layout!(layout, WORDS, fields => {
@@ -109,7 +109,7 @@ pub(crate) fn decode_request_to(
     });
 }
 
-/// Decodes what [`decode_request_to`] wrote: what is read depends on nothing but what was read before.
+/// Decodes what [`decode_request_to`] wrote: which words are read depends only on words read before.
 #[cfg(not(loom))]
 pub(crate) fn decode_copy(copy: &[AtomicU32], layout: RingLayout, raw: &mut RawRequest) {
     decode_fields(|word| copy.get(word).map_or(0, |from| from.load(Relaxed)), layout.fields(), raw);
@@ -174,7 +174,7 @@ fn encode_fields<S: Deref<Target = [Segment]>>(
         }
         Body::Indirect { transfer, sector, nr_segments, pages } => {
             store_head(slot, op::INDIRECT, transfer.operation(), *nr_segments);
-            // `handle`, which stands here and not in the head.
+            // `handle`, which is here and not in the first word.
             store(slot, body, 0);
             for (k, gref) in pages.iter().take(indirect_pages(*nr_segments)).enumerate() {
                 store(slot, fields.indirect_grefs + k, gref.0);
@@ -195,8 +195,8 @@ fn encode_fields<S: Deref<Target = [Segment]>>(
     store_wide(slot, fields.sector, sector);
 }
 
-/// Writes a response into its slot, field by field: nothing else of the slot changes, and no padding
-/// of ours reaches the peer (XSA-216).
+/// Writes a response into its slot field by field: the rest of the slot is left alone, and none of our
+/// padding leaks to the peer (XSA-216).
 #[inline]
 pub(crate) fn encode_response(slot: &[Word], layout: RingLayout, response: &Response) {
     let [low, high] = (response.status as i16).to_le_bytes();

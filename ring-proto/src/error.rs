@@ -1,7 +1,7 @@
 //! What a peer can do wrong with the ring itself.
 
-/// The peer moved an index where it cannot be. Nothing on the ring is to be believed any more: stop
-/// it, and the device, and nothing else.
+/// The peer moved an index to an impossible value. Nothing on the ring can be trusted any more: stop
+/// the ring and its device, and nothing else.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum RingError {
     /// More requests than the ring has slots, or `req_prod` went backwards.

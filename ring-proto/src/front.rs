@@ -11,10 +11,10 @@ use crate::{RingError, RingFull, RingLayout};
 use crate::{RingPages, SetupError};
 use core::ops::Deref;
 
-/// Makes an empty ring in pages of our own that hold nothing yet.
+/// Creates an empty ring in pages of our own, which need not be initialized.
 ///
 /// # Errors
-/// When pages and layout do not fit.
+/// If the pages do not fit the layout.
 #[cfg(not(loom))]
 pub fn create(
     pages: RingPages,
@@ -24,8 +24,8 @@ pub fn create(
     create_at(pages, layout, order, 0)
 }
 
-/// As [`create`], with `index` for the number of the first request: a test of wrap-around need not
-/// wait for 2^32 requests. A backend that starts at 0, whatever `rsp_prod` says, cannot follow.
+/// As [`create`], but the first request has number `index`, so that a test of wrap-around need not
+/// wait for 2^32 requests. A backend that starts at 0 regardless of `rsp_prod` cannot follow.
 ///
 /// # Errors
 /// As [`create`].
@@ -66,7 +66,7 @@ pub struct RequestProducer {
     pushed: u32,
     /// `req_prod` on the page.
     published: u32,
-    /// Responses taken, as last heard from the other half: each frees a slot.
+    /// Responses taken, as last heard from the other half; each one freed a slot.
     freed: u32,
 }
 
@@ -104,13 +104,13 @@ impl RequestProducer {
         Ok(())
     }
 
-    /// Requests pushed and not shown yet.
+    /// Requests pushed but not yet published.
     #[inline]
     pub fn unpublished(&self) -> u32 {
         self.pushed.wrapping_sub(self.published)
     }
 
-    /// Shows the backend what was pushed, and says whether it wants an event for it
+    /// Shows the backend what was pushed, and returns whether it wants an event for it
     /// (`RING_PUSH_REQUESTS_AND_CHECK_NOTIFY`).
     #[must_use = "a backend that asked for an event sleeps until it comes"]
     #[inline]
@@ -119,7 +119,7 @@ impl RequestProducer {
             return false;
         }
         let before = core::mem::replace(&mut self.published, self.pushed);
-        // First, or the other half may see responses to requests it has not heard of.
+        // First, or the other half may see responses to requests it does not know of.
         self.halves.requests.0.store(self.pushed, Ordering::Relaxed);
         self.ring.req_prod().store(self.pushed, Ordering::Release);
         full_fence();
@@ -145,7 +145,7 @@ impl ResponseConsumer {
     /// Looks for new responses, and says how many wait to be taken.
     ///
     /// # Errors
-    /// When `rsp_prod` cannot be what it is.
+    /// If `rsp_prod` has an impossible value.
     #[inline]
     pub fn poll(&mut self) -> Result<u32, RingError> {
         // Acquire: the responses themselves were written before the index.
@@ -153,8 +153,8 @@ impl ResponseConsumer {
         if rsp_prod != self.seen {
             let claimed = rsp_prod.wrapping_sub(self.taken);
             if claimed > self.requested.wrapping_sub(self.taken) {
-                // The other half stored this before it published the requests that are answered here,
-                // and nothing but the number is used.
+                // Relaxed: the other half stored this before it published the requests that are answered
+                // here, and only the number itself is used.
                 self.requested = self.halves.requests.0.load(Ordering::Relaxed);
             }
             if claimed > self.requested.wrapping_sub(self.taken)
@@ -172,7 +172,7 @@ impl ResponseConsumer {
         Ok(self.seen.wrapping_sub(self.taken))
     }
 
-    /// Copies the next response out of the ring, of those that [`Self::poll`] has seen, and frees its slot.
+    /// Copies the next of the responses that [`Self::poll`] has seen out of the ring, and frees its slot.
     #[inline(always)]
     pub fn pop(&mut self) -> Option<Response> {
         if self.taken == self.seen {
@@ -188,8 +188,8 @@ impl ResponseConsumer {
         Some(response)
     }
 
-    /// Asks for an event with the next response, then looks once more. Only when this says `false`
-    /// is it safe to sleep (`RING_FINAL_CHECK_FOR_RESPONSES`).
+    /// Asks for an event with the next response, then looks once more. It is safe to sleep only if this
+    /// returns `false` (`RING_FINAL_CHECK_FOR_RESPONSES`).
     ///
     /// # Errors
     /// As [`Self::poll`].
@@ -198,7 +198,7 @@ impl ResponseConsumer {
             return Ok(true);
         }
         self.ring.rsp_event().store(self.taken.wrapping_add(1), Ordering::Relaxed);
-        // As in the backend's: one of the two must see what the other wrote.
+        // As in the backend's: one of the two ends must see what the other wrote.
         full_fence();
         Ok(self.poll()? > 0)
     }

@@ -1,4 +1,4 @@
-//! Where things stand in the shared pages, for each way of laying a ring out.
+//! Where things are in the shared pages, for each ring layout.
 
 use crate::abi::{self, MAX_DIRECT_SEGMENTS, MAX_RING_PAGE_ORDER, PAGE_SIZE, Segment};
 use core::mem::{offset_of, size_of};
@@ -49,20 +49,20 @@ pub(crate) const SPLIT_CONTROL_BYTES: usize = 4 * 64;
 /// Bytes before the first slot of a union ring (`req_prod`, `req_event`, `rsp_prod`, `rsp_event`, 48 reserved).
 pub(crate) const UNION_HEADER_BYTES: usize = 64;
 
-/// Words (32 bits) of a request up to its body, and where its fields stand.
+/// Where a request's fields are, as indices of 32-bit words.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Fields {
     /// First word of the `id`.
     pub(crate) id: usize,
     /// First word of `sector_number`.
     pub(crate) sector: usize,
-    /// First word behind `sector_number`: segments, `nr_sectors`, or `handle` of an indirect request.
+    /// First word after `sector_number`: segments, `nr_sectors`, or `handle` of an indirect request.
     pub(crate) body: usize,
     /// First word of `indirect_grefs`.
     pub(crate) indirect_grefs: usize,
     /// Segments the body holds.
     pub(crate) segments: usize,
-    /// Whether `id` takes two words or one.
+    /// Whether `id` takes two words, not one.
     pub(crate) wide_id: bool,
 }
 
@@ -116,7 +116,7 @@ impl RingLayout {
     }
 
     /// Request slots in a ring of `1 << order` request pages: what fits, rounded down to a power of two
-    /// (`__RING_SIZE` in ring.h). An order above [`MAX_RING_PAGE_ORDER`] counts as that.
+    /// (`__RING_SIZE` in ring.h). `order` is capped at [`MAX_RING_PAGE_ORDER`].
     pub const fn slots(self, order: u8) -> u32 {
         let order = if order > MAX_RING_PAGE_ORDER { MAX_RING_PAGE_ORDER } else { order };
         let bytes = PAGE_SIZE << order;
@@ -127,8 +127,8 @@ impl RingLayout {
         1 << room.ilog2()
     }
 
-    /// Pages that a ring of this order takes: the union ring or the split layout's requests first,
-    /// then the pages of its control area and responses (0 for a union ring).
+    /// Pages that a ring of this order takes: those of the union ring or of the split requests, then those
+    /// of the split control area and responses (0 for a union ring).
     pub const fn pages(self, order: u8) -> (usize, usize) {
         let order = if order > MAX_RING_PAGE_ORDER { MAX_RING_PAGE_ORDER } else { order };
         match self {
@@ -142,7 +142,7 @@ impl RingLayout {
     }
 }
 
-// blkif.h and ring.h, by offset. A C peer compiled from those headers checks the same from outside.
+// The offsets of blkif.h and ring.h. `tests/c_peer.rs` checks them against the headers themselves.
 const _: () = {
     assert!(size_of::<Segment>() == 8);
     assert!(size_of::<abi::x86_64::Request>() == 112);

@@ -1,6 +1,6 @@
 //! The blkif ring: what is on the shared pages, and who may touch it.
 //!
-//! One ring, four owned handles, a thread each at the most:
+//! One ring has four owned handles, each for one thread:
 //!
 //! ```text
 //!   frontend                                                        backend
@@ -9,12 +9,12 @@
 //!   ResponseConsumer ◀──  responses  ◀── rsp_prod ── ResponseProducer
 //! ```
 //!
-//! Each handle keeps its index to itself. What the two halves of one side must know of each other
-//! (which slots are free, which requests were taken) is an index with one writer: there is no lock,
-//! and no place for one.
+//! Each handle keeps its private index to itself. The two halves of one side tell each other only
+//! which slots are free and which requests were taken. Each of these is an index with a single
+//! writer, so no lock is needed.
 //!
 //! The peer is not trusted. A request is copied out of the ring once ([`RequestConsumer::pop`]),
-//! the copy is checked ([`RawRequest::validate`]), and only what came of that is a [`Request`].
+//! the copy is checked ([`RawRequest::validate`]), and only a copy that passes becomes a [`Request`].
 //!
 //! No system call, no thread, and no allocation once a ring is set up.
 

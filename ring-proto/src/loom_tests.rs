@@ -1,8 +1,8 @@
 //! Memory ordering, explored by loom: `RUSTFLAGS="--cfg loom" cargo test -p ring-proto --release --lib loom`.
 //!
-//! Words of a slot are cells here that loom allows no race on ([`crate::shared`]), and a thread that
-//! sleeps for ever is a deadlock that loom reports. So each test fails when a fence, or an ordering
-//! that it says something about, is taken out.
+//! The words of a slot are cells on which loom allows no race ([`crate::shared`]), and loom reports a
+//! thread that sleeps for ever as a deadlock. So each test fails when a fence or an ordering that it
+//! covers is removed.
 
 use crate::shared::SharedRing;
 use crate::{
@@ -23,7 +23,7 @@ const LIMITS: Limits = Limits {
     discard: false,
 };
 
-/// What both ends have of one ring.
+/// Both ends' handles to one ring.
 struct Ring {
     requests: RequestProducer,
     responses: ResponseConsumer,
@@ -31,7 +31,7 @@ struct Ring {
     answerer: ResponseProducer,
 }
 
-/// Two pairs of handles; loom has the ends share the words where two processes share pages.
+/// Two pairs of handles. Under loom the ends share words, where two processes would share pages.
 fn ring(layout: RingLayout, slots: u32) -> Ring {
     let ring = crate::sync::Arc::new(SharedRing::model(layout, slots));
     let (requests, responses) = front::halves(ring.clone(), 0);
@@ -39,7 +39,7 @@ fn ring(layout: RingLayout, slots: u32) -> Ring {
     Ring { requests, responses, taker, answerer }
 }
 
-/// An event channel: pending until it is waited for.
+/// An event channel: an event stays pending until it is waited for.
 #[derive(Default)]
 struct Event(Mutex<bool>, Condvar);
 
@@ -70,7 +70,8 @@ fn response(id: u64) -> Response {
 
 fn model(test: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
-    // Every fault that these tests look for takes two preemptions at the most; three keep the run short.
+    // Every fault that these tests look for takes at most two preemptions; a bound of three keeps the
+    // run short.
     builder.preemption_bound = Some(3);
     builder.check(test);
 }
@@ -78,7 +79,7 @@ fn model(test: impl Fn() + Send + Sync + 'static) {
 /// Takes requests `ids`, sleeping whenever the final check allows it.
 fn take_all(taker: &mut RequestConsumer, ids: core::ops::Range<u64>, event: &Event) {
     let mut next = ids.start;
-    // It was about to sleep, or did, when something else came.
+    // Something else came up when it was about to sleep, or woke it.
     if !taker.final_check().unwrap() {
         taker.withdraw();
     }
@@ -147,9 +148,9 @@ fn loom_a_frontend_that_sleeps_is_woken() {
     });
 }
 
-/// How often each half tries its step on a ring of one slot, where every success reuses the slot of
-/// the one before. A try that fails is no fault: the explored schedules in which all succeed are the
-/// ones that matter, and nobody needs to spin for them.
+/// How often each half tries its step on a ring of one slot, where every success reuses the same slot.
+/// A try may fail: the schedules that matter are those in which all succeed, and loom explores them
+/// without anyone having to spin.
 const TRIES: u64 = 3;
 
 fn push_requests(mut requests: RequestProducer) {
@@ -184,7 +185,7 @@ fn take_requests(mut taker: RequestConsumer) {
     }
 }
 
-/// Nothing but the ring tells this half that a request was taken.
+/// This half learns only from the ring that a request was taken.
 fn push_responses(mut answerer: ResponseProducer) {
     let mut next = 0;
     for _ in 0..TRIES {
@@ -195,7 +196,7 @@ fn push_responses(mut answerer: ResponseProducer) {
     }
 }
 
-/// The frontend's halves on a thread each, the backend on a third.
+/// Each half of the frontend on its own thread, the backend on a third.
 fn frontend_apart(layout: RingLayout) {
     model(move || {
         let Ring { requests, responses, mut taker, mut answerer } = ring(layout, 1);
@@ -215,7 +216,7 @@ fn frontend_apart(layout: RingLayout) {
     });
 }
 
-/// The backend's halves on a thread each, the frontend on a third.
+/// Each half of the backend on its own thread, the frontend on a third.
 fn backend_apart(layout: RingLayout) {
     model(move || {
         let Ring { mut requests, mut responses, taker, answerer } = ring(layout, 1);

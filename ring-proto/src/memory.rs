@@ -9,10 +9,10 @@ use core::sync::atomic::AtomicU32;
 /// Pages shared with a peer that is not trusted.
 ///
 /// # Safety
-/// `base()` must be aligned to a page, and `len()` bytes from there valid for reads and writes for as
-/// long as the value lives. Where pages were mapped to be read only, a write may fault instead, which
-/// ends the process; it never changes anything else. Nobody in this process may hold a Rust reference
-/// to any of those bytes, except through atomics.
+/// `base()` must be page-aligned, and `len()` bytes from there valid for reads and writes for as long
+/// as the value lives. In pages mapped read-only, a write may fault instead and end the process; it
+/// never changes anything else. Nobody in this process may hold a Rust reference to any of those
+/// bytes, except through atomics.
 pub unsafe trait SharedMemory: Send + Sync {
     /// The first byte.
     fn base(&self) -> NonNull<u8>;
@@ -33,12 +33,12 @@ pub struct Window {
 }
 
 impl Window {
-    /// Bytes `offset..offset + len`, or `None` where the memory does not reach.
+    /// Bytes `offset..offset + len`, or `None` if they are not all within the memory.
     pub fn new(memory: Arc<dyn SharedMemory>, offset: usize, len: usize) -> Option<Self> {
         (offset.checked_add(len)? <= memory.len()).then_some(Self { memory, offset, len })
     }
 
-    /// Copies out of the shared memory once. What lies there may change while it is copied; the copy does not.
+    /// Copies out of the shared memory once. The source may change during the copy; the result does not.
     ///
     /// # Panics
     /// If `to` is not as long as the window.
@@ -101,15 +101,15 @@ impl Deref for Words {
     }
 }
 
-/// Copies `len` bytes of which one side may change meanwhile.
+/// Copies `len` bytes while a peer may be changing either side.
 ///
 /// # Safety
 /// `from` must be valid for reads and `to` for writes of `len` bytes, and they must not overlap.
 /// Either may be written by another process at the same time.
 pub unsafe fn copy_volatile(from: *const u8, to: *mut u8, len: usize) {
-    // A plain memcpy may be split, widened or, in principle, read twice; what it must not do here is
-    // to let the compiler believe that the source still equals the copy. Passing both pointers through
-    // an opaque barrier forbids that without giving up the CPU's fast copy.
+    // A plain memcpy may be split, widened or, in principle, read twice. What must not happen is that
+    // the compiler assumes the source still equals the copy. Passing both pointers through an opaque
+    // barrier prevents that and keeps the CPU's fast copy.
     let from = core::hint::black_box(from);
     let to = core::hint::black_box(to);
     // SAFETY: the caller's obligations.

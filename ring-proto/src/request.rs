@@ -13,8 +13,8 @@ use core::ops::Deref;
 #[derive(Clone, Copy)]
 pub struct Segments {
     list: [Segment; MAX_DIRECT_SEGMENTS],
-    /// As wide as what is next to it in memory: it is read soon after it was written, and with less than a
-    /// word the load would wait for the store.
+    /// As wide as its neighbours in memory: it is read soon after it is written, and a store narrower than
+    /// a word would stall that load.
     len: u32,
 }
 
@@ -32,7 +32,7 @@ impl Segments {
         list
     }
 
-    /// Takes them all out.
+    /// Removes all segments.
     #[inline]
     pub fn clear(&mut self) {
         self.len = 0;
@@ -78,8 +78,8 @@ pub enum Transfer {
     Read,
     /// To the device.
     Write,
-    /// `WRITE_BARRIER`: everything before is durable before the data is written, and the data is
-    /// durable when answered (Linux's frontend maps FUA onto it).
+    /// `WRITE_BARRIER`: all earlier writes are durable before the data is written, and the data is
+    /// durable when the request is answered (Linux's frontend maps FUA onto it).
     Barrier,
     /// `FLUSH_DISKCACHE` with data: flush, then write.
     FlushWrite,
@@ -97,11 +97,11 @@ impl Transfer {
     }
 }
 
-/// A request whose every field was checked against [`Limits`]. Its segments are its own, or `&[Segment]`
-/// of the [`RawRequest`] that it came of, which saves moving them about.
+/// A request whose every field was checked against [`Limits`]. It owns its segments, or, to avoid
+/// copying them, borrows them from its [`RawRequest`] as `&[Segment]`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Request<S = Segments> {
-    /// The frontend's tag. Only its frontend gives it a meaning; the split layout carries 32 bits of it.
+    /// The frontend's tag, meaningful only to the frontend; the split layout carries 32 bits of it.
     pub id: u64,
     /// What is asked for.
     pub body: Body<S>,
@@ -119,21 +119,21 @@ pub enum Body<S = Segments> {
         /// The pages.
         segments: S,
     },
-    /// Data in pages named by segments that stand in pages of their own. Those are still to be
-    /// fetched, and then checked by [`Limits::check_segments`].
+    /// Data in pages named by segments that are listed in pages of their own. The segments must still
+    /// be fetched, and then checked by [`Limits::check_segments`].
     Indirect {
         /// [`Transfer::Read`] or [`Transfer::Write`].
         transfer: Transfer,
         /// First sector.
         sector: u64,
-        /// Segments in all.
+        /// Total number of segments.
         nr_segments: u16,
-        /// The pages of segments; the first [`indirect_pages`] count.
+        /// The pages that list the segments; only the first [`indirect_pages`] are used.
         pages: [GrantRef; MAX_INDIRECT_PAGES],
     },
     /// Make completed writes durable. No data.
     Flush {
-        /// Came as a barrier: requests behind it must wait for it.
+        /// It came as a barrier: later requests must wait for it.
         barrier: bool,
     },
     /// Give sectors back.
@@ -188,7 +188,7 @@ impl Body<&[Segment]> {
 }
 
 impl<S> Request<S> {
-    /// The operation code that the response carries: for an indirect request the inner one, or
+    /// The operation code for the response. For an indirect request it must be the inner one, or
     /// Linux's frontend disables the device.
     #[inline]
     pub const fn response_operation(&self) -> u8 {
@@ -206,7 +206,7 @@ pub const fn indirect_pages(nr_segments: u16) -> usize {
     (nr_segments as usize).div_ceil(SEGMENTS_PER_INDIRECT_PAGE)
 }
 
-/// Decodes the segments in a copy of an indirect page. What they say is not checked.
+/// Decodes the segments in a copy of an indirect page. Their contents are not checked.
 pub fn decode_segments(page: &[u8]) -> impl Iterator<Item = Segment> + '_ {
     page.chunks_exact(size_of::<Segment>()).map(|s| {
         let gref = u32::from_le_bytes([s[0], s[1], s[2], s[3]]);
@@ -220,14 +220,14 @@ pub const fn encode_segment(segment: &Segment) -> [u8; size_of::<Segment>()] {
     [gref[0], gref[1], gref[2], gref[3], segment.first_sect, segment.last_sect, 0, 0]
 }
 
-/// What this device takes at the moment.
+/// What this device currently accepts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Limits {
     /// Size of the device, in 512-byte sectors.
     pub sectors: u64,
     /// Every start and length must be a multiple of this many 512-byte sectors (1, or 8 with 4 KiB logical sectors).
     pub granule: u32,
-    /// 0 where indirect requests were not offered.
+    /// 0 if indirect requests were not offered.
     pub max_indirect_segments: u16,
     /// Writes and discards are refused.
     pub read_only: bool,
@@ -238,7 +238,7 @@ pub struct Limits {
 /// Why a request was refused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Reason {
-    /// `operation`: nothing we know, or reserved.
+    /// `operation`: unknown, or reserved.
     #[error("operation {0} is unknown")]
     Operation(u8),
     /// `operation`: known, but not offered.
@@ -247,7 +247,7 @@ pub enum Reason {
     /// `indirect_op`: only reads and writes may be indirect.
     #[error("indirect_op {0} is neither read nor write")]
     IndirectOperation(u8),
-    /// `nr_segments`: 0, or more than the layout or the agreement allows.
+    /// `nr_segments`: 0, or more than the layout or what was negotiated allows.
     #[error("nr_segments {count} is not within 1 to {max}")]
     SegmentCount {
         /// As asked.
@@ -255,7 +255,7 @@ pub enum Reason {
         /// As allowed.
         max: u16,
     },
-    /// `first_sect`, `last_sect`: the wrong way round or outside the page.
+    /// `first_sect`, `last_sect`: in the wrong order, or outside the page.
     #[error("segment covers sectors {first} to {last} of a page of {SECTORS_PER_PAGE}")]
     Segment {
         /// `first_sect`
@@ -263,7 +263,7 @@ pub enum Reason {
         /// `last_sect`
         last: u8,
     },
-    /// `sector_number`: the range is not within the device.
+    /// `sector_number`: the range extends past the end of the device.
     #[error("{sectors} sectors from {sector} leave the device")]
     PastEnd {
         /// `sector_number`
@@ -280,7 +280,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    /// How many kinds there are.
+    /// Number of kinds.
     pub const KINDS: usize = 8;
 
     /// Names of the kinds, by [`Reason::kind`], for statistics.
@@ -309,7 +309,7 @@ impl Reason {
         }
     }
 
-    /// What the response says.
+    /// The status for the response.
     pub const fn status(self) -> Status {
         match self {
             Self::Operation(_) | Self::NotOffered(_) => Status::NotSupported,
@@ -330,9 +330,9 @@ pub struct Refused {
     pub reason: Reason,
 }
 
-/// A request as it was copied from the ring. Nothing in it is to be believed: see [`RawRequest::validate`].
+/// A request as it was copied from the ring. Nothing in it can be trusted: see [`RawRequest::validate`].
 ///
-/// It is made once and filled again and again: what a request does not use is left of an earlier one.
+/// One value is filled again and again; fields that a request does not use hold leftovers of earlier ones.
 #[derive(Clone, Debug)]
 pub struct RawRequest {
     pub(crate) operation: u8,
@@ -344,7 +344,7 @@ pub struct RawRequest {
     pub(crate) sector: u64,
     /// `nr_sectors` of a discard.
     pub(crate) sectors: u64,
-    /// Segments of a direct request; `len` is how many were copied.
+    /// Segments of a direct request; `len` is the number copied.
     pub(crate) segments: Segments,
     /// Pages of an indirect request.
     pub(crate) pages: [GrantRef; MAX_INDIRECT_PAGES],
@@ -379,7 +379,7 @@ impl RawRequest {
         self.segments.len = count.min(MAX_DIRECT_SEGMENTS) as u32;
     }
 
-    /// Decodes a copy that [`crate::RequestConsumer::pop_to`] made.
+    /// Decodes a copy made by [`crate::RequestConsumer::pop_to`].
     #[cfg(not(loom))]
     pub fn from_copy(copy: &[AtomicU32], layout: RingLayout) -> Self {
         let mut raw = Self::BLANK;
@@ -387,10 +387,10 @@ impl RawRequest {
         raw
     }
 
-    /// Checks every field against the rules of blkif.h and what this device takes.
+    /// Checks every field against the rules of blkif.h and what this device accepts.
     ///
     /// # Errors
-    /// The first rule that is broken; the request is to be answered with that and nothing else done.
+    /// The first rule broken. The request must be answered with that, and nothing else done for it.
     #[inline]
     pub fn validate(&self, limits: &Limits) -> Result<Request<&[Segment]>, Refused> {
         let refuse = |operation, reason| Refused { id: self.id, operation, reason };
@@ -444,7 +444,7 @@ impl RawRequest {
             return Err(Reason::SegmentCount { count: self.half, max });
         }
         limits.check_writable(transfer)?;
-        // The length is not known before the segments are: at least a sector each.
+        // The length is unknown until the segments are fetched, but each has at least one sector.
         limits.check_range(self.sector, u64::from(self.half))?;
         let mut pages = [GrantRef(0); MAX_INDIRECT_PAGES];
         let used = indirect_pages(self.half).min(MAX_INDIRECT_PAGES);
@@ -466,18 +466,18 @@ impl RawRequest {
 }
 
 impl Limits {
-    /// Checks each segment, and that all of them, from `sector`, stay within the device. Returns
+    /// Checks each segment, and that together, from `sector` on, they fit within the device. Returns
     /// their length in 512-byte sectors.
     ///
     /// # Errors
-    /// The first rule that is broken.
+    /// The first rule broken.
     #[inline]
     pub fn check_segments(&self, sector: u64, segments: &[Segment]) -> Result<u64, Reason> {
         let wrong = |segment: &&Segment| {
             (segment.first_sect > segment.last_sect) | (segment.last_sect >= SECTORS_PER_PAGE)
         };
         let (mut sectors, mut edges, mut all_right) = (0u64, sector, true);
-        // Without a branch a segment: none is wrong but those of an attack.
+        // No branch per segment: only an attacker's are wrong.
         for segment in segments {
             all_right &= !wrong(&segment);
             sectors += u64::from(segment.sectors());
@@ -520,12 +520,12 @@ pub enum Status {
     Okay = 0,
     /// Failed.
     Error = -1,
-    /// The backend cannot do that, and will not.
+    /// The backend does not support the operation.
     NotSupported = -2,
 }
 
 impl Status {
-    /// What a peer wrote; anything unknown is an error.
+    /// Decodes a peer's status; anything unknown is an error.
     pub const fn from_wire(status: i16) -> Self {
         match status {
             0 => Self::Okay,
@@ -538,7 +538,7 @@ impl Status {
 /// A response.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Response {
-    /// The request's tag. From a backend it is a claim to be checked against what is in flight.
+    /// The request's tag. A frontend must check it against the requests in flight.
     pub id: u64,
     /// The request's operation; the inner one of an indirect request.
     pub operation: u8,

@@ -1,7 +1,7 @@
 //! The shared pages, as words that either end may write at any time.
 //!
-//! Everything is reached through atomics, which is the one way Rust has of saying "this may change
-//! under you". All the unsafe code of the ring is in this file.
+//! All access is through atomics, Rust's one way of saying "this may change under you". All of the
+//! ring's unsafe code is in this file.
 
 use crate::RingLayout;
 use crate::abi::{MAX_RING_PAGE_ORDER, PAGE_SIZE};
@@ -15,7 +15,7 @@ use core::fmt;
 /// Why a ring could not be laid over some pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum SetupError {
-    /// The order is beyond what we allow.
+    /// The order is above our limit.
     #[error("ring-page-order {0} is above the limit of {MAX_RING_PAGE_ORDER}")]
     Order(u8),
     /// There are too few pages, or too many.
@@ -26,7 +26,7 @@ pub enum SetupError {
         /// Pages needed.
         need: usize,
     },
-    /// A ring that is being attached to claims more requests than it has slots.
+    /// The ring to attach to claims more requests than it has slots.
     #[error("req_prod {req_prod} is more than {slots} slots ahead of rsp_prod {rsp_prod}")]
     Overrun {
         /// As found on the page.
@@ -56,8 +56,8 @@ enum Index {
     RspEvent,
 }
 
-/// A word of a slot. Both ends may write it at any time, so nothing it holds is to be read twice;
-/// ends that obey the rules never meet here: the indices order their accesses.
+/// A word of a slot. Either end may write it at any time, so it must never be read twice. Ends that
+/// obey the rules never race here: the indices order their accesses.
 #[cfg(not(loom))]
 #[repr(transparent)]
 pub(crate) struct Word(AtomicU32);
@@ -73,7 +73,7 @@ impl Word {
     }
 }
 
-/// The same for loom, which reports every pair of accesses that no index orders.
+/// The same for loom, which reports any two accesses that no index orders.
 #[cfg(loom)]
 pub(crate) struct Word(loom::cell::UnsafeCell<u32>);
 
@@ -94,13 +94,13 @@ impl Word {
     }
 }
 
-/// A full fence: all see what is stored before it before anything behind it is loaded.
+/// A full fence: stores before it are visible to all before any load after it.
 #[inline]
 pub(crate) fn full_fence() {
     #[cfg(all(target_arch = "x86_64", not(loom)))]
     // SAFETY: nothing changes, the word is or-ed with 0. To the compiler it may touch any memory, so
-    // nothing moves across it. It orders what `mfence` orders but for write-combining memory, in a
-    // fraction of the time; Linux's smp_mb() is the same.
+    // nothing moves across it. It orders what `mfence` orders, except write-combining memory, in a
+    // fraction of the time; Linux's smp_mb() does the same.
     unsafe {
         core::arch::asm!("lock or dword ptr [rsp], 0", options(nostack));
     }
@@ -110,8 +110,8 @@ pub(crate) fn full_fence() {
     loom::sync::atomic::fence(loom::sync::atomic::Ordering::SeqCst);
 }
 
-/// Asks for the cache line of a word. One that is to be written as well makes one journey between CPUs
-/// then, instead of one to be read and another to be made our own.
+/// Prefetches the cache line of a word. With `to_write` the line is fetched in exclusive state, which
+/// saves the second transfer between CPUs that a later write would need.
 #[inline]
 fn prefetch(word: Option<&Word>, to_write: bool) {
     let Some(word) = word else { return };
@@ -143,8 +143,8 @@ fn prefetch(word: Option<&Word>, to_write: bool) {
     let _ = (word, to_write);
 }
 
-/// The last word of a request's first segment, or one beside it, whatever the layout. In a union ring,
-/// whose slots are of 112 bytes, one in four has it on another cache line than its start.
+/// The last word of a request's first segment, or one next to it, whatever the layout. In a union ring
+/// of 112-byte slots, one slot in four has it on another cache line than its start.
 const FIRST_SEGMENT_END: usize = 7;
 
 /// A ring over shared pages.
@@ -184,18 +184,18 @@ impl SharedRing {
         self.words.index(Index::RspEvent)
     }
 
-    /// The words of the slot that request `index` stands in.
+    /// The words of the slot that holds request `index`.
     pub(crate) fn request(&self, index: u32) -> &[Word] {
         self.words.request((index & self.mask) as usize, self.request_words)
     }
 
-    /// Responses overwrite requests, and requests responses.
+    /// Whether responses and requests share slots and overwrite each other.
     fn is_union(&self) -> bool {
         matches!(self.layout, RingLayout::Union(_))
     }
 
-    /// Has the CPU fetch the slot of request `index`, as far as its first segment. In a union ring its
-    /// response overwrites it soon.
+    /// Prefetches the slot of request `index`, up to its first segment. In a union ring the response will
+    /// soon overwrite it.
     #[inline]
     pub(crate) fn prefetch_request(&self, index: u32) {
         let slot = self.request(index);
@@ -203,7 +203,7 @@ impl SharedRing {
         prefetch(slot.get(FIRST_SEGMENT_END), self.is_union());
     }
 
-    /// Has the CPU fetch the slot of response `index`. In a union ring a request overwrites it soon.
+    /// Prefetches the slot of response `index`. In a union ring a request will soon overwrite it.
     #[inline]
     pub(crate) fn prefetch_response(&self, index: u32) {
         if self.is_union() {
@@ -213,7 +213,7 @@ impl SharedRing {
         }
     }
 
-    /// The words of the slot that response `index` stands in.
+    /// The words of the slot that holds response `index`.
     pub(crate) fn response(&self, index: u32) -> &[Word] {
         self.words.response((index & self.mask) as usize, self.response_words)
     }
@@ -259,7 +259,7 @@ unsafe impl Sync for RawWords {}
 
 #[cfg(not(loom))]
 impl SharedRing {
-    /// Lays a ring over `pages`, touching none of them.
+    /// Lays a ring over `pages` without touching them.
     pub(crate) fn new(pages: RingPages, layout: RingLayout, order: u8) -> Result<Self, SetupError> {
         let (mask, request_words, response_words) = Self::geometry(layout, order)?;
         let (first, second) = layout.pages(order);
@@ -297,7 +297,7 @@ impl SharedRing {
         Ok(Self { words, layout, mask, request_words, response_words })
     }
 
-    /// Makes the ring empty, as a frontend does before it tells anyone of it (`SHARED_RING_INIT`).
+    /// Empties the ring, as a frontend does before it shares the pages (`SHARED_RING_INIT`).
     pub(crate) fn reset(&self, index: u32) {
         let event = index.wrapping_add(1);
         self.req_prod().store(index, Relaxed);
@@ -337,7 +337,7 @@ struct LoomWords {
 
 #[cfg(loom)]
 impl SharedRing {
-    /// A ring of `slots` slots; a real one has too many states for a model checker.
+    /// A ring of `slots` slots. A full-size one has too many states for a model checker.
     pub(crate) fn model(layout: RingLayout, slots: u32) -> Self {
         let (_, request_words, response_words) = Self::geometry(layout, 0).unwrap_or((0, 28, 28));
         let words = |n: usize| (0..n).map(|_| Word(loom::cell::UnsafeCell::new(0))).collect();

@@ -12,15 +12,14 @@ pub(crate) use {
     core::sync::atomic::{AtomicU32, Ordering},
 };
 
-/// A value on a cache line (pair, since CPUs fetch two) of its own.
+/// A value on a cache line of its own (a pair of lines, since CPUs fetch two).
 #[repr(align(128))]
 #[derive(Debug)]
 pub(crate) struct Aligned<T>(pub(crate) T);
 
-/// What the two halves of one side know of each other: how far each has come.
+/// What the two halves of one side know of each other: how far each has got.
 ///
-/// Each index has one writer and one reader, so there is nothing to contend for. This is all that
-/// stands where a lock around the whole ring used to be.
+/// Each index has one writer and one reader, so no lock around the ring is needed.
 #[derive(Debug)]
 pub(crate) struct Halves {
     /// Requests pushed (frontend) or taken (backend).

@@ -1,5 +1,5 @@
-//! The other end in C, made of Xen's own headers (`tests/c`): what it writes we must read, and the
-//! other way round, on every ring size and ABI.
+//! Talks to a C peer built from Xen's own headers (`tests/c`): each end must read what the other
+//! writes, on every ring size and ABI.
 
 #![cfg(not(loom))]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
@@ -18,8 +18,8 @@ use std::mem::{offset_of, size_of};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-/// Requests through each ring: the indices pass 2^32 half way. Fewer than a pipe holds events, so
-/// that an end that never sleeps cannot block the other.
+/// Requests sent through each ring; the indices wrap at 2^32 half way. A pipe holds more events than
+/// this, so an end that never sleeps cannot block the other.
 const COUNT: u32 = 50_000;
 const START: u32 = (COUNT / 2).wrapping_neg();
 
@@ -32,7 +32,7 @@ const LIMITS: Limits = Limits {
     discard: true,
 };
 
-/// How blkif.h is compiled to have an ABI's layout on this machine.
+/// The compiler flags that give blkif.h an ABI's layout on this machine.
 fn flags(abi: Abi) -> &'static [&'static str] {
     match abi {
         Abi::X86_64 => &[],
@@ -59,7 +59,7 @@ fn scratch(name: &str) -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).join(name)
 }
 
-/// Pairs of a C expression and what our types have for it.
+/// Pairs of a C expression and the value of our types for it.
 macro_rules! offsets {
     ($abi:ident, $($c:literal is $ours:ident { $($field:ident)+ })+) => {
         vec![$($((
@@ -101,8 +101,8 @@ macro_rules! structures {
     }};
 }
 
-/// Lets the compiler compare our sizes, offsets and ring sizes with those of Xen's headers: its own
-/// ABI, that of a true i386 compiler, and the packed one that stands in for i386 in the other tests.
+/// Has the C compiler compare our sizes, offsets and ring sizes with those of Xen's headers: for its
+/// own ABI, for that of a real i386 compiler, and for the packed one that stands in for i386 elsewhere.
 #[test]
 fn layouts_are_those_of_the_headers() {
     for (abi, flags, mut same) in [
@@ -136,7 +136,7 @@ fn draw(k: u32, n: u64) -> u64 {
     mix(u64::from(k) << 16 | n)
 }
 
-/// Request `k`, as peer.c has it too.
+/// Request `k`; peer.c generates the same.
 fn request(k: u32) -> Request {
     let sector = draw(k, 4) >> 2;
     let direct = |transfer| {
@@ -188,7 +188,7 @@ impl Peer {
         self.0.stdin.as_mut().unwrap().write_all(b"!").unwrap();
     }
 
-    /// Waits for an event. Fails when the peer is gone: it has said why on standard error.
+    /// Waits for an event. Fails if the peer is gone; it has given its reason on standard error.
     fn wait(&mut self) {
         let events = self.0.stdout.as_mut().unwrap().read(&mut [0; 4096]).unwrap();
         assert_ne!(events, 0, "the C peer gave up");
@@ -216,7 +216,7 @@ fn with_peer(abi: Abi, role: &str, test: impl Fn(&mut Peer, RingPages, RingLayou
     for order in 0..=MAX_RING_PAGE_ORDER {
         for start in [0, START] {
             let pages = Pages::new(1 << order);
-            // As a frontend leaves them: what is not written is not to be relied on.
+            // As a frontend leaves them: nothing may rely on what it does not initialize.
             for word in 16..pages.words().len() {
                 pages.set(word, 0xa5a5_a5a5);
             }
@@ -248,7 +248,7 @@ fn back(peer: &mut Peer, pages: RingPages, layout: RingLayout, order: u8) {
             assert_eq!(raw.validate(&LIMITS).map(|r| r.to_owned()), Ok(request(done)));
             done += 1;
         }
-        // The last one first: a backend answers in any order.
+        // Last one first: a backend may answer in any order.
         for k in (first..done).rev() {
             responses.push(&response(k)).unwrap();
         }
@@ -257,7 +257,7 @@ fn back(peer: &mut Peer, pages: RingPages, layout: RingLayout, order: u8) {
         }
         if done < COUNT && !requests.final_check().unwrap() {
             peer.wait();
-            // Whatever it was that woke it.
+            // As if something else had woken it.
             requests.withdraw();
         }
     }

@@ -1,5 +1,5 @@
-//! Random steps of the four handles against a model that counts without wrapping round, with a peer
-//! that keeps the rules and with one that writes anything anywhere between two steps.
+//! Random steps of the four handles against a model whose counts do not wrap, with a peer that keeps
+//! the rules and with one that writes anything anywhere between two steps.
 #![cfg(not(loom))]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -36,7 +36,7 @@ enum Step {
     PollResponses,
     PopResponses(u8),
     SleepFrontend,
-    /// The peer writes a word: where, counted from the indices, and what.
+    /// The peer writes a word: its position, counted from the indices, and its value.
     Scribble(u16, u32),
     /// The peer moves `req_prod` or `rsp_prod` from where it is.
     Nudge(bool, i8),
@@ -65,7 +65,7 @@ fn steps(hostile: bool) -> impl Strategy<Value = Vec<Step>> {
     vec(prop_oneof![6 => fair, u32::from(hostile) => foul], 1..200)
 }
 
-/// Both ends, and how far each has come, counted from 0.
+/// Both ends, and how far each has got, counted from 0.
 struct Ring {
     requests: RequestProducer,
     responses: ResponseConsumer,
@@ -128,15 +128,15 @@ impl Ring {
         allowed.into_iter().find(|&count| self.start.wrapping_add(count as u32) == index)
     }
 
-    /// What looking for requests must say: at most `slots` beyond the responses that were shown, and
-    /// none taken back.
+    /// What polling for requests must return: at most `slots` beyond the responses published, and never
+    /// fewer than seen before.
     fn see_requests(&mut self) -> Option<u64> {
         let seen = self.count(self.index(0), self.req.seen..=self.rsp.published + self.slots)?;
         self.req.seen = seen;
         Some(seen - self.req.taken)
     }
 
-    /// What looking for responses must say: at most one for each request that was shown.
+    /// What polling for responses must return: at most one for each request published.
     fn see_responses(&mut self) -> Option<u64> {
         let seen = self.count(self.index(2), self.rsp.seen..=self.req.published)?;
         self.rsp.seen = seen;
@@ -174,7 +174,7 @@ fn run(
     hostile: bool,
 ) -> Result<(), TestCaseError> {
     let mut ring = Ring::new(layout, start);
-    // What is on its way, and what the backend has still to answer.
+    // What is in transit, and what the backend has yet to answer.
     let (mut requests, mut responses, mut open) = (VecDeque::new(), VecDeque::new(), Vec::new());
     for step in steps {
         match step {

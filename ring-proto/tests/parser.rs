@@ -1,4 +1,4 @@
-//! What comes of any bytes in a slot, against the rules stated once more from blkif.h.
+//! Parses arbitrary bytes in a slot, against the rules of blkif.h restated independently.
 #![cfg(not(loom))]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -14,8 +14,8 @@ use ring_proto::{
 };
 use std::sync::Arc;
 
-/// Byte offsets of a slot's fields, as the header's comments and an i386 compiler have them; for the
-/// split layout, as docs/protocol.md has.
+/// Byte offsets of a slot's fields, as given by the header's comments and an i386 compiler; for the
+/// split layout, by docs/protocol.md.
 struct Offsets {
     id: usize,
     id_len: usize,
@@ -40,7 +40,7 @@ fn number(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |n, &byte| n << 8 | u64::from(byte))
 }
 
-/// The request that these bytes are, if they keep every rule.
+/// The request that these bytes encode, if they keep every rule.
 fn oracle(bytes: &[u8], layout: RingLayout, limits: &Limits) -> Option<Request> {
     let at = offsets(layout);
     let inside = |sector: u64, sectors: u64| {
@@ -107,7 +107,7 @@ fn oracle(bytes: &[u8], layout: RingLayout, limits: &Limits) -> Option<Request> 
     Some(Request { id, body })
 }
 
-/// Puts bytes where a frontend would, and takes them as a backend does.
+/// Puts bytes where a frontend would, and takes them out as a backend does.
 fn through_ring(bytes: &[u8], layout: RingLayout) -> RawRequest {
     let (pages, first, second) = ring_pages(layout, 0);
     let (start, indices): (usize, &Arc<Pages>) = match &second {
@@ -115,7 +115,7 @@ fn through_ring(bytes: &[u8], layout: RingLayout) -> RawRequest {
         Some(control) => (0, control),
     };
     let stride = offsets(layout).stride;
-    // Requests that leave as much as they can in what ours is copied into: nothing of it is to shine through.
+    // Requests that leave as much as possible where ours is copied to: none of it may show through.
     let full = |operation, detail| [&[operation, detail, 0xff, 0xff], &[0xff; 124][..]].concat();
     let before = [full(0, 0xff), full(6, 0), full(5, 1)];
     for (n, slot) in before.iter().map(|slot| &slot[..]).chain([bytes]).enumerate() {
@@ -162,7 +162,7 @@ fn limits_near(bytes: &[u8], layout: RingLayout, limits: Limits, by: i8) -> Limi
     let end = number(&bytes[at.sector..][..8]).wrapping_add(length);
     let sectors = end.wrapping_add_signed(by.into());
     let max_indirect_segments = half.wrapping_add_signed(by.into());
-    // Only one of the two at a time: the other must not hide it.
+    // Only one of the two limits at a time, so that neither hides the other.
     if bytes[0] == 6 && limits.discard {
         Limits { max_indirect_segments, sectors: u64::MAX, ..limits }
     } else {
@@ -170,7 +170,7 @@ fn limits_near(bytes: &[u8], layout: RingLayout, limits: Limits, by: i8) -> Limi
     }
 }
 
-/// A slot of bytes of which every field is likely to be near what is allowed.
+/// The bytes of a slot in which every field is likely to be near its limits.
 fn slot() -> impl Strategy<Value = [u8; 112]> {
     let body =
         (any::<[u8; 32]>(), uniform32(any::<u8>()), uniform32(any::<u8>()), any::<[u8; 16]>());
@@ -291,7 +291,7 @@ proptest! {
         };
         let (pages, first, _control) = ring_pages(layout, 0);
         let (mut requests, _) = front::create(pages.clone(), layout, 0).unwrap();
-        // Whatever the slot held before is not to shine through.
+        // Nothing that the slot held before may show through.
         for word in 16..64 {
             first.set(word, 0xdead_beef);
         }
@@ -313,7 +313,7 @@ proptest! {
             let (first, last) = if tame { (first % 4, 4 + last % 4) } else { (*first, *last) };
             bytes.extend([*a, *b, *c, *d, first, last, 0, 0]);
         }
-        // A tail that is no whole segment is none.
+        // A partial segment at the end is ignored.
         let segments: Vec<Segment> =
             decode_segments(&[&bytes[..], &[1, 2, 3]].concat()).collect();
         let again: Vec<u8> = segments.iter().flat_map(encode_segment).collect();

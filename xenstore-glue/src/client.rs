@@ -16,15 +16,15 @@
 //! ```
 //!
 //! One task owns the connection; [`Client`]s are handles to it, cheap to clone. Replies are
-//! matched to requests by their id, and watch events are put aside for their [`Watch`], so
-//! neither ever waits for the other, however slowly events are taken (XSA-349).
+//! matched to requests by id, and watch events are queued at their [`Watch`], so replies and
+//! events never wait for each other, however slowly events are taken (XSA-349).
 //!
 //! # When the connection is lost
-//! The task connects again, with growing pauses. Requests wait for that, however long it takes:
-//! those that were not answered are sent again, for whether they were carried out is unknown and
-//! doing them twice is the same as once. [`Client::transact`] starts over. Whoever cannot wait
-//! drops the future. Every watch is registered again, upon which xenstore fires each one once:
-//! whoever owns a watch reads anew what it covers, as on its first event.
+//! The task reconnects, with growing pauses. Requests wait for that, however long it takes.
+//! Unanswered ones are sent again: nobody knows whether they were carried out, and doing them
+//! twice is the same as once. [`Client::transact`] starts over. A caller that cannot wait drops
+//! the future. Every watch is registered again, and xenstore then fires it once: its owner reads
+//! again all that it covers, as on the first event.
 
 mod connection;
 mod nodes;
@@ -46,19 +46,20 @@ pub use nodes::Nodes;
 pub use transaction::{Commit, Transaction};
 pub use watch::Watch;
 
-/// The most requests that wait for a reply at a time; more wait their turn here. xenstored stops
-/// reading from an unprivileged domain beyond 20 (its quota "outstanding"). Over the kernel's device it is one.
+/// The most requests that may await a reply at a time; more are queued here. xenstored stops
+/// reading from an unprivileged domain beyond 20 (its quota "outstanding"). Over the kernel's
+/// device the limit is one.
 pub const MAX_OUTSTANDING: usize = 20;
-/// The most different paths that a [`Watch`] keeps while nobody takes them. Beyond, it forgets
-/// them all for one event on the watched path itself, which means "read everything again".
+/// The most different paths that a [`Watch`] keeps while nobody takes them. Beyond that, it replaces
+/// them all with one event on the watched path itself, which means "read everything again".
 pub const MAX_UNDRAINED_PATHS: usize = 1024;
 /// How often [`Client::transact`] tries before it gives up with [`Error::Conflict`]. libxl has no
-/// bound; a conflict that lasts this long is a fight that should be seen.
+/// bound, but a conflict that lasts this long should be reported.
 pub const TRANSACTION_ATTEMPTS: u32 = 32;
-/// Before another try where the domain has all transactions open that it may have: as long as one takes.
+/// The pause before another try when the domain has used up its transactions: about as long as one takes.
 const TRANSACTION_PAUSE: Duration = Duration::from_millis(50);
-/// Transactions of [`Client::transact`] that are open at a time; more of them wait. xenstored lets a
-/// domain have ten (`quota_max_transaction`), and there may be others in it, `xl devd` for one.
+/// The most transactions of [`Client::transact`] that are open at a time; more of them wait. xenstored
+/// allows a domain ten (`quota_max_transaction`), and other programs need some too, such as `xl devd`.
 pub const MOST_TRANSACTIONS: usize = 5;
 
 /// Where xenstore is.
@@ -71,7 +72,7 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    /// What libxenstore takes: the socket `$XENSTORED_PATH`, else xenstored's own socket if it
+    /// What libxenstore uses: the socket `$XENSTORED_PATH`, else xenstored's own socket if it
     /// exists, else the xenbus device.
     pub fn from_env() -> Self {
         if let Some(path) = std::env::var_os("XENSTORED_PATH") {
@@ -90,10 +91,10 @@ impl fmt::Display for Endpoint {
     }
 }
 
-/// Why something could not be had from xenstore.
+/// Why a xenstore operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// There was no connection to begin with.
+    /// The first connection could not be made.
     #[error("cannot reach xenstore at {endpoint}: {source}; is xenstored running?")]
     Connect {
         /// Where it was looked for.
@@ -112,10 +113,10 @@ pub enum Error {
         errno: Errno,
     },
     /// The connection on which a [`Transaction`] was started is gone, and the transaction with
-    /// it; or the tokio runtime that held the connection is gone, and everything with it.
+    /// it; or the tokio runtime that ran the connection is gone, and everything with it.
     #[error("the connection to xenstore was lost")]
     ConnectionLost,
-    /// The kernel did not take the request.
+    /// The kernel refused the request.
     #[error("the xenbus device refused {request:?} of {subject}: {source}")]
     Device {
         /// What was asked.
@@ -125,7 +126,7 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
-    /// A path is not one.
+    /// A path is invalid.
     #[error(transparent)]
     Path(#[from] BadPath),
     /// A request is too long to send, or a reply makes no sense.
@@ -137,7 +138,7 @@ pub enum Error {
         /// The node.
         path: String,
     },
-    /// A transaction met conflicting changes, or lost its connection, as often as it was tried.
+    /// Every attempt at a transaction met a conflict or lost its connection.
     #[error("a xenstore transaction met other changes or was cut off {TRANSACTION_ATTEMPTS} times")]
     Conflict,
 }
@@ -154,8 +155,8 @@ impl Error {
     /// Whether this domain has used up a quota of xenstored's: nodes, watches, transactions.
     pub fn is_quota(&self) -> bool {
         match self {
-            // One watch too many: of a watch there is nothing long to answer. Linux's device makes a system
-            // call's error of it, and `EINVAL` of those it does not know, such as oxenstored's `EQUOTA`.
+            // `E2BIG` here means one watch too many, as the reply is never long. Linux's device turns it into
+            // the system call's error, and names it does not know, such as `EQUOTA`, into `EINVAL`.
             Self::Refused { request: MessageType::Watch, errno: Errno::E2big, .. } => true,
             Self::Device { request: MessageType::Watch, source, .. } => matches!(
                 source.kind(),
@@ -176,14 +177,14 @@ impl Error {
 /// What the methods here return.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// A handle to a connection to xenstore; it ends with the last handle, watch and transaction.
+/// A handle to a connection to xenstore, which ends with its last handle, watch and transaction.
 ///
 /// Reads and writes are in [`Nodes`], which this dereferences to, as [`Transaction`] does:
 /// what takes a `&Nodes` works in and out of transactions.
 #[derive(Clone, Debug)]
 pub struct Client {
     nodes: Nodes,
-    /// Of those that may be open.
+    /// Permits for open transactions.
     transactions: Arc<Semaphore>,
 }
 
@@ -213,8 +214,8 @@ impl Client {
     /// once.
     ///
     /// # Errors
-    /// [`Error::Refused`] (`ENOSPC`: too many watches; told by [`Watch::next`] if the connection
-    /// was lost meanwhile), [`Error::Path`].
+    /// [`Error::Refused`] (`ENOSPC`: too many watches; reported by [`Watch::next`] instead if the
+    /// connection was lost meanwhile), [`Error::Path`].
     pub async fn watch(&self, path: &str) -> Result<Watch> {
         Watch::register(self.nodes.commands(), Path::new(path)?).await
     }
@@ -228,28 +229,28 @@ impl Client {
         Ok(Transaction::new(&self.nodes, guard))
     }
 
-    /// Runs `body` in a transaction and commits it; all of it again, up to
-    /// [`TRANSACTION_ATTEMPTS`] times, when that meets a conflict or the connection is lost.
-    /// `body` must have no effect but through the transaction.
+    /// Runs `body` in a transaction and commits it. On a conflict or a lost connection, repeats all
+    /// of it, up to [`TRANSACTION_ATTEMPTS`] times. `body` must have no effect except through the
+    /// transaction.
     ///
-    /// xenstored takes a node into a transaction when it is first touched. One that will meet a conflict may
-    /// therefore see half of a change, and be refused something for that. So what xenstore refuses to `body`
-    /// is its answer only when it is refused again.
+    /// xenstored copies a node into a transaction when it is first touched. A transaction that will meet a
+    /// conflict may therefore see half of a change, and a request in it may be refused because of that. So
+    /// a refusal ends the attempts only the second time.
     ///
-    /// A connection may be lost when xenstore has committed and not yet said so: then `body`
-    /// sees its own writes, and [`Transaction::may_be_done`] says that it may.
+    /// The connection may be lost after xenstore has committed, but before it says so. `body` then
+    /// sees its own writes, and [`Transaction::may_be_done`] returns `true`.
     ///
     /// # Errors
-    /// What `body` returned, the transaction being dropped, but the first [`Error::Refused`]; what
+    /// What `body` returns (except the first [`Error::Refused`]), after the transaction is dropped; what
     /// [`transaction`](Self::transaction) and [`Transaction::commit`] return;
     /// [`Error::Conflict`].
     pub async fn transact<T>(&self, body: impl AsyncFn(&Transaction) -> Result<T>) -> Result<T> {
-        // It is never closed.
+        // The semaphore is never closed.
         let _permit = self.transactions.acquire().await;
         let (mut may_be_done, mut refused) = (false, false);
         for attempt in 1..=TRANSACTION_ATTEMPTS {
             let mut transaction = match self.transaction().await {
-                // The domain has as many open as it may, of other programs too.
+                // The domain's quota is used up, perhaps by other programs.
                 Err(error) if error.is_quota() && attempt < TRANSACTION_ATTEMPTS => {
                     tokio::time::sleep(TRANSACTION_PAUSE).await;
                     continue;
@@ -287,7 +288,7 @@ impl Client {
     /// Makes xenstore forget a domain. Privileged.
     ///
     /// # Errors
-    /// As [`Nodes::read`]; `ENOENT` is also what a release gets that had to be sent again.
+    /// As [`Nodes::read`]; `ENOENT` also if the request had to be sent a second time.
     pub async fn release(&self, domid: u16) -> Result<()> {
         self.nodes.acknowledged(Request::Release(domid)).await
     }

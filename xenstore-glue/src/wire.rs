@@ -2,8 +2,8 @@
 //!
 //! A message is a 16-byte header of four native-endian `u32` (type, request id, transaction id,
 //! payload length) and a payload of at most [`PAYLOAD_MAX`] bytes. [`Decoder`] cuts a byte stream
-//! into [`Packet`]s, [`Request`] and [`Reply`] give their payloads a type, in both directions, so
-//! that the client and the embedded store share one codec.
+//! into [`Packet`]s; [`Request`] and [`Reply`] are their typed payloads. Both encode and decode, so
+//! the client and the embedded store share one codec.
 //!
 //! Values are bytes. Paths are [`Path`]s, checked when they are made.
 
@@ -21,8 +21,8 @@ pub use request::Request;
 
 /// Bytes of a message header, `struct xsd_sockmsg`.
 pub const HEADER_LEN: usize = 16;
-/// The most bytes a payload may have (`XENSTORE_PAYLOAD_MAX`). xenstored drops the connection of
-/// whoever sends more.
+/// The most bytes a payload may have (`XENSTORE_PAYLOAD_MAX`). xenstored drops the connection of a
+/// client that sends more.
 pub const PAYLOAD_MAX: usize = 4096;
 /// The most bytes an absolute path may have (`XENSTORE_ABS_PATH_MAX`).
 pub const ABS_PATH_MAX: usize = 3072;
@@ -138,8 +138,8 @@ impl fmt::Display for Errno {
 /// Why bytes are not a message, or a message cannot be bytes.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
-    /// The payload is longer than the protocol, or the transport, allows. Seen by [`Decoder`]
-    /// the stream is out of step: drop the connection.
+    /// The payload is longer than the protocol, or the transport, allows. From [`Decoder`] it means
+    /// that the stream is out of step: drop the connection.
     #[error("xenstore payload of {len} bytes is longer than the {max} allowed")]
     TooLong {
         /// Bytes of payload.
@@ -169,7 +169,7 @@ impl WireError {
     }
 }
 
-/// One message: the header's fields and the payload, not yet understood.
+/// One message: the header's fields and the payload, not yet decoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packet {
     /// The type's number; see [`MessageType::from_raw`].
@@ -183,7 +183,7 @@ pub struct Packet {
 }
 
 impl Packet {
-    /// Appends the message as it goes over the wire.
+    /// Appends the message in wire format.
     pub fn encode(&self, out: &mut Vec<u8>) {
         // Both constructors keep the payload below PAYLOAD_MAX.
         let len = u32::try_from(self.payload.len()).unwrap_or(u32::MAX);

@@ -27,7 +27,7 @@ pub(super) enum ConnectError {
 }
 
 impl ConnectError {
-    /// Whether it is for something of this host that another try may find mended.
+    /// Whether the cause is on this host and may be gone at the next try.
     pub(super) fn may_pass(&self) -> bool {
         match self {
             Self::Link(LinkError::Platform { source, .. }) => {
@@ -39,13 +39,13 @@ impl ConnectError {
     }
 }
 
-/// Whether a frontend issues its requests again, on new rings, when its backend has died.
+/// Whether a frontend reissues its requests on new rings when its backend has died.
 pub(super) async fn reissues(client: &Client, frontend: &str) -> Result<bool, client::Error> {
     let key = format!("{frontend}/{}", FrontendRequest::REISSUE_KEY);
     Ok(read_frontend(client, &key).await?.as_deref() == Some(b"1"))
 }
 
-/// Those of `keys` that are in a directory.
+/// Reads those of `keys` that exist in a directory.
 pub(super) async fn read_keys(
     client: &Client,
     dir: &str,
@@ -71,7 +71,7 @@ impl Device {
         let look = tokio::task::spawn_blocking(move || looked.refresh());
         let geometry = match tokio::time::timeout(OPEN_LOOK, look).await {
             Ok(refreshed) => refreshed.map_err(std::io::Error::other)??,
-            // It hangs, and the toolstack may want the device back meanwhile.
+            // The disk hangs, and the toolstack may want the device back meanwhile.
             Err(_) => storage.geometry(),
         };
         if self.machine.takes_over() {
@@ -87,7 +87,7 @@ impl Device {
             geometry: &geometry,
             tuning: &self.context.tuning,
             backend: &self.dir,
-            // Where the frontend does not need it, a record would cost time for nothing.
+            // A frontend that reissues needs no record, which would cost time for nothing.
             records: self.context.records.as_deref().filter(|_| !reissues),
             live: self.machine.takes_over(),
         };
@@ -110,14 +110,13 @@ impl Device {
         });
         self.connected = Some(agreement.queues);
         if let Some(properties) = self.properties() {
-            // Of a directory that is gone the frontend's state tells next.
+            // If the directory is gone, the next read of the frontend's state tells.
             self.write(&properties.to_keys()).await?;
         }
         Ok(())
     }
 
-    /// A frontend that is connected is not told of larger sectors: what it reads and writes would be
-    /// refused.
+    /// A connected frontend is not told of larger sectors: its reads and writes would be refused.
     async fn check_sectors(&self, now: u32) -> Result<(), ConnectError> {
         let keys = DeviceProperties::KEYS;
         let told = read_keys(&self.context.client, &self.dir, keys).await?;
@@ -125,12 +124,12 @@ impl Device {
             Ok(told) if now > told.sector_size => {
                 Err(ConnectError::Sectors { now, told: told.sector_size })
             }
-            // Nothing was written that makes sense: nothing was told.
+            // Without valid keys the frontend was told nothing.
             Ok(_) | Err(_) => Ok(()),
         }
     }
 
-    /// What the frontend has written, as far as it is to be read.
+    /// Reads the frontend's keys.
     pub(super) async fn frontend_request(&self) -> Result<FrontendRequest, ConnectError> {
         let mut values: HashMap<String, Vec<u8>> = HashMap::new();
         let names = FrontendRequest::KEYS.iter().map(|&key| key.to_owned()).collect();
@@ -154,7 +153,7 @@ impl Device {
         Ok(())
     }
 
-    /// What the frontend is told of the disk, if there is one.
+    /// What to tell the frontend about the disk, if there is one.
     pub(super) fn properties(&self) -> Option<DeviceProperties> {
         let Geometry {
             sectors, sector_size, physical_sector_size, read_only, discard, flush, ..
@@ -172,7 +171,7 @@ impl Device {
         })
     }
 
-    /// Lets go of the rings, when what is in flight is answered.
+    /// Lets go of the rings, once all requests in flight are answered.
     pub(super) async fn disconnect(&mut self) {
         if let Some(link) = &mut self.link {
             link.stop().await;

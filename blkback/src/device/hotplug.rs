@@ -1,4 +1,4 @@
-//! Making a disk ready to be connected, and the toolstack's hotplug script, which may have a say.
+//! Makes a disk ready to be connected, together with the toolstack's hotplug script, if there is one.
 
 use super::{Abandoned, Device, error_node, nodes};
 use ring_proto::DomId;
@@ -8,35 +8,35 @@ use tracing::info;
 use xenstore_glue::client;
 use xenstore_glue::xenbus::BackendEvent;
 
-/// After `Closed`, `xl devd` runs the script once more and then removes the directory. It is left this
-/// long for that: a script that finds its directory gone writes its complaint there, and so brings it
-/// back. libxl in dom0 waits 10 s for the directory to go.
+/// After `Closed`, `xl devd` runs the script once more and then removes the directory. We wait this
+/// long for that: a script that finds its directory gone writes an error there, and so recreates it.
+/// libxl in dom0 waits 10 s for the directory to go.
 const SCRIPT_GRACE: Duration = Duration::from_secs(8);
-/// Where no script runs, between `Closed` and the removal of the directory: libxl waits for the value
-/// of `state`, and takes a missing node for a failure.
+/// The pause between `Closed` and the removal of the directory if no script runs: libxl waits for the
+/// value of `state`, and takes a missing node for a failure.
 const RETIRE_GRACE: Duration = Duration::from_secs(1);
 
-/// While a disk is being opened: how often it is looked whether it is still wanted.
+/// How often to check whether a disk is still wanted while it is being opened.
 pub(super) const OPEN_LOOK: Duration = Duration::from_secs(1);
 
-/// What a hotplug script has to do with the disk.
+/// The state of a disk's hotplug script.
 ///
-/// The toolstack runs it when it has seen `InitWait`, and waits for no other state: a frontend that is
-/// quick would make us go on to `Connected` before it looks, and hot-attach would fail. Nor is a disk
-/// to be used that the script refuses, because another guest writes it, say.
+/// The toolstack runs the script once it has seen `InitWait`, and accepts no other state: a quick
+/// frontend would make us go on to `Connected` before it looks, and hot-attach would fail. Nor must a
+/// disk be used that the script refuses, say because another guest writes to it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Script {
-    /// None is named, or nobody runs it.
+    /// No script is named, or nobody runs it.
     None,
-    /// It has still to say that the disk may be used; until then, where it is not sure that it runs.
+    /// It has yet to say that the disk may be used. With a deadline if it is not certain to run.
     Awaited(Option<Instant>),
     /// It has said so.
     Ran,
 }
 
 impl Script {
-    /// `InitWait` was published: the script runs now, if anybody runs it. In dom0 the toolstack does; in
-    /// a driver domain `xl devd`, if it is there.
+    /// `InitWait` was published, so the script runs now, if at all: in dom0 the toolstack runs it, in a
+    /// driver domain `xl devd`, if present.
     pub(super) fn start(&mut self, own: DomId, timeout: Duration) {
         if let Self::Awaited(deadline) = self
             && own != DomId(0)
@@ -52,7 +52,7 @@ impl Script {
         }
     }
 
-    /// How long the directory of a closed device is left for others to remove.
+    /// How long to leave the directory of a closed device for others to remove.
     fn grace(self) -> Duration {
         match self {
             Self::Ran => SCRIPT_GRACE,
@@ -62,7 +62,7 @@ impl Script {
 }
 
 impl Device {
-    /// Opens the disk, and says in xenstore what came of it unless a script is to say that.
+    /// Opens the disk, and reports the outcome in xenstore, unless a script will report it.
     pub(super) async fn open_storage(&mut self) -> Result<(), Abandoned> {
         let script = self.description.script;
         if self.description.finds_disk && self.hotplug_status().await?.is_none() {
@@ -80,7 +80,7 @@ impl Device {
         self.connectable(if script { Script::Ran } else { Script::None }).await
     }
 
-    /// The path of the disk that a script has made.
+    /// The path of the disk that a script has set up.
     async fn found(&self) -> Result<Option<String>, client::Error> {
         if !self.description.finds_disk {
             return Ok(None);
@@ -92,7 +92,7 @@ impl Device {
         if let Some(path) = read("physical-device-path").await? {
             return Ok(Some(path));
         }
-        // Hexadecimal, as stat(1) has it.
+        // Hexadecimal, as stat(1) prints it.
         let device = read("physical-device").await?;
         let numbers = device.as_deref().and_then(|device| device.split_once(':'));
         let number = |text| u32::from_str_radix(text, 16).ok();
@@ -100,13 +100,13 @@ impl Device {
         Ok(numbers.map(|(major, minor)| format!("/dev/block/{major}:{minor}")))
     }
 
-    /// Opens the disk, or says why that cannot be done.
+    /// Opens the disk, or reports why it cannot be opened.
     async fn open(&mut self) -> Result<(), Abandoned> {
         let (description, direct) = (self.description.clone(), self.context.tuning.direct);
         let found = self.found().await?;
         let mut open = tokio::task::spawn_blocking(move || description.open(found, direct));
         let opened = loop {
-            // That may take long, or for ever: storage that hangs keeps no other disk from this one's place.
+            // That may take long, or for ever: hanging storage must not block another disk in this place.
             let opened = tokio::time::timeout(OPEN_LOOK, &mut open).await;
             if self.is_another().await? {
                 return self.feed(BackendEvent::DirectoryRemoved).await;
@@ -114,7 +114,7 @@ impl Device {
             if let Ok(opened) = opened {
                 break opened;
             }
-            // It is being detached, and nobody knows yet whether it can be used.
+            // It is being detached before we know whether it can be used.
             if !self.is_wanted(self.frontend_state().await?).await? {
                 return Ok(());
             }
@@ -139,8 +139,8 @@ impl Device {
         }
     }
 
-    /// Whether a daemon before us was told by the script that the disk may be used, or refused it by
-    /// itself and nobody else did.
+    /// Whether the script told a predecessor that the disk may be used, or only the predecessor itself
+    /// refused it.
     async fn has_consent(&self) -> Result<bool, client::Error> {
         let client = &self.context.client;
         Ok(match self.hotplug_status().await?.as_deref() {
@@ -157,7 +157,7 @@ impl Device {
         self.context.client.read_optional(&self.node("hotplug-status")).await
     }
 
-    /// The disk may be connected, as far as a script is concerned.
+    /// No script stands in the way of connecting the disk (any more).
     pub(super) async fn connectable(&mut self, script: Script) -> Result<(), Abandoned> {
         self.script = script;
         if self.storage.is_none() {
@@ -178,12 +178,12 @@ impl Device {
             return Err(Abandoned::InUse(error.to_string()));
         }
         self.fail(&error.to_string()).await?;
-        // One that is there already is of a daemon before us: nobody is told by a script any more.
+        // A status already there is a predecessor's: a script will not tell anybody any more.
         let is_new = self.hotplug_status().await?.is_none();
         let status = ("hotplug-status".to_owned(), "error".to_owned());
         self.write(&[("hotplug-error".to_owned(), error.to_string()), status]).await?;
-        // libxl looks for `InitWait` and nothing else, then at what the script says: without the former
-        // it would wait in vain and not say why. Our script tells it; others know nothing of us.
+        // libxl waits for `InitWait` and nothing else, then looks at the script's result. Without the
+        // former it waits in vain and cannot say why. Our script reports the error; others do not know us.
         if is_new && self.description.own_script && self.context.platform.domid() == DomId(0) {
             self.script = Script::Awaited(None);
             return Ok(());
@@ -191,7 +191,7 @@ impl Device {
         self.feed(BackendEvent::StorageFailed).await
     }
 
-    /// What the script says, if it has to.
+    /// Reads the script's result, if one is awaited.
     pub(super) async fn look_for_script(&mut self) -> Result<(), Abandoned> {
         if !matches!(self.script, Script::Awaited(_)) {
             return Ok(());
@@ -199,13 +199,13 @@ impl Device {
         match self.hotplug_status().await?.as_deref() {
             None => {}
             Some(b"connected") => self.connectable(Script::Ran).await?,
-            // The toolstack takes the device away.
+            // The toolstack removes the device.
             Some(_) => self.script = Script::Awaited(None),
         }
         Ok(())
     }
 
-    /// Lets go of the disk, elsewhere: that may take long, or hang.
+    /// Closes the disk on another thread, because that may take long, or hang.
     pub(super) async fn close_storage(&mut self) {
         if let Some(storage) = self.storage.take() {
             let close = tokio::task::spawn_blocking(move || drop(storage));
@@ -213,8 +213,8 @@ impl Device {
         }
     }
 
-    /// The toolstack has asked for the device to go, and it is closed. In dom0 the toolstack removes its
-    /// directory; elsewhere `xl devd` does, or if there is none, we do.
+    /// The toolstack wants the device removed, and it is closed. In dom0 the toolstack removes its
+    /// directory; elsewhere `xl devd` does, or we do if there is none.
     pub(super) async fn retire(&mut self) -> Result<(), Abandoned> {
         info!("device removed");
         self.close_storage().await;
@@ -229,7 +229,7 @@ impl Device {
             match client.read_optional(&online).await?.as_deref() {
                 Some(b"0") if Instant::now() < until => {}
                 Some(b"0") => break,
-                // Removed, or attached anew.
+                // Removed, or attached again.
                 _ => return Ok(()),
             }
         }

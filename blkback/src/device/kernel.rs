@@ -1,16 +1,16 @@
-//! Linux's own backend, which serves disks of the kind `vbd` wherever it is loaded.
+//! Linux's own backend, which serves disks of kind `vbd` wherever it is loaded.
 
 use std::path::Path;
 use std::time::Duration;
 use tracing::{info, warn};
 use xenstore_glue::client::{self, Client};
 
-/// There while Linux's backend is loaded.
+/// Exists while Linux's backend is loaded.
 const DRIVER: &str = "/sys/bus/xen-backend/drivers/vbd";
-/// Between looks at whether it is gone: nothing announces that.
+/// How often to check whether it is gone, which nothing announces.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Waits until Linux's backend is not loaded: it would be on the same rings as we. `false` if the
+/// Waits until Linux's backend is not loaded, as it would serve the same rings as we. `false` if the
 /// device goes first.
 pub(super) async fn wait_until_gone(client: &Client, dir: &str) -> Result<bool, client::Error> {
     if !Path::new(DRIVER).exists() {

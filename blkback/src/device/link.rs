@@ -19,9 +19,9 @@ use tracing::warn;
 use xen_platform::{Access, EventChannel, Platform};
 use xenstore_glue::vbd::{Agreement, QueueKeys};
 
-/// How long a predecessor that was killed may hold its end of an event channel.
+/// How long a killed predecessor may hold its end of an event channel.
 const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(5);
-/// How often to look meanwhile.
+/// How often to retry meanwhile.
 const PREDECESSOR_LOOK: Duration = Duration::from_millis(10);
 
 /// Why the rings of a frontend could not be set up.
@@ -49,13 +49,13 @@ struct Ring {
     stats: Arc<RingStats>,
 }
 
-/// Rings that are served. They are told to stop when this is dropped; [`Link::stop`] also waits for them.
+/// Rings being served. Dropping this tells them to stop; [`Link::stop`] also waits for them.
 pub(super) struct Link {
     rings: Vec<Ring>,
-    /// What they know of the device's size, in 512-byte sectors.
+    /// The device's size as last told to them, in 512-byte sectors.
     sectors: u64,
     strategy: Strategy,
-    /// Each ring has a sender, until everything of the frontend's is let go of.
+    /// Each ring has a sender until it has let go of everything of the frontend's.
     alive: mpsc::Receiver<Infallible>,
     ended: UnboundedReceiver<RingEnded>,
 }
@@ -73,22 +73,22 @@ pub(super) struct LinkSetup<'a> {
     pub(super) tuning: &'a Tuning,
     /// The backend directory.
     pub(super) backend: &'a str,
-    /// Where to record what is in flight, for a frontend that cannot issue it again.
+    /// Where to record requests in flight, for a frontend that cannot reissue them.
     pub(super) records: Option<&'a Records>,
     /// The frontend is connected: a predecessor served these rings.
     pub(super) live: bool,
 }
 
 impl Link {
-    /// Maps, binds and starts every ring, and leaves the link in `place`. After an error it holds
-    /// the rings until the one that failed, which are to be [stopped](Self::stop).
+    /// Maps, binds and starts every ring, and leaves the link in `place`. After an error it holds the
+    /// rings before the one that failed, which must be [stopped](Self::stop).
     pub(super) async fn start<'a>(
         place: &'a mut Option<Self>,
         setup: &LinkSetup<'_>,
     ) -> Result<&'a Self, LinkError> {
         let geometry = setup.geometry;
         let large = geometry.sector_size > SECTOR_SIZE as u32;
-        // Segments do not address sectors of more than a page.
+        // Segments cannot address sectors larger than a page.
         if geometry.sector_size > PAGE_SIZE as u32 || large && !setup.agreement.large_sector_size {
             return Err(LinkError::SectorSize(geometry.sector_size));
         }
@@ -108,7 +108,7 @@ impl Link {
     pub(super) async fn ended(&mut self) -> RingEnded {
         match self.ended.recv().await {
             Some(ended) => ended,
-            // All have, and were told of.
+            // All rings have ended and been reported.
             None => std::future::pending().await,
         }
     }
@@ -127,7 +127,7 @@ impl Link {
         }
     }
 
-    /// Tells every ring of the device's new size, in 512-byte sectors. Returns what it was for them.
+    /// Tells every ring the device's new size, in 512-byte sectors. Returns the size they knew before.
     pub(super) fn resize(&mut self, sectors: u64) -> u64 {
         for ring in &self.rings {
             ring.control.resize(sectors);
@@ -135,10 +135,10 @@ impl Link {
         std::mem::replace(&mut self.sectors, sectors)
     }
 
-    /// Answers what is in flight, then unmaps and unbinds. May be dropped and called again.
+    /// Answers the requests in flight, then unmaps and unbinds. May be dropped and called again.
     pub(super) async fn stop(&mut self) {
         self.tell();
-        // Nothing is ever sent: this is the end of the last ring.
+        // Nothing is ever sent: this returns when the last ring has ended.
         let _ = self.alive.recv().await;
     }
 
@@ -157,15 +157,15 @@ impl Drop for Link {
 
 fn strategy(setup: &LinkSetup<'_>) -> Strategy {
     let LinkSetup { geometry, tuning, .. } = setup;
-    // Where others may have the disk, a predecessor that was killed is not waited for: what it still reads
-    // would land in pages that the guest uses for something else by now.
+    // A disk that others may open does not make us wait for a killed predecessor, whose reads in flight
+    // could then land in pages that the guest uses for something else by now.
     let may_pin = geometry.exclusive
         && match tuning.pin_grants {
             PinGrants::Auto => setup.platform.may_pin(),
             PinGrants::On => true,
             PinGrants::Off => false,
         };
-    // Where the device cares about the alignment of buffers, the guest's will not do, and ours will.
+    // If the device requires aligned buffers, the guest's pages will not do, but ours will.
     let aligned = geometry.buffer_alignment <= SECTOR_SIZE as u32;
     let mapped = aligned && (may_pin || !geometry.pins_buffers());
     if setup.agreement.persistent && mapped {
@@ -199,7 +199,7 @@ async fn start_ring(
         RingLayout::Union(_) => RingPages::Union(requests),
         RingLayout::Split => RingPages::Split(requests, map(&keys.response_refs)?),
     };
-    // First of all: while a predecessor lives this is refused, and from here on nobody but us touches
+    // Before anything else: this is refused while a predecessor lives, and from here on only we touch
     // the ring and its record.
     let channel = bind(setup, keys.port).await.map_err(refused)?;
     let (mut requests, responses) =
@@ -207,7 +207,7 @@ async fn start_ring(
             .map_err(|source| LinkError::Layout { ring, source })?;
     let inflight = inflight(setup, ring, keys, &mut requests).map_err(refused)?;
     if setup.live {
-        // It may have died between a response and its event.
+        // The predecessor may have died between a response and its event.
         channel.notify().map_err(refused)?;
     }
     let geometry = setup.geometry;
@@ -246,7 +246,7 @@ async fn bind(setup: &LinkSetup<'_>, port: Port) -> xen_platform::Result<Box<dyn
     let since = Instant::now();
     loop {
         match setup.platform.bind_interdomain(setup.peer, port) {
-            // A predecessor's has it as long as the kernel takes to take its io_uring apart.
+            // A predecessor holds it until the kernel has torn down its io_uring.
             Err(xen_platform::Error::Port { .. })
                 if setup.live && since.elapsed() < PREDECESSOR_PATIENCE =>
             {
@@ -257,7 +257,7 @@ async fn bind(setup: &LinkSetup<'_>, port: Port) -> xen_platform::Result<Box<dyn
     }
 }
 
-/// What is in flight on a ring, in memory that outlives us if the frontend needs that.
+/// The table of requests in flight on a ring, in memory that outlives us if the frontend needs it.
 fn inflight(
     setup: &LinkSetup<'_>,
     ring: usize,
@@ -279,7 +279,7 @@ fn inflight(
         if let Some(inflight) = setup.records.and_then(|records| records.take_up(name, requests)) {
             return Ok(inflight);
         }
-        // All that was taken is answered if nothing is there to be taken.
+        // If there is nothing to take, all that was taken has been answered.
         if !matches!(requests.poll(), Ok(0)) {
             warn!(ring, "no record of what is in flight: requests may be lost or done twice");
         }

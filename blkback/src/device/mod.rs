@@ -1,6 +1,6 @@
-//! One device, from the toolstack's nodes to its rings and back to nothing.
+//! One device, from the toolstack's nodes to its rings, until it is removed.
 //!
-//! The xenbus machine decides; this task reads xenstore for it and does what it says.
+//! The xenbus state machine decides; this task reads xenstore for it and carries out its actions.
 
 mod connect;
 mod hotplug;
@@ -31,17 +31,17 @@ use xenstore_glue::vbd::{BackendKind, BackendOffer, DevicePaths, QueueKeys, Virt
 use xenstore_glue::wire::Errno;
 use xenstore_glue::xenbus::{BackendAction, BackendEvent, BackendMachine, StalePeer, XenbusState};
 
-/// Between giving a device up and looking at it again: whatever is wrong with it, looking must not
+/// The pause between giving up a device and trying again: whatever is wrong with it, retries must not
 /// keep the daemon busy.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
-/// The same where a quota is used up: it takes an administrator. libxl waits 10 s for a disk that it detaches.
+/// The same when a quota is used up, which takes an administrator. libxl waits 10 s for a disk to detach.
 const QUOTA_PAUSE: Duration = Duration::from_secs(5);
 
-/// After a look at a frontend that wrote the state it had: it may do so as often as it likes, and a look can be
-/// a hundred reads of xenstore.
+/// The pause after a frontend has rewritten the state it had: it may do so as often as it likes, and
+/// each time can cost us a hundred reads of xenstore.
 const SAME_STATE_PAUSE: Duration = Duration::from_millis(20);
 
-/// What every device of a daemon shares.
+/// Shared by all devices of a daemon.
 #[derive(Clone)]
 pub(crate) struct Context {
     pub(crate) client: Client,
@@ -51,14 +51,14 @@ pub(crate) struct Context {
     /// Where rings are recorded for a successor, if that is possible.
     pub(crate) records: Option<Arc<Records>>,
     pub(crate) sizes: Sizes,
-    /// What serves the rings.
+    /// The threads that serve the rings.
     pub(crate) threads: Arc<Threads>,
     /// The daemon is about to exit.
     pub(crate) shutdown: watch::Receiver<bool>,
 }
 
-/// Serves a device until it is gone or the daemon exits. `changed` says that something in its
-/// directory has.
+/// Serves a device until it is gone or the daemon exits. `changed` signals a change in its
+/// directory.
 pub(crate) async fn serve(context: Context, paths: DevicePaths, changed: Arc<Notify>) {
     let name = VirtualDevice::from_number(paths.device)
         .map_or_else(|| paths.device.to_string(), |device| device.to_string());
@@ -74,19 +74,19 @@ pub(crate) async fn serve(context: Context, paths: DevicePaths, changed: Arc<Not
                     context.registry.remove(&path);
                     return forget(&context, &path).await;
                 }
-                // Half a directory: the toolstack writes it in one transaction, so this is none of its.
+                // A partial directory, so not the toolstack's, which writes all of it in one transaction.
                 Err(error @ Abandoned::Description(_)) => {
                     context.registry.remove(&path);
                     debug!(%error, "not a device (yet)");
                     unless_stopped(&context.shutdown, tokio::time::sleep(RETRY_PAUSE)).await;
                     let look = context.client.exists(&path);
-                    // It may have been given up before, and detached since then.
+                    // It may have been given up earlier, and detached since then.
                     if let Some(Ok(false)) = unless_stopped(&context.shutdown, look).await {
                         forget(&context, &path).await;
                     }
                     return;
                 }
-                // Tried again here, and not by who finds devices: it may be detached meanwhile.
+                // Retried here and not where devices are found: it may be detached meanwhile.
                 Err(error) => {
                     let says = error.to_string();
                     context.registry.update(&path, |view| view.error = Some(says.clone()));
@@ -103,7 +103,7 @@ pub(crate) async fn serve(context: Context, paths: DevicePaths, changed: Arc<Not
     .await;
 }
 
-/// Removes what was kept and said of a device that is gone.
+/// Removes the records and error nodes of a device that is gone.
 async fn forget(context: &Context, path: &str) {
     if let Some(records) = &context.records {
         records.forget(path);
@@ -115,7 +115,7 @@ async fn forget(context: &Context, path: &str) {
     }
 }
 
-/// What a device's task cannot go on after. Everything else is told to the frontend and the toolstack.
+/// Errors that end a device's task. All others are reported to the frontend and the toolstack.
 #[derive(Debug, thiserror::Error)]
 enum Abandoned {
     #[error("xenstore: {0}")]
@@ -126,7 +126,7 @@ enum Abandoned {
     Quota(client::Error),
     #[error(transparent)]
     Description(DescriptionError),
-    /// A guest uses the disk, through a daemon before us: it waits rather than lose it.
+    /// A guest uses the disk through a predecessor: it waits rather than lose the disk.
     #[error("a disk in use cannot be served yet: {0}")]
     InUse(String),
 }
@@ -148,11 +148,11 @@ impl Abandoned {
 enum End {
     /// Nobody wants the device any more.
     Gone,
-    /// The daemon exits; its successor takes the device up.
+    /// The daemon exits; its successor takes over the device.
     Stopped,
 }
 
-/// Where errors of a backend are told (`error_path` in Linux's xenbus_client.c).
+/// Where a backend reports errors (`error_path` in Linux's xenbus_client.c).
 fn error_dir(backend: &str) -> String {
     backend.replacen("/backend/", "/error/backend/", 1)
 }
@@ -161,8 +161,8 @@ fn error_node(backend: &str) -> String {
     format!("{}/error", error_dir(backend))
 }
 
-/// Reads a node of the frontend's. One that we may not read is as good as missing: its permissions
-/// are the frontend's to set.
+/// Reads one of the frontend's nodes. One that we may not read counts as missing, because the frontend
+/// sets its permissions.
 async fn read_frontend(client: &Client, path: &str) -> Result<Option<Vec<u8>>, client::Error> {
     match client.read_optional(path).await {
         Err(error) if error.errno() == Some(Errno::Eacces) => Ok(None),
@@ -170,7 +170,7 @@ async fn read_frontend(client: &Client, path: &str) -> Result<Option<Vec<u8>>, c
     }
 }
 
-/// Whether a frontend uses its disk: one that is being detached does so until it is closed.
+/// Whether a frontend uses its disk. When detached, it does so until it is closed.
 fn uses(frontend: Option<XenbusState>) -> bool {
     matches!(frontend, Some(XenbusState::Connected | XenbusState::Closing))
 }
@@ -201,8 +201,8 @@ async fn run(context: Context, paths: DevicePaths, changed: &Notify) -> Result<E
     }
 }
 
-/// Does `work`, unless the daemon is about to exit, and then at once: xenstore may be away, and what
-/// is asked of it not be answered for a long time.
+/// Does `work`, but drops it at once when the daemon is about to exit: xenstore may be away, and leave
+/// requests unanswered for a long time.
 pub(crate) async fn unless_stopped<T>(
     shutdown: &watch::Receiver<bool>,
     work: impl Future<Output = T>,
@@ -210,13 +210,13 @@ pub(crate) async fn unless_stopped<T>(
     let mut shutdown = shutdown.clone();
     tokio::select! {
         biased;
-        // A sender that is gone will not say it any more.
+        // Also if the sender is gone.
         _ = shutdown.wait_for(|&now| now) => None,
         done = work => Some(done),
     }
 }
 
-/// Waits for a change of the watched node itself: what a frontend makes below it is nothing to us.
+/// Waits for a change of the watched node itself; nodes that a frontend creates below it do not matter.
 async fn next(frontend: &mut Watch) -> Result<(), client::Error> {
     while frontend.next().await? != frontend.path() {}
     Ok(())
@@ -245,28 +245,28 @@ struct Device {
     /// The frontend's `state`.
     state_node: String,
     description: Description,
-    /// What the frontend makes its rings by, as it stands in the directory. At first that is a
-    /// predecessor's: what was agreed under it is to be kept, whatever we would offer now.
+    /// The offer in the directory, by which the frontend makes its rings. At first it is a
+    /// predecessor's: what was agreed under it must be kept, whatever we would offer now.
     offer: BackendOffer,
     storage: Option<Arc<dyn Storage>>,
-    /// The storage has another size.
+    /// The storage's size has changed.
     resized: Arc<Notify>,
-    /// It was tried to open the storage.
+    /// Opening the storage has been tried.
     opened: bool,
     link: Option<Link>,
     /// The frontend's keys that `link` was made from.
     connected: Option<Vec<QueueKeys>>,
     script: Script,
-    /// The state that the log has last.
+    /// The state that we last wrote.
     told: Option<XenbusState>,
-    /// The frontend's state when it was last looked at.
+    /// The frontend's state as last read.
     seen: Option<XenbusState>,
-    /// For all that the frontend can make happen as often as it likes.
+    /// For messages that the frontend can cause as often as it likes.
     log: Throttle,
 }
 
 impl Device {
-    /// What the toolstack wrote, and the watch on what the frontend does.
+    /// Reads what the toolstack wrote, and watches the frontend's state.
     async fn find(context: Context, paths: DevicePaths) -> Result<(Self, Watch), Abandoned> {
         let dir = paths.backend();
         let description = match Description::read(&context.client, &paths).await {
@@ -344,8 +344,8 @@ impl Device {
         Ok(())
     }
 
-    /// Gives the disk up where the frontend broke its ring, or a bug of ours may do so again. What failed for
-    /// something of this host may be had another time.
+    /// Gives up the disk if the frontend broke its ring, or a bug of ours might strike again. A failure of
+    /// something on this host is retried later if the disk is in use.
     async fn ring_ended(&mut self, RingEnded { ring, why }: RingEnded) -> Result<(), Abandoned> {
         let says = format!("ring {ring}: {why}");
         if matches!(why, Exit::Queue(_) | Exit::Platform(_)) && uses(self.frontend_state().await?) {
@@ -359,7 +359,7 @@ impl Device {
         format!("{}/{key}", self.dir)
     }
 
-    /// Says what went wrong, in the log and where the toolstack looks (`xenbus_dev_error` in Linux).
+    /// Reports an error in the log and where the toolstack looks for it (`xenbus_dev_error` in Linux).
     async fn fail(&self, what: &str) -> Result<(), Abandoned> {
         let admitted = self.log.admits();
         if admitted {
@@ -367,7 +367,7 @@ impl Device {
         }
         self.context.registry.update(&self.dir, |view| view.error = Some(what.to_owned()));
         match self.context.client.write(&error_node(&self.dir), what).await {
-            // A quota, most likely: the device does not suffer from what cannot be said about it.
+            // A quota, most likely. The device works even if its error cannot be reported.
             Err(error) if error.errno().is_some() => {
                 if admitted {
                     warn!(%error, "cannot tell the toolstack");
@@ -378,7 +378,7 @@ impl Device {
         Ok(())
     }
 
-    /// Reads what the machine needs to know and feeds it.
+    /// Reads what the machine needs to know and feeds it in.
     async fn observe(&mut self) -> Result<(), Abandoned> {
         let client = self.context.client.clone();
         if !client.exists(&self.dir).await? || self.is_anew(&client).await? {
@@ -396,8 +396,8 @@ impl Device {
         let served = self.machine.is_connected();
         self.feed(BackendEvent::Online(online)).await?;
         self.feed(BackendEvent::Frontend(state)).await?;
-        // A watch does not show the states in between: a frontend that started over and is connected
-        // again is told by its keys.
+        // A watch may miss states in between: a frontend that has started over and is connected again
+        // is recognized by its keys.
         let settled = matches!(state, Some(XenbusState::Initialised | XenbusState::Connected));
         if settled && served && self.machine.is_connected() {
             match self.frontend_request().await {
@@ -414,7 +414,7 @@ impl Device {
         Ok(online.as_deref() == Some(b"1"))
     }
 
-    /// Whether the toolstack means the disk to be there, or its frontend uses it.
+    /// Whether the toolstack wants the disk to be there, or its frontend uses it.
     async fn is_wanted(&self, frontend: Option<XenbusState>) -> Result<bool, client::Error> {
         Ok(uses(frontend) || self.is_online().await?)
     }
@@ -424,24 +424,24 @@ impl Device {
         Ok(state.as_deref().and_then(XenbusState::parse))
     }
 
-    /// Whether our `state` is as the toolstack has made it: no backend writes that it is at its beginning.
+    /// Whether our `state` is as the toolstack created it: no backend ever writes `Initialising`.
     async fn is_untouched(&self, nodes: &Nodes) -> Result<bool, client::Error> {
         let state = nodes.read_optional(&self.node("state")).await?;
         Ok(state.as_deref().and_then(XenbusState::parse) == Some(XenbusState::Initialising))
     }
 
-    /// Whether the directory was removed and made anew since we wrote to it.
+    /// Whether the directory was removed and recreated since we wrote to it.
     async fn is_anew(&self, nodes: &Nodes) -> Result<bool, client::Error> {
         Ok(self.told.is_some() && self.is_untouched(nodes).await?)
     }
 
-    /// Whether the frontend uses the disk through a daemon before us.
+    /// Whether the frontend uses the disk through a predecessor.
     async fn is_in_use(&self) -> Result<bool, client::Error> {
         let used = self.told.is_none() && uses(self.frontend_state().await?);
         Ok(used && !self.is_untouched(&self.context.client).await?)
     }
 
-    /// Whether the directory is not that of the disk that we know any more.
+    /// Whether the directory no longer describes the disk that we know.
     async fn is_another(&self) -> Result<bool, Abandoned> {
         match Description::read(&self.context.client, &self.paths).await {
             Ok(now) => Ok(now != self.description),
@@ -450,9 +450,9 @@ impl Device {
         }
     }
 
-    /// Tells the rings and the frontend of the disk's size, where that is not what they were told.
+    /// Tells the rings and the frontend the disk's size, if it has changed.
     async fn resize(&mut self) -> Result<(), Abandoned> {
-        // Whoever connects looks at the size itself.
+        // Connecting reads the size itself.
         let (Some(storage), Some(link)) = (&self.storage, &mut self.link) else { return Ok(()) };
         let now = storage.geometry().sectors;
         let before = link.resize(now);
@@ -463,7 +463,7 @@ impl Device {
         self.feed(BackendEvent::Resized).await
     }
 
-    /// Feeds the machine and does what it says, to the end.
+    /// Feeds the machine and carries out its actions, to the end.
     async fn feed(&mut self, event: BackendEvent) -> Result<(), Abandoned> {
         let mut actions: VecDeque<_> = self.machine.handle(event).into();
         while let Some(action) = actions.pop_front() {
@@ -517,13 +517,13 @@ impl Device {
         }
     }
 
-    /// Writes nodes of the backend directory, together; `false` if that is gone.
+    /// Writes nodes of the backend directory together; `false` if it is gone.
     async fn write(&self, nodes: &[(String, String)]) -> Result<bool, client::Error> {
         let (client, dir) = (&self.context.client, &self.dir);
         client
             .transact(async |transaction| {
-                // Writing would bring a directory back that the toolstack has removed, or be taken for
-                // another's that it has made since then.
+                // Writing would recreate a directory that the toolstack has removed, or land in a new
+                // one that it has created since.
                 if !transaction.exists(dir).await? || self.is_anew(transaction).await? {
                     return Ok(false);
                 }
@@ -543,7 +543,7 @@ impl Device {
     ) -> Result<(), Abandoned> {
         nodes.push(("state".to_owned(), state.value()));
         let written = self.write(&nodes).await?;
-        // The same one is written again where the toolstack has written over it.
+        // The same state is written again if the toolstack has overwritten it.
         if written && self.told.replace(state) != Some(state) && self.log.admits() {
             info!(%state);
         }

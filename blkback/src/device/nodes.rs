@@ -7,10 +7,10 @@ use xenstore_glue::client::{self, Client, Nodes};
 use xenstore_glue::disk::{Store, Target, TargetError};
 use xenstore_glue::vbd::DevicePaths;
 
-/// The hotplug script that says what we have said of a disk.
+/// Our hotplug script, which passes on what we report about a disk.
 const OWN_SCRIPT: &str = "block-blkback";
-/// Scripts that leave a target as it is: ours, and Xen's for devices and for tapdisk. What another one makes of a
-/// target, that finds out by itself (xl-disk-configuration(5), script=).
+/// Scripts that leave a target as it is: ours, and Xen's for devices and for tapdisk. Any other script
+/// turns the target into a disk by itself (xl-disk-configuration(5), script=).
 const PLAIN_SCRIPTS: [&str; 3] = [OWN_SCRIPT, "block", "blktap"];
 
 /// A device's backend directory, as libxl fills it.
@@ -19,7 +19,7 @@ pub(super) struct Description {
     /// The frontend's directory.
     pub(super) frontend: String,
     pub(super) frontend_id: DomId,
-    /// The target, in the words of the disk line.
+    /// The target, as in the disk line.
     pub(super) params: String,
     /// `xvda` and the like.
     pub(super) name: String,
@@ -29,15 +29,15 @@ pub(super) struct Description {
     pub(super) cdrom: bool,
     pub(super) removable: bool,
     pub(super) discard: bool,
-    /// The toolstack means to run a hotplug script.
+    /// The toolstack will run a hotplug script.
     pub(super) script: bool,
-    /// It is [`OWN_SCRIPT`].
+    /// The script is [`OWN_SCRIPT`].
     pub(super) own_script: bool,
-    /// It is none of [`PLAIN_SCRIPTS`].
+    /// The script is none of [`PLAIN_SCRIPTS`].
     pub(super) finds_disk: bool,
 }
 
-/// Why a device is refused before its frontend was even looked at.
+/// Why a device is refused even before its frontend is examined.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DescriptionError {
     #[error("cannot read the device's directory: {0}")]
@@ -64,8 +64,8 @@ impl Description {
         };
         let is = |value: Option<String>, what: &str| value.as_deref() == Some(what);
         let frontend = text("frontend").await?.ok_or(DescriptionError::Missing("frontend"))?;
-        // Whoever may write this directory is the toolstack, or we ourselves. A frontend path that is
-        // not the one this directory belongs to is a mistake we must not act on.
+        // Only the toolstack and we ourselves may write this directory. A frontend path that does not
+        // match it is a mistake that we must not act on.
         if frontend != paths.frontend() {
             let path = paths.backend();
             return Err(DescriptionError::Mismatch { key: "frontend", value: frontend, path });
@@ -99,14 +99,14 @@ impl Description {
         })
     }
 
-    /// The target as its line has it: libxl writes `aio:` in front of it for `backendtype=tap`.
+    /// The target as in the disk line: libxl prepends `aio:` for `backendtype=tap`.
     pub(super) fn target(&self) -> String {
         let target = self.params.parse().map(|target: Target| target.to_string());
         target.unwrap_or_else(|_| self.params.clone())
     }
 
-    /// Opens the disk: that at the path which a script has found, or as its line has it. Blocks as long as
-    /// the device does.
+    /// Opens the disk at the path that a script has found, or else the one named in its disk line. Blocks
+    /// as long as the device does.
     pub(super) fn open(
         &self,
         found: Option<String>,
@@ -124,14 +124,14 @@ impl Description {
         Ok(storage::open(&target, options)?)
     }
 
-    /// Whether the size is another's to say: that of a file or a block device.
+    /// Whether the size may change under us, as that of a file or a block device may.
     pub(super) fn can_resize(&self) -> bool {
         self.params.parse().is_ok_and(|target: Target| matches!(target.store, Store::Path(_)))
     }
 }
 
-/// Removes a device's directory, and that of its frontend's domain if nothing is left in it: each
-/// domain that comes and goes would leave a node to this one's quota.
+/// Removes a device's directory, and that of its frontend's domain if it is empty then: a node left by
+/// every domain that comes and goes would use up our quota.
 pub(super) async fn remove_with_parent(nodes: &Nodes, dir: &str) -> Result<(), client::Error> {
     nodes.rm(dir).await?;
     let Some((parent, _)) = dir.rsplit_once('/') else { return Ok(()) };
@@ -141,7 +141,7 @@ pub(super) async fn remove_with_parent(nodes: &Nodes, dir: &str) -> Result<(), c
         _ => return Ok(()),
     }
     match nodes.rm(parent).await {
-        // The toolstack's own, which it cleans up itself.
+        // It is the toolstack's, which cleans it up itself.
         Err(error) if error.errno().is_some() => Ok(()),
         other => other,
     }

@@ -1,12 +1,12 @@
-//! A limit to what one device writes into the log: its guest decides how often things happen to it.
+//! Limits what one device writes to the log, since its guest decides how often things happen.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tracing::warn;
 
-/// Messages at once: what a device says from attach to detach when all is well.
+/// Messages at once: as many as a device logs from attach to detach when all is well.
 const BURST: u32 = 10;
-/// One more message each: what a log can take from a host full of hostile guests.
+/// The time between further messages: what a log can take from a host full of hostile guests.
 const REFILL: Duration = Duration::from_secs(1);
 
 /// A token bucket for messages that a guest can cause at will.
@@ -26,7 +26,7 @@ impl Throttle {
         Self(Mutex::new(Bucket { tokens: BURST, since: Instant::now(), suppressed: 0 }))
     }
 
-    /// Whether a message may be written now. Says how many were not before one that may.
+    /// Whether a message may be written now. If so, first logs how many were suppressed before it.
     pub(super) fn admits(&self) -> bool {
         // No code that holds it can panic.
         let admitted = self.0.lock().unwrap_or_else(PoisonError::into_inner).take(Instant::now());
@@ -47,7 +47,7 @@ impl Drop for Throttle {
 }
 
 impl Bucket {
-    /// Takes a token, if there is one: the number of messages that found none before.
+    /// Takes a token, if there is one, and returns the number of messages suppressed before.
     fn take(&mut self, now: Instant) -> Option<u64> {
         let elapsed = now.saturating_duration_since(self.since).as_secs() / REFILL.as_secs();
         if let Ok(earned @ 1..) = u32::try_from(elapsed) {
@@ -78,16 +78,16 @@ mod tests {
         let (mut written, mut reported) = (0, 0);
         const MESSAGES: u32 = 100_000;
         for message in 0..MESSAGES {
-            // A thousand a second.
+            // A thousand per second.
             if let Some(suppressed) = bucket.take(start + Duration::from_millis(message.into())) {
                 written += 1;
                 reported += suppressed;
             }
         }
-        // In the 99.999 seconds after the first message 99 were added.
+        // In the 99.999 seconds after the first message, 99 tokens were added.
         assert_eq!(written, u64::from(BURST) + 99);
         assert_eq!(written + reported + bucket.suppressed, u64::from(MESSAGES));
-        // Silence fills it to the brim, and no further.
+        // Silence fills the bucket, and no further.
         let later = start + Duration::from_secs(1_000_000);
         let admitted = (0..2 * BURST).filter(|_| bucket.take(later).is_some()).count();
         assert_eq!(admitted, BURST as usize);

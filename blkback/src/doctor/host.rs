@@ -1,4 +1,4 @@
-//! What Linux has to be like, on Xen or not.
+//! Requirements on Linux, with or without Xen.
 
 use super::Finding;
 use blkback::config;
@@ -7,15 +7,15 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-/// What one ring keeps pinned where the disk is a file, and data is copied on the way: 64 buffers of a page.
+/// What one ring keeps pinned if the disk is a file and data is copied: 64 buffers of a page.
 const PINNED_A_RING: u64 = 64 << 12;
-/// A ring with its event channel, eventfd, io_uring and gntdev files has about this many open.
+/// Files that a ring has open, roughly: event channel, eventfd, io_uring and gntdev.
 const FILES_A_RING: u64 = 8;
-/// Rings of a host that is not small: what there should be room for.
+/// Rings of a host that is not small, for which there should be room.
 const MANY_RINGS: u64 = 128;
-/// Mappings of a ring that uses all it may: its persistent grants, and those of requests in flight.
+/// The most mappings of a ring: its persistent grants, and those of requests in flight.
 const MAPS_A_RING: u64 = 1056 + 2048;
-/// What the package sets `vm.max_map_count` to.
+/// The package's setting of `vm.max_map_count`.
 const MANY_MAPS: u64 = 1 << 20;
 
 pub(super) fn findings() -> Vec<Finding> {
@@ -55,8 +55,8 @@ fn memlock() -> Finding {
     }
 }
 
-/// Whether what this process pins is not counted (`capable(CAP_IPC_LOCK)` in Linux's io_uring): true
-/// of root, unless its capabilities were taken away.
+/// Whether the limit does not apply to this process (`capable(CAP_IPC_LOCK)` in Linux's io_uring), as
+/// for root, unless its capabilities were taken away.
 fn has_ipc_lock() -> bool {
     /// Its number, from linux/capability.h.
     const CAP_IPC_LOCK: u32 = 14;
@@ -102,8 +102,8 @@ fn configuration() -> Finding {
     }
 }
 
-/// Whether a disk's file or device can be read past the page cache. By whoever asks: the service's sandbox
-/// may see less.
+/// Whether a disk's file or device can bypass the page cache. Checked as the current user: the
+/// service's sandbox may see less.
 pub(super) fn direct_io(path: &Path) -> Finding {
     let about = path.display().to_string();
     match std::fs::metadata(path).map(|found| found.file_type()) {

@@ -1,4 +1,4 @@
-//! `blkback doctor`: what is missing on this host, and how to mend it.
+//! `blkback doctor`: what is missing on this host, and how to fix it.
 
 mod host;
 mod xen;
@@ -35,11 +35,11 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// What was found out about one thing.
+/// The result of one check.
 struct Finding {
     about: String,
     verdict: Verdict,
-    /// How it is.
+    /// What was found.
     found: String,
     /// What to do about it.
     remedy: Option<String>,
@@ -60,10 +60,10 @@ impl Finding {
     }
 }
 
-/// Looks at everything and tells.
+/// Runs all checks and prints the results.
 ///
 /// # Errors
-/// When it cannot be written. What is wrong with the host shows in the exit status.
+/// If the output cannot be written. Problems of the host show in the exit status.
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mut findings = xen::findings();
     findings.extend(host::findings());

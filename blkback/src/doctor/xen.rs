@@ -1,4 +1,4 @@
-//! What Xen and its toolstack have to be like.
+//! Requirements on Xen and its toolstack.
 
 use super::Finding;
 use ring_proto::abi::MAX_INDIRECT_SEGMENTS;
@@ -11,7 +11,7 @@ use xenstore_glue::client::Endpoint;
 
 /// How long xenstore may take to answer.
 const XENSTORE_TIMEOUT: Duration = Duration::from_secs(5);
-/// What one map call must be able to take, in pages.
+/// The most pages that one map call must support.
 const LARGEST_MAP: u64 = MAX_INDIRECT_SEGMENTS as u64;
 
 pub(super) fn findings() -> Vec<Finding> {
@@ -62,7 +62,7 @@ fn device_file(device: Device, endpoint: &Endpoint) -> Finding {
 fn xenstore(endpoint: Endpoint) -> Finding {
     let (told, answer) = mpsc::channel();
     let place = endpoint.to_string();
-    // A thread, because the xenbus device makes readers wait for ever if xenstored is not there.
+    // On a thread, because the xenbus device blocks readers for ever if there is no xenstored.
     std::thread::spawn(move || told.send(xen::own_domid(&endpoint)));
     let remedy = "in dom0: systemctl start xenstored xen-init-dom0; anywhere else the toolstack \
                   answers for it";
@@ -97,7 +97,8 @@ fn kernel_backend() -> Finding {
     Finding::ok(ABOUT, "this kernel has none")
 }
 
-/// Where modprobe looks for its configuration: of files of one name, the first counts (modprobe.d(5)).
+/// Where modprobe looks for its configuration: of files with the same name, the first counts
+/// (modprobe.d(5)).
 const MODPROBE: [&str; 5] = [
     "/etc/modprobe.d",
     "/run/modprobe.d",
@@ -106,7 +107,7 @@ const MODPROBE: [&str; 5] = [
     "/lib/modprobe.d",
 ];
 
-/// Whether modprobe's configuration says not to load it.
+/// Whether modprobe's configuration prevents loading it.
 fn is_kept_away() -> bool {
     let files = MODPROBE.iter().filter_map(|path| std::fs::read_dir(path).ok()).flatten().flatten();
     let mut seen = HashSet::new();

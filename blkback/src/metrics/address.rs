@@ -13,17 +13,17 @@ pub const DEFAULT_ADDRESS: &str = "unix:/run/blkback/stats.sock";
 pub enum Address {
     /// A unix socket, for its owner only.
     Unix(PathBuf),
-    /// A TCP port that only this host reaches; any user of it may read.
+    /// A TCP port that only this host can reach; any of its users may read.
     Loopback(SocketAddr),
 }
 
-/// Why a text is no [`Address`].
+/// Why a text is not an [`Address`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AddressError {
     /// Neither of the two forms.
     #[error("address {0:?} is neither unix:PATH nor HOST:PORT with localhost or an IP address")]
     Form(String),
-    /// Statistics tell what guests do, and there is no authentication.
+    /// Statistics show what guests do, and there is no authentication.
     #[error("address {0} is not a loopback address: statistics are served to this host only")]
     NotLoopback(SocketAddr),
 }
@@ -37,7 +37,7 @@ impl FromStr for Address {
             return if path.is_empty() { Err(form()) } else { Ok(Self::Unix(path.into())) };
         }
         let address = match text.strip_prefix("localhost:") {
-            // Not asked of a resolver, which may say anything.
+            // No resolver is asked, which might return anything.
             Some(port) => {
                 SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port.parse().map_err(|_| form())?)
             }

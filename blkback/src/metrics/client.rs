@@ -1,4 +1,4 @@
-//! The other end of [`super::Server`].
+//! The client of [`super::Server`].
 
 use super::STATS_PATH;
 use super::address::Address;
@@ -15,18 +15,18 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
-/// Bytes of an answer: some ten thousand rings.
+/// The longest answer, in bytes: some ten thousand rings.
 const MAX_ANSWER: usize = 64 << 20;
-/// For all of it. The daemon answers within milliseconds.
+/// For the whole exchange. The daemon answers within milliseconds.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Why there is no reading.
+/// Why fetching failed.
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
     /// Nobody listens there.
     #[error("connect to {0}")]
     Connect(Address, #[source] io::Error),
-    /// Something listens there, and does not speak HTTP as it should.
+    /// Something listens there that does not speak proper HTTP.
     #[error("ask {0} for statistics")]
     Http(Address, #[source] Box<dyn std::error::Error + Send + Sync>),
     /// Something else listens there.
@@ -35,10 +35,10 @@ pub enum FetchError {
     /// No answer.
     #[error("{0} did not answer in {FETCH_TIMEOUT:?}")]
     Timeout(Address),
-    /// The answer is no [`Snapshot`].
+    /// The answer is not a [`Snapshot`].
     #[error("{0} answered something else than statistics of this version")]
     Schema(Address, #[source] serde_json::Error),
-    /// The answer has another meaning.
+    /// The schema's version is another.
     #[error("{0} answered version {1} of the statistics: this program knows {ours}", ours = Snapshot::VERSION)]
     Version(Address, u32),
 }
@@ -90,7 +90,7 @@ where
     tokio::pin!(answer);
     tokio::select! {
         answer = &mut answer => answer,
-        // The connection ends as soon as it has handed on the last of the answer.
+        // The connection ends as soon as it has delivered the last of the answer.
         ended = connection => {
             ended.map_err(|e| http(address, e))?;
             answer.await

@@ -37,15 +37,15 @@ impl Distribution {
         buckets.fold(0, |sum, count| sum.saturating_add(*count))
     }
 
-    /// The mean; `None` of nothing.
+    /// The mean; `None` without values.
     pub fn mean(&self) -> Option<f64> {
         let count = self.count();
         (count > 0).then(|| self.sum as f64 / count as f64)
     }
 
     /// A number that `percent` of a hundred values do not exceed: the end of the bucket where the
-    /// quantile lies, so up to twice the quantile. `None` of nothing, and in the last bucket, which
-    /// has no end.
+    /// quantile lies, so up to twice the quantile. `None` without values, and in the last bucket,
+    /// which has no end.
     pub fn percentile(&self, percent: u64) -> Option<u64> {
         let count = u128::from(self.count());
         let rank = (count * u128::from(percent)).div_ceil(100).max(1);
@@ -57,7 +57,7 @@ impl Distribution {
         (bucket < Histogram::BUCKETS - 1).then(|| (1 << bucket) - 1)
     }
 
-    /// Bucket by bucket, `op` of this and `other`.
+    /// Applies `op` to this and `other`, bucket by bucket.
     pub(super) fn with(&self, other: &Self, op: fn(u64, u64) -> u64) -> Self {
         let at = |of: &Self, bucket| of.buckets.get(bucket).copied().unwrap_or(0);
         let buckets = 0..self.buckets.len().max(other.buckets.len());

@@ -1,10 +1,10 @@
-//! Statistics for those outside the daemon: as Prometheus text and as JSON, over HTTP.
+//! Statistics for users outside the daemon, as Prometheus text and as JSON, over HTTP.
 //!
-//! [`Snapshot`] is the one reading that both forms are written from, and the JSON document itself:
-//! its fields are the schema. Taking one loads the rings' counters, which costs a ring's thread no
-//! more than a cache line that has to come back to its core; no ring waits for a reader.
+//! Both forms are written from a [`Snapshot`], which is also the JSON document itself: its fields
+//! are the schema. Taking one loads the rings' counters, which costs a ring's thread no more than a
+//! cache line that must come back to its core; no ring waits for a reader.
 //!
-//! [`Server`] answers `GET /metrics` and `GET /stats`; [`fetch`] asks it.
+//! [`Server`] answers `GET /metrics` and `GET /stats`; [`fetch`] is its client.
 
 mod address;
 mod client;
@@ -25,5 +25,5 @@ pub use snapshot::{Derived, Device, Quantiles, Ring, Snapshot};
 
 /// Where the JSON document is.
 pub const STATS_PATH: &str = "/stats";
-/// Where the Prometheus text is: the path that Prometheus asks for if it is not told another.
+/// Where the Prometheus text is: the path that Prometheus asks for by default.
 pub const METRICS_PATH: &str = "/metrics";

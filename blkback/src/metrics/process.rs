@@ -1,16 +1,16 @@
-//! What the daemon itself uses.
+//! The daemon's own resource usage.
 
 use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage};
 use nix::sys::time::{TimeVal, TimeValLike};
 use serde::{Deserialize, Serialize};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-/// The process as a whole. What the kernel does not tell is 0.
+/// The process as a whole. Values that the kernel does not provide are 0.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Process {
     /// When it started, in seconds since 1970.
     pub start_time_s: u64,
-    /// How long it has run; of a [`super::Snapshot`], when that was taken.
+    /// How long it has run; in a [`super::Snapshot`], at the time it was taken.
     pub uptime_ms: u64,
     /// Processor time of all threads, user and system.
     pub cpu_ms: u64,
@@ -18,7 +18,7 @@ pub struct Process {
     pub resident_bytes: u64,
     /// Open file descriptors.
     pub open_fds: u64,
-    /// How many there may be.
+    /// The limit of open file descriptors.
     pub max_fds: u64,
 }
 

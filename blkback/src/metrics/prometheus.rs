@@ -6,17 +6,17 @@ use crate::ring::TIMED_ROUNDS;
 use crate::stats::Counts;
 use std::fmt::{self, Display, Write};
 
-/// What the answer's `Content-Type` is.
+/// The answer's `Content-Type`.
 pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 const NANOSECONDS: f64 = 1e9;
-/// Bits of the `le` bounds of times: 1 µs to 17 s by factors of 4. Each costs a series a ring, and
-/// `/stats` has the finer ones.
+/// Bits of the `le` bounds of times: 1 µs to 17 s by factors of 4. Each costs a series per ring;
+/// `/stats` has finer ones.
 const TIME_BITS: [usize; 13] = [10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32, 34];
-/// Bits of the `le` bounds of batches: a round is 16 requests at the most.
+/// Bits of the `le` bounds of batches: a round has at most 16 requests.
 const BATCH_BITS: [usize; 5] = [1, 2, 3, 4, 5];
 
-/// Writes `snapshot` out.
+/// Renders `snapshot`.
 pub(super) fn render(snapshot: &Snapshot) -> String {
     let mut out = Text(String::new());
     // Writing to a string does not fail.
@@ -24,7 +24,7 @@ pub(super) fn render(snapshot: &Snapshot) -> String {
     out.0
 }
 
-/// What has labels of its own: a device or a ring of one.
+/// A device or a ring, with its labels.
 struct Labelled<'a, T> {
     labels: String,
     of: &'a T,
@@ -181,8 +181,8 @@ impl Text {
     }
 }
 
-/// `kind` is among them because a stale directory of another kind may have the same numbers, and
-/// two series of the same labels spoil the whole answer.
+/// Includes `kind`, because a stale directory of another kind may have the same numbers, and two
+/// series with the same labels spoil the whole answer.
 fn labels(device: &Device) -> String {
     format!(
         "domain=\"{}\",kind=\"{}\",device=\"{}\",name=\"{}\"",

@@ -26,18 +26,18 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
-/// Connections at a time: a scraper, a few people. One more takes the place of the oldest, so that
-/// clients that say nothing cannot lock others out.
+/// Connections at a time: a scraper and a few people. One more replaces the oldest, so that silent
+/// clients cannot lock others out.
 pub(super) const MAX_CONNECTIONS: usize = 16;
-/// From accepting a connection to having closed it. There is one request on each.
+/// From accepting a connection to closing it. Each carries one request.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
-/// Bytes of a request's head; the least that hyper takes.
+/// The most bytes of a request's head; the least that hyper supports.
 const MAX_HEAD: usize = 8192;
-/// Headers of a request. Prometheus sends six.
+/// The most headers of a request. Prometheus sends six.
 const MAX_HEADERS: usize = 32;
 /// Connections that wait to be accepted.
 const BACKLOG: u32 = 32;
-/// How long nothing is accepted after that failed, as it does when descriptors run out.
+/// The pause after a failure to accept, such as when descriptors run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
 /// Who may connect: the daemon's user.
 const SOCKET_MODE: u32 = 0o600;
@@ -63,7 +63,7 @@ pub enum ListenError {
 
 /// Serves statistics.
 pub struct Server {
-    // Before the listener: a file that nobody answers on is a successor's to replace, and not ours to remove.
+    // Dropped before the listener: once nobody answers on it, the file may be a successor's.
     _file: Option<SocketFile>,
     listener: Listener,
     source: Source,
@@ -81,8 +81,8 @@ enum Listener {
 }
 
 impl Server {
-    /// Listens at `address`. On a unix socket a file that nobody answers on any more is replaced,
-    /// and its directory is made if only that is missing.
+    /// Listens at `address`. A unix socket's file on which nobody answers any more is replaced, and
+    /// its directory is created if only that is missing.
     ///
     /// # Errors
     /// [`ListenError`]
@@ -130,7 +130,7 @@ impl Server {
         }
     }
 
-    /// The port that was bound, for those who asked for port 0.
+    /// The port that was bound, after asking for port 0.
     #[cfg(test)]
     pub(super) fn port(&self) -> Option<u16> {
         match &self.listener {
@@ -206,7 +206,7 @@ fn response(status: StatusCode, kind: &'static str, body: String) -> Response<Fu
     response
 }
 
-/// Removes the file of a daemon that died.
+/// Removes the socket file of a daemon that died.
 async fn make_room(address: &Address, path: &Path) -> Result<(), ListenError> {
     let failed = |source| ListenError::Bind { address: address.clone(), source };
     let metadata = match std::fs::symlink_metadata(path) {
@@ -238,7 +238,7 @@ fn bind_unix(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     let socket = UnixSocket::new_stream()?;
     socket.bind(path)?;
     let file = SocketFile(path.to_owned());
-    // Nobody can connect before `listen`, so nobody does before the mode is right.
+    // Nobody can connect before `listen`, and by then the mode is right.
     std::fs::set_permissions(path, Permissions::from_mode(SOCKET_MODE))?;
     Ok((socket.listen(BACKLOG)?, file))
 }

@@ -1,4 +1,4 @@
-//! One reading of everything; its JSON form is what `/stats` answers.
+//! A reading of all statistics; its JSON form is the answer to `/stats`.
 
 use super::distribution::Distribution;
 use super::process::{Clock, Process};
@@ -8,11 +8,11 @@ use ring_proto::Reason;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// Everything, at one time.
+/// All statistics at one time.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Snapshot {
-    /// [`Snapshot::VERSION`] of the daemon. Fields may come without a new number; one that goes or
-    /// changes its meaning makes a new number.
+    /// [`Snapshot::VERSION`] of the daemon. Fields may be added without a new number; removing one or
+    /// changing its meaning takes a new number.
     pub version: u32,
     /// The daemon itself.
     pub process: Process,
@@ -47,7 +47,7 @@ pub struct Device {
     pub strategy: Option<String>,
     /// How the rings are laid out, while connected.
     pub layout: Option<String>,
-    /// What went wrong last.
+    /// The last error.
     pub error: Option<String>,
     /// Its rings, by number; none while not connected. Their counts start at 0 with each connection.
     pub rings: Vec<Ring>,
@@ -58,7 +58,7 @@ pub struct Device {
 /// A ring, or several together.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Ring {
-    /// What only grows.
+    /// The monotonic counters.
     #[serde(flatten)]
     pub counts: Counts,
     /// Persistent grants held now.
@@ -67,18 +67,18 @@ pub struct Ring {
     pub refused: BTreeMap<String, u64>,
     /// Requests taken from the ring at a time.
     pub batch: Distribution,
-    /// Nanoseconds from an event to when its requests were taken, of one round in
-    /// [`TIMED_ROUNDS`](crate::ring::TIMED_ROUNDS), as the next two.
+    /// Nanoseconds from an event to when its requests were taken. Like the next two, measured in one
+    /// round out of [`TIMED_ROUNDS`](crate::ring::TIMED_ROUNDS).
     pub ring_wait_ns: Distribution,
     /// Nanoseconds from when a request was taken to when the device had done it.
     pub device_ns: Distribution,
     /// Nanoseconds from when the device was done to when the frontend could see the response.
     pub completion_ns: Distribution,
-    /// What follows from the above.
+    /// Figures derived from the above.
     pub derived: Derived,
 }
 
-/// What follows from a ring's counts. Means and ratios of nothing are `null`.
+/// Figures derived from a ring's counts. Means and ratios are `null` without values.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Derived {
     /// Requests taken from the ring, refused ones included.
@@ -91,7 +91,7 @@ pub struct Derived {
     pub kicks_per_request: Option<f64>,
     /// Sleeps, per request.
     pub sleeps_per_request: Option<f64>,
-    /// System calls, those that send events included, per request.
+    /// System calls, including those that send events, per request.
     pub system_calls_per_request: Option<f64>,
     /// Requests taken at a time, on average.
     pub mean_batch: Option<f64>,
@@ -122,7 +122,7 @@ impl From<&Distribution> for Quantiles {
 }
 
 impl Snapshot {
-    /// Of the schema.
+    /// Version of the schema.
     pub const VERSION: u32 = 1;
 
     /// Reads everything.
@@ -182,7 +182,7 @@ impl Ring {
 
     /// What happened between `before` and this.
     pub fn since(&self, before: &Self) -> Self {
-        // A ring that has counted less than before is another, of a later connection.
+        // A ring that has counted less than before belongs to a later connection.
         let anew = self.batch.sum < before.batch.sum;
         let nothing = Self::default();
         self.with(if anew { &nothing } else { before }, u64::saturating_sub).derive()

@@ -1,4 +1,4 @@
-//! From the outside where that can be: sockets, and the grammar of the exposition format.
+//! Tests from the outside where possible: sockets, and the grammar of the exposition format.
 
 use super::server::MAX_CONNECTIONS;
 use super::*;
@@ -119,7 +119,7 @@ fn readings_add_up_and_differ() {
     let since = take(&registry).devices[1].rings[1].since(&rings[1]);
     assert_eq!((since.counts.rd_req, since.derived.requests), (3, 3));
     assert_eq!(since.device_ns, Distribution::default());
-    // Ring 0 has counted less: taken for a ring of another connection.
+    // Ring 0 has counted less, so it counts as a ring of another connection.
     assert_eq!(rings[0].since(&rings[1]), rings[0]);
 }
 
@@ -130,7 +130,7 @@ struct Exposition {
     samples: BTreeMap<(String, BTreeMap<String, String>), f64>,
 }
 
-/// Every line must be as the format's grammar has it, and every family in one piece.
+/// Every line must follow the format's grammar, and every family must be in one piece.
 fn parse(text: &str) -> Exposition {
     let mut read = Exposition::default();
     let mut family = String::new();
@@ -226,7 +226,7 @@ fn the_exposition_parses_back_to_what_was_counted() {
     }
 }
 
-/// A directory that goes with the test, and a socket in one below it that is not there yet.
+/// A directory for the test, and the path of a socket in one below it that does not exist yet.
 fn socket() -> (TempDir, PathBuf) {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("blkback/stats.sock");
@@ -237,12 +237,12 @@ async fn bound(path: &std::path::Path) -> Result<Server, ListenError> {
     Server::bind(&Address::Unix(path.to_owned()), registry(), Clock::start()).await
 }
 
-/// What the server answers to `request`, up to where it closes.
+/// The server's answer to `request`, up to the end of the connection.
 async fn raw(path: &std::path::Path, request: &str) -> String {
     let mut stream = UnixStream::connect(path).await.expect("a listener");
     stream.write_all(request.as_bytes()).await.expect("taken");
     let mut answer = Vec::new();
-    // Where the server has not read all of the request, a reset comes after the answer.
+    // If the server has not read all of the request, a reset follows the answer.
     if let Err(error) = stream.read_to_end(&mut answer).await {
         assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
     }
@@ -308,7 +308,7 @@ async fn the_json_is_read_back_over_either_socket() {
     }
 }
 
-/// The clock stands still but for what nobody but a timer can end.
+/// The clock is paused unless only a timer can make progress.
 #[tokio::test(start_paused = true)]
 async fn slow_clients_lock_nobody_out_and_are_hung_up_on() {
     let (_dir, path) = socket();

@@ -1,4 +1,4 @@
-//! Buffers of ours that data goes through where the device does not work on the guest's pages.
+//! Bounce buffers, for data that the device does not read or write in the guest's pages themselves.
 
 use ring_proto::SharedMemory;
 use ring_proto::abi::PAGE_SIZE;
@@ -6,21 +6,22 @@ use std::ops::Range;
 use std::sync::Arc;
 use xen_platform::LocalRegion;
 
-/// Buffers for requests that do not fit a page: their pages, and how many there are. Each ring has them, so
-/// that no guest can make us hold more than 8 MiB for one (XSA-300); that keeps any disk busy.
+/// Buffers for requests larger than a page: pages of each, and their number. Each ring has so many, so
+/// no guest can make us hold more than 8 MiB for one (XSA-300); that keeps any disk busy.
 const LARGER: [(usize, usize); 3] = [
     // A direct request.
     (11, 32),
-    // What Linux's frontend asks for at the most, 128 KiB.
+    // The most that Linux's frontend asks for, 128 KiB.
     (32, 16),
     // What blkif.h allows.
     (256, 4),
 ];
-/// Buffers of a page that are registered with the kernel: as many as most rings have in flight. Registering
-/// takes the memory at once; for larger buffers the kernel's look-up of pages is little beside the copying.
+/// One-page buffers registered with the kernel: as many as most rings have in flight. Registering
+/// allocates the memory at once. For larger buffers the kernel's page look-up is cheap compared to the
+/// copying.
 const REGISTERED: usize = 64;
 
-/// Page-aligned buffers of a few sizes, and of a page for each request that the ring can hold.
+/// Page-aligned buffers: one page for each request that the ring can hold, and some of larger sizes.
 pub(super) struct BouncePool {
     region: Arc<LocalRegion>,
     /// From small to large, in the order of the region.
@@ -39,13 +40,13 @@ struct Class {
 impl Class {
     fn new(base: usize, pages: usize, count: usize) -> Self {
         let size = pages * PAGE_SIZE;
-        // Taken from the end: the first are used most, and the others perhaps never touched.
+        // Taken from the end, so the first are used most, and the others perhaps never touched.
         Self { range: base..base + size * count, size, free: (0..count as u16).rev().collect() }
     }
 }
 
 impl BouncePool {
-    /// For a ring of `slots` requests, each of `pages` pages at the most.
+    /// For a ring of `slots` requests, each of at most `pages` pages.
     pub(super) fn new(slots: usize, pages: usize) -> xen_platform::Result<Self> {
         let mut classes = vec![Class::new(0, 1, slots)];
         let mut end = classes[0].range.end;
@@ -64,12 +65,12 @@ impl BouncePool {
         &self.region
     }
 
-    /// How many bytes of the region, from its start, are worth registering.
+    /// How many bytes at the start of the region are worth registering.
     pub(super) fn registered(&self) -> usize {
         self.classes[0].range.end.min(REGISTERED * PAGE_SIZE)
     }
 
-    /// A buffer for `bytes`, as a range of the region; `None` while all that are large enough are in use.
+    /// A buffer for `bytes`, as a range of the region; `None` while all large enough buffers are in use.
     pub(super) fn take(&mut self, bytes: usize) -> Option<Range<usize>> {
         let mut fitting = self.classes.iter_mut().filter(|class| bytes <= class.size);
         fitting.find_map(|class| {
@@ -90,12 +91,12 @@ impl BouncePool {
         self.region.base().as_ptr().wrapping_add(range.start)
     }
 
-    /// Gives memory that is not registered back to the kernel, while none of it is in use.
+    /// Gives the unregistered memory of classes that are not in use back to the kernel.
     pub(super) fn purge(&mut self) {
         let registered = self.registered();
         for Class { range, size, free } in &self.classes {
             if free.len() == range.len() / size {
-                // It fails for no range of the region.
+                // Cannot fail for a range within the region.
                 let first = range.start.max(registered);
                 let _ = self.region.release(first / PAGE_SIZE..range.end / PAGE_SIZE);
             }

@@ -1,13 +1,13 @@
-//! When things happened, for a share of the rounds.
+//! Timestamps, taken in a share of the rounds.
 
 use std::num::NonZeroU64;
 use std::time::Instant;
 
-/// One round in so many is timed. A look at the clock costs as much as half a request, and in a
-/// domain whose clock user space cannot read (no vDSO) a system call.
+/// One round in so many is timed. Reading the clock costs as much as half a request, and a system call
+/// in a domain whose clock user space cannot read (no vDSO).
 pub const TIMED_ROUNDS: u32 = 8;
 
-/// Nanoseconds since the ring began.
+/// Nanoseconds since the ring started.
 pub(super) type Nanos = NonZeroU64;
 
 /// The clock of a ring's thread.
@@ -26,7 +26,7 @@ impl Clock {
         NonZeroU64::MIN.saturating_add(self.epoch.elapsed().as_nanos() as u64)
     }
 
-    /// The time, if the round at hand is timed.
+    /// The time, if the current round is timed.
     pub(super) fn sample(&self) -> Option<Nanos> {
         self.rounds.is_multiple_of(TIMED_ROUNDS).then(|| self.now())
     }
@@ -36,7 +36,7 @@ impl Clock {
         self.rounds.wrapping_add(1).is_multiple_of(TIMED_ROUNDS).then(|| self.now())
     }
 
-    /// The next round is at hand.
+    /// Starts the next round.
     pub(super) fn tick(&mut self) {
         self.rounds = self.rounds.wrapping_add(1);
     }

@@ -1,26 +1,26 @@
 //! The requests that were taken from a ring and have not been answered.
 //!
-//! This is the ring thread's table of them, and a record for its successor: where its memory is a
-//! file's ([`Mapping`](xen_platform::Mapping)), it outlives the process. A frontend that cannot
-//! issue its requests again is then served on as if nothing had happened. The ring alone does not
-//! tell what to go on with: responses stand where requests stood, and requests are answered in any
-//! order. vhost-user keeps the same for split virtqueues (its inflight region).
+//! This is the ring thread's table of them, and a record for its successor: if its memory is a
+//! file's ([`Mapping`](xen_platform::Mapping)), it outlives the process, and a frontend that cannot
+//! reissue its requests is served on as if nothing had happened. The ring alone does not tell which
+//! requests are open: responses overwrite requests, and requests are answered in any order.
+//! vhost-user keeps the same for split virtqueues (its inflight region).
 //!
 //! A request is copied from the ring straight into its entry, so the record costs a few plain stores.
-//! In the order of their stores:
+//! The stores, in order:
 //!
 //! - taken: the copy and its number, `Taken`, then the header's count of requests taken;
 //! - answered: `Answered` with the number of its response; the response; after some of those
 //!   `rsp_prod` on the shared page, **which is the commit**; `Free`.
 //!
-//! Whoever finds the record later takes an entry as done if it is `Free` or its response lies before
-//! the shared `rsp_prod`. Every other one is outstanding, in the frontend's eyes too, so it may be
-//! carried out once more: nothing the frontend may rely on has happened yet.
+//! A successor takes an entry as done if it is `Free` or its response lies before the shared
+//! `rsp_prod`. Any other entry is outstanding, in the frontend's eyes too, so it may be carried out
+//! once more: nothing that the frontend may rely on has happened yet.
 //!
-//! A killed thread stops between two instructions; all stores before that are in memory, none behind
-//! it are. Other threads cannot see an order that differs, because none looks before this one has
-//! ended. So no fence of the CPU's is needed, and the compiler's (`compiler_fence`, as against a
-//! signal handler of the same thread) suffices.
+//! A killed thread stops between two instructions: all stores before that point are in memory, and
+//! none after it. Other threads cannot see another order, because none looks before this one has
+//! ended. So no CPU fence is needed; a compiler fence (`compiler_fence`, as against a signal handler
+//! of the same thread) suffices.
 
 use ring_proto::abi::PAGE_SIZE;
 use ring_proto::{RawRequest, RequestConsumer, RingError, RingLayout, SharedMemory, Words};
@@ -30,25 +30,25 @@ use std::sync::atomic::{AtomicU32, compiler_fence};
 use xen_platform::LocalRegion;
 
 const WORD: usize = size_of::<AtomicU32>();
-/// "blkR" in the file. Written last, when the rest is there.
+/// "blkR" in the file. Written last, when the rest is complete.
 const MAGIC: u32 = u32::from_le_bytes(*b"blkR");
-/// Of the format below. A record of another is not used.
+/// Of the format below. Records of other versions are not used.
 const VERSION: u32 = 1;
 
-/// Words of the header, a page.
+/// Words of the header, which takes a page.
 mod header {
     pub(super) const MAGIC: usize = 0;
     pub(super) const VERSION: usize = 1;
-    /// Length in bytes of what follows from [`IDENTITY`] on.
+    /// Length in bytes of the string at [`IDENTITY`].
     pub(super) const IDENTITY_LEN: usize = 2;
     /// Number of the next request to be taken. On a cache line of its own.
     pub(super) const REQ_CONS: usize = 16;
-    /// What ring, of what connection.
+    /// Which ring of which connection.
     pub(super) const IDENTITY: usize = 32;
     pub(super) const WORDS: usize = super::PAGE_SIZE / super::WORD;
 }
 
-/// Words of an entry: two cache lines, of which a request of four segments takes one.
+/// Words of an entry: two cache lines, of which a request of up to four segments takes one.
 mod entry {
     pub(super) const STATE: usize = 0;
     /// The request's number on the ring.
@@ -58,19 +58,19 @@ mod entry {
     pub(super) const WORDS: usize = 32;
 }
 
-/// What has become of an entry's request, in one word so that it changes at once.
+/// The state of an entry's request, in one word so that it changes atomically.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum State {
     Free,
     Taken,
-    /// Response number so much is its own, modulo [`State::NUMBERS`].
+    /// The number of its response, modulo [`State::NUMBERS`].
     Answered(u32),
 }
 
 impl State {
     const TAKEN: u32 = 1 << 30;
     const ANSWERED: u32 = 2 << 30;
-    /// Responses are told apart among as many. No two entries are further apart than a ring is long.
+    /// Response numbers are kept modulo this; no two entries are further apart than the ring's length.
     const NUMBERS: u32 = 1 << 30;
 
     const fn encode(self) -> u32 {
@@ -93,19 +93,19 @@ impl State {
     }
 }
 
-/// Why a record is not that of a ring as it was found.
+/// Why a record does not match a ring.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Misfit {
-    /// No record at all, or one that was never finished, or of another format.
+    /// Not a record, an unfinished one, or one of another format.
     #[error("it is none of this version")]
     Format,
     /// A record of another ring or another connection.
     #[error("it is of another connection")]
     Identity,
-    /// An entry that cannot be.
+    /// An impossible entry.
     #[error("entry {0} is damaged")]
     Entry(u16),
-    /// The ring was served without this record.
+    /// The ring was meanwhile served without this record.
     #[error("{open} requests are open, but {taken} were taken and {answered} answered")]
     Count {
         /// Entries of requests that are not answered.
@@ -115,7 +115,7 @@ pub enum Misfit {
         /// Responses published.
         answered: u32,
     },
-    /// The frontend has taken back what was taken from it.
+    /// The frontend has withdrawn requests that were already taken.
     #[error("more requests were taken than there are")]
     Unpublished,
     /// The frontend broke the ring.
@@ -123,38 +123,38 @@ pub enum Misfit {
     Ring(#[from] RingError),
 }
 
-/// A ring's requests from their taking until their response is published, by tag.
+/// A ring's requests, by tag, from when they are taken until their responses are published.
 pub struct Inflight {
     words: Words,
     layout: RingLayout,
     free: Vec<u16>,
-    /// Taken and not begun, the oldest last: what was open when this process took the ring over, or
-    /// a request that cannot start yet.
+    /// Taken but not started, the oldest last: requests that were open when this process took over
+    /// the ring, or one that cannot start yet.
     waiting: Vec<u16>,
-    /// Answered, and the response not published.
+    /// Answered, but the response is not yet published.
     answered: Vec<u16>,
 }
 
 impl Inflight {
-    /// Bytes of the memory for a ring of so many slots: a page, and 128 bytes a slot.
+    /// Bytes of memory for a ring of so many slots: a page, and 128 bytes per slot.
     pub const fn bytes(slots: u32) -> usize {
         ((header::WORDS + slots as usize * entry::WORDS) * WORD).next_multiple_of(PAGE_SIZE)
     }
 
-    /// What fits into a record to tell its ring from all others, in bytes.
+    /// The longest identity that fits in a record, in bytes.
     pub const MAX_IDENTITY: usize = (header::WORDS - header::IDENTITY) * WORD;
 
-    /// In memory of this process, for a frontend that issues its requests again by itself.
+    /// A table in memory of this process, for a frontend that reissues its requests by itself.
     ///
     /// # Errors
-    /// When there is no memory.
+    /// If there is no memory.
     pub fn private(requests: &RequestConsumer) -> xen_platform::Result<Self> {
         let memory = LocalRegion::new(Self::bytes(requests.slots()) / PAGE_SIZE)?;
         Ok(Self::create(Arc::new(memory), requests, ""))
     }
 
-    /// A new record in `memory`, which must be zeroed and [`Self::bytes`] long, of a ring of which
-    /// nothing is taken that is not answered.
+    /// A new record in `memory`, which must be zeroed and [`Self::bytes`] long, for a ring on which
+    /// every request taken has been answered.
     ///
     /// # Panics
     /// If the memory is too short, or `identity` too long.
@@ -176,8 +176,8 @@ impl Inflight {
         Self::over(words, requests, (0..requests.slots() as u16).rev().collect(), Vec::new())
     }
 
-    /// Takes up the record in `memory`. `requests` must be as attached: at the shared `rsp_prod`. It
-    /// is moved behind what was taken.
+    /// Takes over the record in `memory`. `requests` must be as attached, at the shared `rsp_prod`; it
+    /// is moved past the requests that were taken.
     ///
     /// # Errors
     /// Why the record is not used; `requests` is then as before.
@@ -215,7 +215,7 @@ impl Inflight {
             }
         }
         let mut taken = at(header::REQ_CONS);
-        // It ended between the entry and the count.
+        // It ended between storing the entry and the count.
         if open.iter().any(|&(index, _)| index == taken) {
             taken = taken.wrapping_add(1);
         }
@@ -231,7 +231,7 @@ impl Inflight {
             return Err(Misfit::Unpublished);
         }
 
-        // Whoever is stopped in here leaves a record of the same meaning.
+        // A process that ends here leaves a record with the same meaning.
         commit(&words[header::REQ_CONS], taken);
         for &(_, tag) in &open {
             commit(&entry(&words, tag)[entry::STATE], State::Taken.encode());
@@ -255,15 +255,15 @@ impl Inflight {
         Self { words, layout: requests.layout(), free, waiting, answered }
     }
 
-    /// Takes the next request of those that `requests` has seen into `raw`, and gives its tag. It is
-    /// recorded when this returns.
+    /// Takes the next of the requests that `requests` has seen into `raw`, and returns its tag. The
+    /// request is recorded when this returns.
     pub(super) fn take(
         &mut self,
         requests: &mut RequestConsumer,
         raw: &mut RawRequest,
     ) -> Option<u16> {
-        // As many are taken and their responses not published as there are slots at the most, so
-        // there is a tag where there is a request.
+        // Requests taken whose responses are not published number at most as many as there are slots,
+        // so for every request there is a free tag.
         let &tag = self.free.last()?;
         let entry = entry(&self.words, tag);
         let index = requests.index();
@@ -277,12 +277,12 @@ impl Inflight {
         Some(tag)
     }
 
-    /// Requests that were taken and not begun.
+    /// Number of requests taken but not started.
     pub fn waiting(&self) -> usize {
         self.waiting.len()
     }
 
-    /// The oldest of them, as [`Self::take`] gave it.
+    /// The oldest of them, as [`Self::take`] returned it.
     pub(super) fn resume(&mut self, raw: &mut RawRequest) -> Option<u16> {
         let tag = self.waiting.pop()?;
         let copy = &entry(&self.words, tag)[entry::REQUEST..];
@@ -290,19 +290,19 @@ impl Inflight {
         Some(tag)
     }
 
-    /// Puts a request off: it is the oldest of those not begun.
+    /// Postpones a request; it becomes the oldest of those not started.
     pub(super) fn put_off(&mut self, tag: u16) {
         self.waiting.push(tag);
     }
 
-    /// The response of request `tag` is the one with number `response`, about to be pushed.
+    /// Records that the response to request `tag` will be number `response`, about to be pushed.
     pub(super) fn answer(&mut self, tag: u16, response: u32) {
         let state = State::Answered(response).encode();
         commit(&entry(&self.words, tag)[entry::STATE], state);
         self.answered.push(tag);
     }
 
-    /// What was answered is published: its tags are free.
+    /// The responses so far are published: frees their tags.
     pub(super) fn published(&mut self) {
         for tag in self.answered.drain(..) {
             commit(&entry(&self.words, tag)[entry::STATE], State::Free.encode());
@@ -311,7 +311,7 @@ impl Inflight {
     }
 }
 
-/// Whether an entry's request has no response that was published, where `rsp_prod` is `published`.
+/// Whether an entry's request has no published response, given the shared `rsp_prod`, `published`.
 fn is_open(state: Option<State>, published: u32, slots: u32) -> Option<bool> {
     match state? {
         State::Free => Some(false),
@@ -328,13 +328,13 @@ fn entry(words: &[AtomicU32], tag: u16) -> &[AtomicU32; entry::WORDS] {
     &words[header::WORDS..].as_chunks().0[usize::from(tag)]
 }
 
-/// Up to four bytes as a word.
+/// Packs up to four bytes into a word.
 fn pack(bytes: &[u8]) -> u32 {
     bytes.iter().rev().fold(0, |word, &byte| word << 8 | u32::from(byte))
 }
 
-/// Stores a word behind all that was stored before, and before all that is stored later, in the
-/// eyes of whoever comes when this thread has ended.
+/// Stores a word after all earlier stores and before all later ones, as seen by a process that looks
+/// after this thread has ended.
 fn commit(word: &AtomicU32, value: u32) {
     compiler_fence(SeqCst);
     word.store(value, Relaxed);

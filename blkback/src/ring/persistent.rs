@@ -1,8 +1,8 @@
 //! Grants that stay mapped from request to request.
 //!
-//! Pages that a request is the first to use are mapped side by side, as one *run*: one call to the
-//! hypervisor, and from then on one look-up and one piece of memory for as much of a run as a request
-//! names in the same order. A frontend that hands its pages out last in, first out does so mostly.
+//! Pages that a request is the first to use are mapped contiguously, as one *run*, by one call to the
+//! hypervisor. From then on, as much of a run as a request names in the same order takes one look-up
+//! and is one piece of memory. A frontend that allocates its pages last in, first out mostly does so.
 
 use super::budget::Budget;
 use crate::stats::RingStats;
@@ -15,20 +15,20 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use xen_platform::{Access, MappedGrants, Platform};
 
-/// Persistent grants a ring keeps at the most: `xen_blkif_max_pgrants` of Linux's backend, 3 for
-/// every segment of 32 direct requests. It bounds the maptrack handles that one guest can hold.
+/// The most persistent grants that a ring keeps: `xen_blkif_max_pgrants` of Linux's backend, 3 for
+/// every segment of 32 direct requests. It bounds the maptrack handles that one guest can take up.
 pub(super) const MAX_PERSISTENT_GRANTS: usize = 1056;
-/// What is given up at a time when the pool is full: one in this many (`LRU_PERCENT_CLEAN` 5 %), so
-/// that a frontend with more pages than we keep does not cost a search a page.
+/// When the pool is full, one page in this many is evicted at a time (`LRU_PERCENT_CLEAN` 5 %), so
+/// that a frontend with more pages than we keep does not cost one search per page.
 const EVICT_SHARE: usize = 20;
 
-/// Pages that were first used together, mapped side by side.
+/// Pages that were first used together, mapped contiguously.
 struct Run {
     pages: Arc<dyn MappedGrants>,
-    /// Of the first page.
+    /// Address of the first page.
     base: NonNull<u8>,
     refs: Box<[GrantRef]>,
-    /// Uses by requests in flight, of any of its pages.
+    /// Uses of any of its pages by requests in flight.
     pins: u32,
     /// When last used, in ticks.
     used: u32,
@@ -41,12 +41,12 @@ struct Place {
     page: u32,
 }
 
-/// A run that is pinned, until [`PersistentGrants::unpin`].
+/// A pinned run, until [`PersistentGrants::unpin`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Pin(u32);
 
-/// Spreads grant references, which count up from small numbers, with one multiplication. A frontend
-/// that makes them collide slows down its own ring, by as many steps as the pool has pages.
+/// Hashes grant references, which count up from small numbers, with one multiplication. A frontend
+/// that makes them collide slows down its own ring, by at most as many steps as the pool has pages.
 #[derive(Default)]
 struct GrefHasher(u64);
 
@@ -73,18 +73,18 @@ pub(super) struct PersistentGrants {
     runs: Vec<Option<Run>>,
     free: Vec<u32>,
     tick: u32,
-    /// The frontend uses more pages than are kept. They are mapped one by one then, because giving up a
-    /// run for the sake of one page, or keeping it for one, wastes the others.
+    /// The frontend uses more pages than are kept. New ones are then mapped one by one: evicting a whole
+    /// run because of one page, or keeping it because of one, wastes the others.
     crowded: bool,
     stats: Arc<RingStats>,
 }
 
-/// Memory of the first of some segments.
+/// Memory for the first of some segments.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Found {
-    /// How many segments it serves, at least one.
+    /// How many segments it covers, at least one.
     pub(super) count: usize,
-    /// Where the page of the first is mapped; those of the others follow.
+    /// Where the page of the first segment is mapped; the pages of the others follow.
     pub(super) base: *mut u8,
 }
 
@@ -93,7 +93,7 @@ pub(super) struct Found {
 pub(super) enum Hold {
     /// They stay at least until this is [given back](PersistentGrants::unpin).
     Pin(Pin),
-    /// They are mapped for this request alone: the pool is full of pages in use.
+    /// They are mapped for this request alone, because the pool is full of pages in use.
     Map(Arc<dyn MappedGrants>),
 }
 
@@ -113,12 +113,12 @@ impl PersistentGrants {
         }
     }
 
-    /// Starts a new moment for "least recently used".
+    /// Advances the clock for "least recently used".
     pub(super) fn tick(&mut self) {
         self.tick = self.tick.wrapping_add(1);
     }
 
-    /// The pages of `segments`, or of as many of the first of them as lie side by side, if they are mapped.
+    /// The pages of `segments`, or of the first of them as far as they are contiguous, if they are mapped.
     #[inline]
     pub(super) fn known(&mut self, segments: &[Segment]) -> Option<(Found, Pin)> {
         let &Place { run: place, page } = self.places.get(&segments.first()?.gref)?;
@@ -136,10 +136,10 @@ impl PersistentGrants {
         Some((Found { count, base }, Pin(place)))
     }
 
-    /// As [`Self::known`]; the pages are mapped now if they were not.
+    /// As [`Self::known`], but maps the pages if they are not mapped yet.
     ///
     /// # Errors
-    /// When the frontend has not granted one of them, or it cannot be mapped.
+    /// If the frontend has not granted one of them, or one cannot be mapped.
     pub(super) fn find(
         &mut self,
         segments: &[Segment],
@@ -151,8 +151,8 @@ impl PersistentGrants {
         }
     }
 
-    /// Maps and keeps the first of `segments`, which is not [known](Self::known), and those behind it up to
-    /// one that is. If there is no room for them, maps them all for this request.
+    /// Maps and keeps the first of `segments`, which is not [known](Self::known), and those after it up to
+    /// one that is. If there is no room for them, maps all for this request alone.
     ///
     /// # Errors
     /// As [`Self::find`].
@@ -221,8 +221,8 @@ impl PersistentGrants {
         budget: &mut Budget,
     ) -> xen_platform::Result<Arc<dyn MappedGrants>> {
         budget.maps(refs.len());
-        // Read-write whatever the request: the same page serves a read next time. A frontend that
-        // offers persistent grants grants them all that way (blkif.h, feature-persistent).
+        // Read-write even for a write request: the same page may serve a read next time. A frontend
+        // with persistent grants grants them all that way (blkif.h, feature-persistent).
         let pages = self.platform.map(self.peer, refs, Access::ReadWrite)?;
         self.stats.grant_maps.add(refs.len() as u64);
         Ok(pages)
@@ -235,8 +235,8 @@ impl PersistentGrants {
         }
     }
 
-    /// Unmaps a share of the pages, and those above the limit: long runs first, then what was unused
-    /// for longest.
+    /// Unmaps a share of the pages, and those above the limit: long runs first, then the least recently
+    /// used.
     fn evict(&mut self) {
         let tick = self.tick;
         let idle = |(place, run): (u32, &Option<Run>)| {
@@ -254,7 +254,7 @@ impl PersistentGrants {
         }
     }
 
-    /// Hands out every page that no request uses, for a ring that has gone quiet.
+    /// Removes and returns every page that no request uses, for a ring that has gone quiet.
     pub(super) fn purge(&mut self) -> Vec<Arc<dyn MappedGrants>> {
         self.crowded = false;
         let places = 0..self.runs.len() as u32;
@@ -263,12 +263,12 @@ impl PersistentGrants {
         pages
     }
 
-    /// All of its pages.
+    /// All pages of the pool.
     pub(super) fn into_pages(self) -> impl Iterator<Item = Arc<dyn MappedGrants>> {
         self.runs.into_iter().flatten().map(|run| run.pages)
     }
 
-    /// Takes a run out, unless a request uses it.
+    /// Removes a run from the pool, unless a request uses it.
     fn give_up(&mut self, place: u32) -> Option<Arc<dyn MappedGrants>> {
         let run = self.runs[place as usize].take_if(|run| run.pins == 0)?;
         for gref in &run.refs {

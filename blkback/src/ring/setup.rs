@@ -1,4 +1,4 @@
-//! What a ring is served with, how whoever serves it is told things, and how it ends.
+//! What it takes to serve a ring, how its thread gets orders, and how it ends.
 
 use super::data::Strategy;
 use super::inflight::Inflight;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use xen_platform::{EventChannel, Platform};
 
-/// What it takes to serve a ring.
+/// Everything needed to serve a ring.
 pub struct RingSetup {
     /// The hypervisor.
     pub platform: Arc<dyn Platform>,
@@ -20,31 +20,31 @@ pub struct RingSetup {
     pub requests: RequestConsumer,
     /// The half that pushes responses.
     pub responses: ResponseProducer,
-    /// What was taken of them before, and room for what will be.
+    /// The requests already taken, and room for more.
     pub inflight: Inflight,
     /// The ring's event channel.
     pub channel: Box<dyn EventChannel>,
     /// The disk.
     pub storage: Arc<dyn Storage>,
-    /// What the device takes, to begin with.
+    /// What the device accepts, initially.
     pub limits: Limits,
-    /// How data is reached.
+    /// How data is accessed.
     pub strategy: Strategy,
     /// Counters.
     pub stats: Arc<RingStats>,
 }
 
-/// For whom a ring is served.
+/// The owner of a ring being served.
 pub struct Tenant {
-    /// What its thread is called while that serves no other ring.
+    /// The name of its thread while that serves no other ring.
     pub name: String,
-    /// Told why, if the ring ends by itself.
+    /// Called with the reason if the ring ends by itself.
     pub ended: Box<dyn FnOnce(Exit) + Send>,
-    /// Dropped when nothing of the frontend's is held any more.
+    /// Dropped when no resources of the frontend are held any more.
     pub alive: Arc<dyn Send + Sync>,
 }
 
-/// What a ring's thread is told while it serves it.
+/// Orders to a ring's thread while it serves the ring.
 #[derive(Debug)]
 pub(super) struct Orders {
     stop: AtomicBool,
@@ -56,7 +56,7 @@ impl Orders {
         Self { stop: AtomicBool::new(false), sectors: AtomicU64::new(sectors) }
     }
 
-    /// Answer what is in flight and end.
+    /// Tells it to answer the requests in flight and end.
     pub(super) fn stop(&self) {
         self.stop.store(true, Ordering::Release);
     }
@@ -66,7 +66,7 @@ impl Orders {
         self.sectors.store(sectors, Ordering::Relaxed);
     }
 
-    /// The thread's side: whether it is to end.
+    /// The thread's side: whether it must end.
     pub(super) fn stopped(&self) -> bool {
         self.stop.load(Ordering::Acquire)
     }
@@ -89,7 +89,7 @@ pub enum Exit {
     /// A grant or event channel operation failed as a whole.
     #[error("the hypervisor refused: {0}")]
     Platform(#[from] xen_platform::Error),
-    /// A bug of ours, of which the log has more.
+    /// A bug of ours; the log has more about it.
     #[error("serving it panicked")]
     Panicked,
 }

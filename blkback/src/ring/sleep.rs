@@ -1,5 +1,5 @@
-//! How a ring goes to sleep, and what wakes it: alone on its thread in the storage queue's wait, which
-//! is one system call; among others at the thread's epoll.
+//! How a ring sleeps, and what wakes it. Alone on its thread, it sleeps in the storage queue's wait,
+//! which is one system call; among others, in the thread's epoll.
 
 use super::setup::Exit;
 use super::thread::unmap;
@@ -11,25 +11,25 @@ use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 use xen_platform::{STORM_EVENTS, STORM_PAUSE};
 
-/// A ring that has been quiet for so long gives up its persistent grants (`xen_blkif_pgrant_timeout`
+/// A ring that has been idle for this long gives up its persistent grants (`xen_blkif_pgrant_timeout`
 /// of Linux's backend).
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What a ring knows of its sleeps.
+/// A ring's sleeping state.
 pub(super) struct Sleep {
-    /// Events in a row after which no request was taken: there was none, or those there are have to wait.
+    /// Consecutive events after which no request was taken, as there was none or it had to wait.
     in_vain: u32,
-    /// Until when no event is taken, after too many of them.
+    /// Until when to take no event, after too many in vain.
     rest: Option<Instant>,
-    /// An event may have been taken here: the next comes only when the channel is unmasked.
+    /// An event may have been taken: the next comes only once the channel is unmasked.
     masked: bool,
     /// There were requests since the last sleep among others...
     used: bool,
     /// ...and none since then.
     idle_since: Instant,
-    /// The idle time-out has been seen to.
+    /// The idle time-out has been handled.
     quiet: bool,
-    /// System calls of its waits that were not its queue's.
+    /// System calls for sleeping that were not made by its queue.
     pub(super) calls: u64,
 }
 
@@ -48,7 +48,7 @@ impl Default for Sleep {
 }
 
 impl Sleep {
-    /// There were requests.
+    /// Notes that there were requests.
     pub(super) fn used(&mut self) {
         self.in_vain = 0;
         self.used = true;
@@ -57,16 +57,16 @@ impl Sleep {
 }
 
 impl Worker {
-    /// Asks for an event; whether there are requests after all.
+    /// Asks for an event, and returns whether there are requests after all.
     pub(super) fn final_check(&mut self) -> Result<bool, RingError> {
         if self.draining || self.barrier || self.inflight.waiting() > 0 {
-            // Nothing is taken, or not before the device has completed something: no event is wanted.
+            // No request will be taken, at least until the device completes something: ask for no event.
             return Ok(false);
         }
         self.requests.final_check()
     }
 
-    /// Sleeps, being the thread's only ring. Returns what ended it: [`Woken::Descriptor`] is not its event.
+    /// Sleeps as the thread's only ring. Returns what woke it; [`Woken::Descriptor`] was no event of its own.
     pub(super) fn sleep(&mut self) -> Result<Woken, Exit> {
         if let Some(rest) = self.sleep.rest.take() {
             std::thread::sleep(rest.saturating_duration_since(Instant::now()));
@@ -81,15 +81,15 @@ impl Worker {
         self.woke(woken)
     }
 
-    /// From now on it shares its thread, or does not any more. While it does, what its disk signals to
-    /// (given out here) and its event channel tell when there may be something to do.
+    /// Starts or stops sharing its thread. While shared, the descriptor that its disk signals (returned
+    /// here) and its event channel tell when there may be something to do.
     pub(super) fn share(&mut self, shared: bool) -> io::Result<Option<BorrowedFd<'_>>> {
         // The queue may have taken an event.
         self.sleep.masked = true;
         self.queue.share(shared)
     }
 
-    /// Before a sleep among others: whether it is to be woken by events.
+    /// Prepares for a sleep among others: whether events shall wake it.
     pub(super) fn arm(&mut self, now: Instant) -> Result<bool, Exit> {
         if self.sleep.rest.is_some_and(|rest| rest > now) {
             return Ok(false);
@@ -99,14 +99,14 @@ impl Worker {
         Ok(true)
     }
 
-    /// The thread was woken for this ring, at its event channel or by its disk. Returns by what.
+    /// The thread was woken for this ring, by its event channel or by its disk. Returns by which.
     pub(super) fn rouse(&mut self, at_channel: bool) -> Result<Woken, Exit> {
         self.stats.sleeps.add(1);
         self.sleep.calls += 1;
         self.woke(if at_channel { Woken::Descriptor } else { Woken::Device })
     }
 
-    /// When it is to be looked at again without being woken. Sees to the idle time-out first.
+    /// When to look at it again even if nothing wakes it. Handles the idle time-out first.
     pub(super) fn due(&mut self, now: Instant) -> Option<Instant> {
         if std::mem::take(&mut self.sleep.used) {
             self.sleep.idle_since = now;
@@ -135,7 +135,7 @@ impl Worker {
     fn woke(&mut self, mut woken: Woken) -> Result<Woken, Exit> {
         if woken == Woken::Descriptor {
             self.sleep.calls += 1;
-            // Also where there is no event: the unmasking that the queue was to do may have failed.
+            // Even if there is no event: the unmask that the queue was to do may have failed.
             self.sleep.masked = true;
             if self.channel.take()? {
                 woken = Woken::Event;
@@ -154,7 +154,7 @@ impl Worker {
                 self.woken = self.clock.sample_next();
             }
         } else {
-            // The next requests are looked for, at least for a while.
+            // We will poll for the next requests, at least for a while.
             self.requests.withdraw();
         }
         Ok(woken)

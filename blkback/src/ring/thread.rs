@@ -15,11 +15,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use xen_platform::{MappedGrants, Spin, Waiting};
 
-/// Of an epoll event: the bell. Rings are numbered from 1.
+/// The epoll data of the bell. Rings are numbered from 1.
 const BELL: u64 = 0;
-/// Set where the event tells of a ring's event channel, and not of its disk.
+/// Set in the epoll data of a ring's event channel, as opposed to its disk.
 const CHANNEL: u64 = 1 << 63;
-/// Rings that one look at the epoll tells of; the next tells of others.
+/// Epoll events fetched at a time; the next call returns the others.
 const EVENTS: usize = 64;
 
 /// Serves rings, each in turn.
@@ -27,23 +27,23 @@ pub(super) struct Thread {
     threads: Arc<Threads>,
     inbox: Arc<Inbox>,
     rings: Vec<Ring>,
-    /// The last ring's number.
+    /// The number of the latest ring.
     number: u64,
-    /// How it waits for its disks...
+    /// How it waits for disks...
     disks: Spin,
-    /// ...and how for frontends. A disk takes as long as it takes to read, a frontend that was answered as
-    /// long as it takes to wake: a history of both would say little of either.
+    /// ...and for frontends. A disk takes as long as a read does, a frontend that was answered as long
+    /// as it takes to wake up: one history of both would say little about either.
     frontends: Spin,
     /// Where it sleeps while it has several rings.
     epoll: Epoll,
 }
 
-/// A ring and what is to become of it.
+/// A ring of a thread.
 struct Ring {
     number: u64,
     worker: Worker,
     tenant: Tenant,
-    /// Why it takes no more requests, if it was not told to stop. It answers what is in flight...
+    /// Why it takes no more requests, if it was not told to stop. It answers those in flight...
     failed: Option<Exit>,
     /// ...unless it cannot.
     lost: bool,
@@ -53,7 +53,7 @@ struct Ring {
 }
 
 impl Thread {
-    /// Starts one that has rings on their way to its inbox.
+    /// Starts a thread whose first rings are on their way to its inbox.
     pub(super) fn start(
         threads: Arc<Threads>,
         inbox: Arc<Inbox>,
@@ -69,7 +69,7 @@ impl Thread {
         std::thread::Builder::new().spawn(serve).map(drop)
     }
 
-    /// Serves rings as long as there are any. A frame of its own, for profiles to show.
+    /// Serves rings as long as there are any. Not inlined, so that profiles show it.
     #[inline(never)]
     fn run(mut self) {
         loop {
@@ -77,7 +77,7 @@ impl Thread {
             if self.rings.is_empty() && self.threads.retire(&self.inbox) {
                 return;
             }
-            // Only then: who spins for a frontend would hold back what the disk could do meanwhile.
+            // Only without spinning, which would hold back what the disk could do meanwhile.
             let sleeps_next =
                 self.rings.len() == 1 && self.disks.is_off() && self.frontends.is_off();
             let (mut found, mut over) = (false, false);
@@ -96,7 +96,7 @@ impl Thread {
         }
     }
 
-    /// Takes up the rings that have arrived.
+    /// Starts to serve the rings that have arrived.
     fn admit(&mut self) {
         let Some(arrivals) = self.inbox.take() else { return };
         for Arrival { setup, tenant, orders } in arrivals {
@@ -120,13 +120,13 @@ impl Thread {
     fn dismiss(&mut self) {
         while let Some(place) = self.rings.iter().position(Ring::is_over) {
             let mut ring = self.rings.remove(place);
-            // It is gone from there with its file if this fails.
+            // If this fails, closing the file removes it from the epoll.
             let _ = ring.list(&self.epoll, false);
             let Ring { worker, tenant: Tenant { ended, alive, .. }, failed, .. } = ring;
             if let Some(exit) = failed {
                 ended(exit);
             }
-            // What becomes of a panic there is in the log.
+            // A panic in there has been logged.
             if let Ok(pages) = guarded(|| Ok(worker.close())) {
                 unmap(pages, alive);
             }
@@ -135,12 +135,12 @@ impl Thread {
         self.regroup();
     }
 
-    /// To be called when there are more or fewer rings.
+    /// Call when the number of rings has changed.
     fn regroup(&mut self) {
         let several = self.rings.len() > 1;
         let epoll = &self.epoll;
         let outcome = self.rings.iter_mut().try_for_each(|ring| ring.list(epoll, several));
-        // They had what they need while they were fewer: so it is the newest that goes.
+        // The others had what they need before the newest came, so the newest must go.
         if let (Err(error), Some(newest)) = (outcome, self.rings.last_mut()) {
             newest.fail(error.into());
         }
@@ -148,11 +148,11 @@ impl Thread {
             [ring] => ring.tenant.name.clone(),
             rings => format!("{} rings", rings.len()),
         };
-        // For people to read, who do without if it cannot be.
+        // Only for people to read, so it may fail.
         let _ = CString::new(name).map(|name| nix::sys::prctl::set_name(&name));
     }
 
-    /// Whether what is to come next is from a disk.
+    /// Whether a disk is expected to be next.
     fn awaits_disk(&self) -> bool {
         self.rings.iter().any(|ring| ring.worker.awaits_disk)
     }
@@ -164,14 +164,14 @@ impl Thread {
         if spin.may_sleep() && queues.any(|queue| queue.is_left_to_threads()) {
             return false;
         }
-        // Many a device is threads of the kernel, too: a loop device, one that encrypts.
+        // Many devices are served by kernel threads, too, such as loop devices and encrypted ones.
         spin.again(|| {
             let busy = self.rings.iter_mut().find(|ring| ring.worker.queue.in_flight() > 0);
             busy.map(|ring| ring.worker.sleep.calls += 1).is_some()
         })
     }
 
-    /// Asks for events; whether there are requests after all.
+    /// Asks for events, and returns whether there are requests after all.
     fn final_check(&mut self) -> bool {
         let check = |worker: &mut Worker| Ok(worker.final_check()?);
         self.rings.iter_mut().any(|ring| ring.attempt(check).unwrap_or(true))
@@ -203,7 +203,7 @@ impl Thread {
         let mut events = [EpollEvent::empty(); EVENTS];
         let count = match wait(&self.epoll, &mut events, left) {
             Ok(count) => count,
-            // Cannot be. The rings go on without sleep rather than not at all.
+            // Cannot happen. Better to serve the rings without sleeping than not at all.
             Err(error) => {
                 tracing::error!(%error, "cannot wait for events");
                 0
@@ -229,7 +229,7 @@ impl Thread {
     }
 }
 
-/// Waits at an epoll, which by itself counts in milliseconds.
+/// Waits for an epoll, with a finer time-out than its own milliseconds.
 fn wait(epoll: &Epoll, events: &mut [EpollEvent], left: Option<Duration>) -> io::Result<usize> {
     let mut timeout = EpollTimeout::NONE;
     if let Some(left) = left {
@@ -245,18 +245,18 @@ fn wait(epoll: &Epoll, events: &mut [EpollEvent], left: Option<Duration>) -> io:
     }
 }
 
-/// Unmaps pages, and then drops `alive`, on a thread of its own: a thousand pages, with a system call for
-/// each run of them, take milliseconds, which the rings that stay would wait for.
+/// Unmaps pages, and then drops `alive`, on a separate thread: a thousand pages, with a system call for
+/// each run, take milliseconds, for which the remaining rings would have to wait.
 pub(super) fn unmap(pages: Vec<Arc<dyn MappedGrants>>, alive: impl Send + 'static) {
     if pages.is_empty() {
         return;
     }
-    // Where there can be no thread it is done here.
+    // Without a thread it is done here.
     let unmap = move || drop((pages, alive));
     let _ = std::thread::Builder::new().name("unmapping".into()).spawn(unmap);
 }
 
-/// Does what must not take the thread, and with it the other rings, down.
+/// Runs `work`, whose panics must not take down the other rings.
 fn guarded<T>(work: impl FnOnce() -> Result<T, Exit>) -> Result<T, Exit> {
     // The message was printed by the panic hook.
     catch_unwind(AssertUnwindSafe(work)).unwrap_or(Err(Exit::Panicked))
@@ -268,7 +268,7 @@ impl Ring {
         Self { number, worker, tenant, failed, lost, listed, heard }
     }
 
-    /// Has the worker do something, or notes that it failed.
+    /// Has the worker do something, and records a failure.
     fn attempt<T>(&mut self, work: impl FnOnce(&mut Worker) -> Result<T, Exit>) -> Option<T> {
         if self.lost {
             return None;
@@ -288,7 +288,7 @@ impl Ring {
         self.lost || self.worker.is_drained()
     }
 
-    /// Has the epoll watch it, or not; its event channel from the next [`Ring::arm`] on.
+    /// Adds it to the epoll, or removes it; its event channel is added by the next [`Ring::arm`].
     fn list(&mut self, epoll: &Epoll, listed: bool) -> io::Result<()> {
         if self.listed == listed {
             return Ok(());
@@ -296,7 +296,7 @@ impl Ring {
         if !listed {
             self.hear(epoll, false)?;
         }
-        // Edge-triggered, for nobody reads it. It is gone from the epoll once it is not shared.
+        // Edge-triggered, since nobody reads it. When no longer shared, it leaves the epoll by itself.
         if let Some(device) = self.worker.share(listed)? {
             let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
             epoll.add(device, EpollEvent::new(flags, self.number))?;
@@ -305,7 +305,7 @@ impl Ring {
         Ok(())
     }
 
-    /// Before a sleep among others; `false` if the ring failed.
+    /// Prepares it for a sleep among others; `false` if the ring failed.
     fn arm(&mut self, now: Instant, epoll: &Epoll) -> bool {
         let Some(hears) = self.attempt(|worker| worker.arm(now)) else { return false };
         match self.hear(epoll, hears) {
@@ -317,9 +317,9 @@ impl Ring {
         }
     }
 
-    /// Has the epoll watch its event channel, or not. Not edge-triggered: a channel that was unmasked
-    /// with an event unread holds two, and Linux's (`evtchn_interrupt`) says nothing of further ones
-    /// before both are read.
+    /// Adds its event channel to the epoll, or removes it. Not edge-triggered: a channel unmasked with
+    /// an event unread holds two, and Linux's (`evtchn_interrupt`) signals no further ones before both
+    /// are read.
     fn hear(&mut self, epoll: &Epoll, heard: bool) -> io::Result<()> {
         if std::mem::replace(&mut self.heard, heard) == heard {
             return Ok(());

@@ -1,6 +1,6 @@
-//! The threads that serve rings: one a ring as long as there are CPUs for them. Where there are not,
-//! several rings share a thread, which looks at each in turn: threads of their own would spin in each
-//! other's way, and be given the CPU in turns thousands of times longer than a request takes.
+//! The threads that serve rings: one per ring as long as there are CPUs for them. Beyond that, several
+//! rings share a thread, which polls each in turn. With threads of their own they would spin in each
+//! other's way, and get the CPU in time slices thousands of times longer than a request takes.
 
 use super::setup::{Orders, RingSetup, Tenant};
 use super::thread::Thread;
@@ -19,7 +19,7 @@ pub struct Threads {
     crew: Mutex<Vec<Berth>>,
 }
 
-/// A thread, as placing a ring sees it.
+/// A thread, as seen when placing a ring.
 #[derive(Debug)]
 struct Berth {
     inbox: Arc<Inbox>,
@@ -27,15 +27,15 @@ struct Berth {
 }
 
 impl Threads {
-    /// At most so many threads, at least one, which wait that way.
+    /// At most `most` threads, but at least one, which wait as `waiting` says.
     pub fn new(most: usize, waiting: Waiting) -> Arc<Self> {
         Arc::new(Self { most: most.max(1), waiting, crew: Mutex::default() })
     }
 
-    /// Has a ring served by the thread that has the fewest. It stays there.
+    /// Has a ring served by the thread with the fewest rings. It stays there.
     ///
     /// # Errors
-    /// When a thread cannot be started.
+    /// If a thread cannot be started.
     pub fn serve(self: &Arc<Self>, setup: RingSetup, tenant: Tenant) -> io::Result<RingControl> {
         let orders = Arc::new(Orders::new(setup.limits.sectors));
         let mut crew = self.crew();
@@ -61,7 +61,7 @@ impl Threads {
         }
     }
 
-    /// A thread has nothing to do. Whether it may end: otherwise a ring is on its way to it.
+    /// Asks whether a thread without rings may end; if not, a ring is on its way to it.
     pub(super) fn retire(&self, inbox: &Arc<Inbox>) -> bool {
         let mut crew = self.crew();
         let before = crew.len();
@@ -74,7 +74,7 @@ impl Threads {
     }
 }
 
-/// The control plane's hand on a ring.
+/// The control plane's handle to a ring.
 #[derive(Debug)]
 pub struct RingControl {
     orders: Arc<Orders>,
@@ -82,7 +82,7 @@ pub struct RingControl {
 }
 
 impl RingControl {
-    /// Lets it answer what is in flight and end.
+    /// Tells it to answer the requests in flight and end.
     pub fn stop(&self) {
         self.orders.stop();
         self.inbox.ring_bell();
@@ -94,17 +94,17 @@ impl RingControl {
     }
 }
 
-/// Where a thread is told of new rings.
+/// Where a thread receives new rings.
 #[derive(Debug)]
 pub(super) struct Inbox {
     /// Whether there are arrivals. Changed under their lock.
     posted: AtomicBool,
     arrivals: Mutex<Vec<Arrival>>,
-    /// Rung when there is an arrival, or a ring is to stop: then everything is looked at.
+    /// Rung when there is an arrival or a ring must stop; the thread then checks everything.
     bell: EventFd,
 }
 
-/// A ring that a thread is to serve.
+/// A ring for a thread to serve.
 pub(super) struct Arrival {
     pub(super) setup: RingSetup,
     pub(super) tenant: Tenant,
@@ -133,11 +133,11 @@ impl Inbox {
     }
 
     fn ring_bell(&self) {
-        // Only a full counter makes this fail, and then the thread is awake already.
+        // Fails only if the counter is full, and then the thread is being woken anyway.
         let _ = self.bell.write(1);
     }
 
-    /// What arrived. Costs one look at memory when nothing did.
+    /// The rings that arrived. Costs one load if there are none.
     pub(super) fn take(&self) -> Option<Vec<Arrival>> {
         if !self.posted.load(Ordering::Relaxed) {
             return None;
@@ -147,14 +147,14 @@ impl Inbox {
         Some(std::mem::take(&mut *arrivals))
     }
 
-    /// Readable when the bell was rung.
+    /// Readable once the bell was rung.
     pub(super) fn bell(&self) -> BorrowedFd<'_> {
         self.bell.as_fd()
     }
 
-    /// Has it silent again. To be followed by a look at everything.
+    /// Silences the bell. The caller must then check everything.
     pub(super) fn hush(&self) {
-        // There is nothing to be read if it was not rung.
+        // Fails if it was not rung.
         let _ = self.bell.read();
     }
 

@@ -54,7 +54,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
             },
         };
         match print(&text) {
-            // Whoever read it, `head` for one, has seen enough.
+            // The reader, such as `head`, has seen enough.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
             printed => printed.context("print")?,
         }

@@ -7,7 +7,7 @@ use std::fmt::Write;
 const SECTOR: u64 = 512;
 const NOTE: &str = "p50, p99: upper bounds, of power-of-two buckets; /r: per request\n";
 
-/// Everything since each disk was connected.
+/// Totals since each disk was connected.
 pub(super) fn totals(now: &Snapshot) -> String {
     let mut out = heading(now);
     for device in &now.devices {
@@ -24,7 +24,7 @@ pub(super) fn totals(now: &Snapshot) -> String {
     out
 }
 
-/// What happened between two readings, a second, by disk and ring.
+/// Rates per second between two readings, by disk and ring.
 pub(super) fn rates(before: &Snapshot, now: &Snapshot) -> String {
     let mut out = heading(now);
     let elapsed = now.process.uptime_ms.checked_sub(before.process.uptime_ms);
@@ -103,7 +103,7 @@ fn about(out: &mut String, device: &Device) {
         device.state.clone(),
         if device.read_only { "read-only" } else { "read-write" }.to_owned(),
     ];
-    // The size is known once the disk is.
+    // The size is unknown until the disk is open.
     words.extend((device.sectors > 0).then(|| bytes(device.sectors.saturating_mul(SECTOR))));
     words.extend(device.strategy.clone());
     words.extend(device.layout.clone());
@@ -122,7 +122,7 @@ fn rows(device: &Device) -> Rows<'_> {
     named(&device.rings, &device.total)
 }
 
-/// Each ring with its number, and all of them where there are several.
+/// Each ring with its number, and their total if there are several.
 fn named<'a>(rings: &'a [Ring], total: &'a Ring) -> Rows<'a> {
     let each = rings.iter().enumerate().map(|(index, ring)| (index.to_string(), ring));
     each.chain((rings.len() > 1).then(|| ("all".to_owned(), total))).collect()
@@ -238,7 +238,7 @@ fn cells<const N: usize>(text: [&str; N]) -> Vec<String> {
     text.map(str::to_owned).to_vec()
 }
 
-/// The first column to the left, the others to the right, each as wide as it must be.
+/// Aligns the first column left and the others right, each as wide as necessary.
 fn aligned(table: &Table) -> String {
     let columns = table.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
@@ -264,7 +264,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    /// The document as the schema has it, with what a later daemon may add and less than it has.
+    /// A document of the schema, with additions that a later daemon may make, and some fields missing.
     fn reading(uptime_ms: u64, requests: u64) -> Snapshot {
         let ring = json!({
             "rd_req": requests, "rd_sect": requests * 8, "events": requests / 4,

@@ -10,18 +10,18 @@ pub(super) fn bytes(value: u64) -> String {
     scaled(value as f64, 1024.0, BYTES)
 }
 
-/// A count a second.
+/// A count per second.
 pub(super) fn rate(count: u64, seconds: f64) -> String {
     let value = count as f64 / seconds;
     if value < 10_000.0 { format!("{value:.0}") } else { scaled(value, 1000.0, COUNTS) }
 }
 
-/// Bytes a second.
+/// Bytes per second.
 pub(super) fn byte_rate(bytes: u64, seconds: f64) -> String {
     scaled(bytes as f64 / seconds, 1024.0, BYTES)
 }
 
-/// A ratio or a mean: `0.25`, `17.3`; `-` of nothing.
+/// A ratio or a mean: `0.25`, `17.3`; `-` if there is none.
 pub(super) fn ratio(value: Option<f64>) -> String {
     match value {
         None => "-".to_owned(),
@@ -30,7 +30,7 @@ pub(super) fn ratio(value: Option<f64>) -> String {
     }
 }
 
-/// Nanoseconds: `511ns`, `65us`, `1.0ms`; `-` if not known.
+/// Nanoseconds: `511ns`, `65us`, `1.0ms`; `-` if unknown.
 pub(super) fn time(ns: Option<u64>) -> String {
     ns.map_or_else(|| "-".to_owned(), |ns| scaled(ns as f64, 1000.0, TIMES))
 }
@@ -44,7 +44,7 @@ pub(super) fn duration(seconds: u64) -> String {
     }
 }
 
-/// What others wrote, without what a terminal would take for a command.
+/// Untrusted text, without characters that a terminal would take for a command.
 pub(super) fn plain(text: &str) -> String {
     text.chars().map(|char| if char.is_control() { '\u{fffd}' } else { char }).collect()
 }
@@ -55,7 +55,7 @@ const TIMES: &[&str] = &["ns", "us", "ms", "s"];
 
 fn scaled(mut value: f64, step: f64, units: &[&str]) -> String {
     let mut unit = 0;
-    // What would be rounded up to a full step is one.
+    // A value that would be rounded up to a full step counts as one.
     while value >= step - 0.5 && unit + 1 < units.len() {
         value /= step;
         unit += 1;

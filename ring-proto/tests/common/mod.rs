@@ -54,7 +54,7 @@ impl Pages {
         Arc::new(Self { file, base: NonNull::new(base.cast()).unwrap(), len })
     }
 
-    /// Where another process of this user finds the file.
+    /// Where another process of the same user can open the file.
     pub(crate) fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())
     }
@@ -81,7 +81,7 @@ impl Drop for Pages {
     }
 }
 
-/// Pages for a ring; the second half of the pair is there for the split layout only.
+/// Pages for a ring; the second set is there for the split layout only.
 pub(crate) fn ring_pages(
     layout: RingLayout,
     order: u8,

@@ -14,12 +14,12 @@ use super::watch::WatchState;
 use super::{Endpoint, Error, Result};
 use crate::wire::{Decoder, MessageType, PAYLOAD_MAX, Packet, Reply, Request, WireError};
 
-/// The pause before the first attempt to connect again, and what it grows to: xenstored is back
+/// The pause before the first attempt to reconnect, and the most it grows to: xenstored is back
 /// within milliseconds of a live update, within seconds of a restart.
 const RECONNECT_MIN: Duration = Duration::from_millis(10);
 const RECONNECT_MAX: Duration = Duration::from_secs(2);
-/// How long the first attempts go on: who starts while xenstored restarts is to find it, and who
-/// starts without xenstored is to hear of it.
+/// How long to try the first connection: long enough to find a xenstored that is restarting, short
+/// enough to report soon that there is none.
 const CONNECT_PATIENCE: Duration = Duration::from_millis(500);
 
 /// A transaction's id on the connection that it was started on. Another connection may give the
@@ -32,8 +32,8 @@ pub(super) struct TransactionId {
 
 type Answer = std::result::Result<Reply, Failure>;
 
-/// What handles ask of the connection's task. A reply channel that is dropped means that the
-/// connection was lost: whoever asked asks again.
+/// What handles ask of the connection's task. A dropped reply channel means that the connection
+/// was lost and the command must be sent again.
 #[derive(Debug)]
 pub(super) enum Command {
     /// `epoch` is that of the transaction that the packet belongs to.
@@ -62,12 +62,12 @@ pub(super) enum Command {
 enum Pending {
     Request(oneshot::Sender<Answer>),
     Begin(oneshot::Sender<Result<Guard>>),
-    /// Without a channel: a watch that is registered again.
+    /// Without a channel for a watch that is registered again.
     Watch(Arc<WatchState>, Option<oneshot::Sender<Result<()>>>),
     Nobody,
 }
 
-/// The task that owns the connection, whichever it is at the moment.
+/// The task that owns the current connection.
 pub(super) struct Connection {
     endpoint: Endpoint,
     commands: mpsc::UnboundedReceiver<Command>,
@@ -75,7 +75,7 @@ pub(super) struct Connection {
     handle: mpsc::WeakUnboundedSender<Command>,
     /// By token.
     watches: HashMap<u64, Arc<WatchState>>,
-    /// Counts connections.
+    /// Number of the current connection.
     epoch: u64,
     pause: Duration,
 }
@@ -137,7 +137,7 @@ impl Connection {
         let mut link = Link::new(transport, self.watches.keys().copied().collect());
         let (mut decoder, mut buf) = (Decoder::default(), vec![0; PAYLOAD_MAX]);
         loop {
-            // Reads take none of it: a stream of events would keep this thread to itself.
+            // Reads consume none of it: a stream of events would monopolize this thread.
             consume_budget().await;
             while let Some(token) = link.next_rewatch() {
                 if let Some(watch) = self.watches.get(&token) {
@@ -176,7 +176,7 @@ impl Connection {
         }
     }
 
-    /// Connects again; meanwhile, lets commands wait. `None` when there are no handles left.
+    /// Reconnects, while commands wait. `None` when there are no handles left.
     async fn reconnect(&mut self) -> Option<Transport> {
         while !self.commands.is_closed() {
             sleep(self.pause).await;
@@ -192,7 +192,7 @@ impl Connection {
     fn carry_out(&mut self, link: &mut Link, command: Command) {
         match command {
             Command::Request { packet, epoch, reply } => {
-                // A caller that has given up, or a transaction of a connection before this one.
+                // Not if the caller has given up, or the transaction belongs to an earlier connection.
                 if !reply.is_closed() && epoch.is_none_or(|epoch| epoch == self.epoch) {
                     link.send(packet, Pending::Request(reply));
                 }
@@ -263,7 +263,7 @@ impl Connection {
 
     fn fire(&self, path: &str, token: &[u8]) {
         let token = std::str::from_utf8(token).ok().and_then(|token| token.parse().ok());
-        // Events of a watch that was just ended may still be on their way.
+        // Events of a watch that has just ended may still be in transit.
         if let Some(watch) = token.and_then(|token: u64| self.watches.get(&token)) {
             watch.push(path);
         }
@@ -301,14 +301,14 @@ impl Link {
     fn send_request(&mut self, request: &Request, tx_id: u32, pending: Pending) {
         match request.to_packet(0, tx_id) {
             Ok(packet) => self.send(packet, pending),
-            // A path and a number are never too long together.
+            // Never happens: a path and a number always fit.
             Err(error) => warn!(%error, "cannot send a request to xenstore"),
         }
     }
 
-    /// To be called only while [`is_ready`](Self::is_ready).
+    /// Call only while [`is_ready`](Self::is_ready).
     fn send(&mut self, mut packet: Packet, pending: Pending) {
-        // Of so many ids one is free, and 0 is for watch events.
+        // There is always a free id; 0 is for watch events.
         while self.next_req_id == 0 || self.pending.contains_key(&self.next_req_id) {
             self.next_req_id = self.next_req_id.wrapping_add(1);
         }
@@ -330,7 +330,7 @@ impl Link {
             Some(Pending::Watch(watch, Some(waiting))) => {
                 drop(waiting.send(Err(device_error(&watch_request(&watch), error))));
             }
-            // An unwatch or an abort that the kernel sees no need for.
+            // An unwatch or an abort that the kernel considers unnecessary.
             Some(Pending::Watch(_, None) | Pending::Nobody) | None => {
                 debug!(%error, "the xenbus device refused a request");
             }

@@ -4,8 +4,7 @@ use super::connection::{Command, TransactionId};
 use super::{Endpoint, Error, Result};
 use crate::wire::{Errno, HEADER_LEN, PAYLOAD_MAX, Path, Perm, Reply, Request, WireError};
 
-/// How often [`Nodes::directory`] starts over because children came and went while it read them
-/// in parts.
+/// How often [`Nodes::directory`] starts over when the children change while it reads them in parts.
 const DIRECTORY_ATTEMPTS: u32 = 16;
 
 /// Reading and writing nodes: what a [`Client`](super::Client) and a
@@ -88,12 +87,12 @@ impl Nodes {
         self.acknowledged(Request::Mkdir(Path::new(path)?)).await
     }
 
-    /// Removes a node and all below it. That it does not exist is no error.
+    /// Removes a node and all below it. A missing node is no error.
     ///
     /// # Errors
     /// `EACCES`; `EINVAL` for the root.
     pub async fn rm(&self, path: &str) -> Result<()> {
-        // Xenstore minds only when the parent is missing too. Gone is gone.
+        // Xenstore reports `ENOENT` only if the parent is missing too. Gone is gone.
         found(self.acknowledged(Request::Rm(Path::new(path)?)).await).map(|_| ())
     }
 
@@ -164,13 +163,13 @@ impl Nodes {
         &self.commands
     }
 
-    /// Whether the connection's task is gone, with its runtime: it outlives every handle else.
+    /// Whether the connection's task is gone. Only the end of its runtime ends it before its last handle.
     pub(super) fn is_orphan(&self) -> bool {
         self.commands.is_closed()
     }
 
-    /// Has the connection's task carry out a command: again on the next connection, as often as
-    /// one is lost before the answer. The task takes no commands while it has none.
+    /// Has the connection's task carry out a command, again on the next connection whenever one is
+    /// lost before the answer. Without a connection, the task takes no commands.
     pub(super) async fn ask<T>(
         &self,
         command: impl Fn(oneshot::Sender<T>) -> Command,

@@ -24,7 +24,7 @@ pub struct Transaction {
 pub enum Commit {
     /// All writes are in the store.
     Committed,
-    /// None are: something that the transaction used was changed by others. Start again.
+    /// No writes are: others changed something that the transaction used. Start again.
     Conflict,
 }
 
@@ -42,7 +42,7 @@ impl Transaction {
     }
 
     /// Whether an earlier attempt of the same [`Client::transact`](super::Client::transact) may
-    /// have been committed already: its connection was lost before xenstore said.
+    /// have been committed: its connection was lost before xenstore answered.
     pub fn may_be_done(&self) -> bool {
         self.may_be_done
     }
@@ -55,8 +55,8 @@ impl Transaction {
     /// unknown.
     pub async fn commit(mut self) -> Result<Commit> {
         let ended = self.nodes.acknowledged(Request::TransactionEnd { commit: true }).await;
-        // Only now is the id spent. Where this future is dropped before, the request may never be sent, and
-        // the abort that follows it ends the transaction; where it was sent, there is nothing left to abort.
+        // Only now is the id spent. If this future is dropped earlier, the request may never be sent, and
+        // the abort then ends the transaction. If it was sent, the abort finds nothing left to end.
         self.guard.armed = false;
         match ended {
             Ok(()) => Ok(Commit::Committed),

@@ -11,8 +11,8 @@ use super::{Endpoint, MAX_OUTSTANDING};
 #[derive(Debug)]
 pub(super) enum Transport {
     Unix(UnixStream),
-    /// Twice the same open file, which is what the kernel knows a client by. It is no pipe, but
-    /// tokio reads from anything that can be polled as from one.
+    /// The same open file twice, since the kernel identifies a client by it. It is not a pipe, but
+    /// tokio's pipe receiver reads from anything that can be polled.
     Device {
         reader: pipe::Receiver,
         writer: File,
@@ -72,15 +72,15 @@ impl Transport {
     pub(super) fn max_outstanding(&self) -> usize {
         match self {
             Self::Unix(_) => MAX_OUTSTANDING,
-            // The kernel passes a request's payload on from the buffer that it was written to, some
-            // time after write has returned (`xenbus_dev_request_and_reply` in xenbus_xs.c): the next
-            // message written takes its place, and xenstored gets it with the header of the one before.
+            // The kernel sends a request's payload from the per-file buffer some time after write has
+            // returned (`xenbus_dev_request_and_reply` in xenbus_xs.c). A second message written by then
+            // overwrites it, and xenstored gets that payload with the first one's header.
             Self::Device { .. } => 1,
         }
     }
 
-    /// Whether a failed write means that this one request is refused, by the kernel, and the
-    /// connection is as good as before.
+    /// Whether a failed write means only that the kernel refused this one request, and the
+    /// connection is still good.
     pub(super) fn refuses_single_requests(&self) -> bool {
         matches!(self, Self::Device { .. })
     }

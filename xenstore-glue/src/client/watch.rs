@@ -21,14 +21,14 @@ impl Watch {
         path: Path,
     ) -> Result<Self> {
         let state = Arc::new(WatchState::new(path));
-        // Made before it is registered: dropped on the way, it is taken back.
+        // Made before it is registered, so that dropping this future unregisters it.
         let watch = Self { state: Arc::clone(&state), commands: commands.clone() };
         let (reply, answer) = oneshot::channel();
         commands.send(Command::Watch { watch: state, reply }).map_err(|_| Error::ConnectionLost)?;
         match answer.await {
             Ok(registered) => registered?,
             Err(_) if commands.is_closed() => return Err(Error::ConnectionLost),
-            // The connection was lost, and the next one registers it, as all others.
+            // The connection was lost; the next one registers this watch with all others.
             Err(_) => {}
         }
         Ok(watch)
@@ -39,13 +39,13 @@ impl Watch {
         &self.state.path
     }
 
-    /// Waits for the next change: the path that changed, the watched one or one below it;
-    /// relative if the watched path is.
+    /// Waits for the next change. Returns the path that changed, the watched one or one below it;
+    /// it is relative if the watched path is.
     ///
-    /// An event on the watched path itself says "read anew all that the watch covers". It comes
-    /// first of all, after every reconnection, and when more than [`MAX_UNDRAINED_PATHS`]
+    /// An event on the watched path itself means "read again all that the watch covers". It comes
+    /// at the start, after every reconnection, and when more than [`MAX_UNDRAINED_PATHS`]
     /// different paths changed before they were taken here. Several changes of one path may
-    /// arrive as one event. Nothing is lost when the returned future is dropped.
+    /// arrive as one event. Dropping the returned future loses nothing.
     ///
     /// # Errors
     /// After a reconnection, xenstore may refuse the watch ([`Error::Refused`]); it is then
@@ -77,7 +77,7 @@ impl Drop for Watch {
     }
 }
 
-/// What the owner of a watch and the connection's task share.
+/// State shared by the owner of a watch and the connection's task.
 #[derive(Debug)]
 pub(super) struct WatchState {
     pub(super) path: Path,
@@ -127,7 +127,7 @@ impl WatchState {
         self.changed.notify_one();
     }
 
-    /// Xenstore does not take the watch back after a reconnection.
+    /// Xenstore refused to register the watch again after a reconnection.
     pub(super) fn refuse(&self, errno: Errno) {
         self.lock().refused = Some(errno);
         self.changed.notify_one();

@@ -1,6 +1,6 @@
 //! The `xl` disk syntax, xl-disk-configuration(5), and what a target means to our backend.
 //!
-//! [`DiskSpec`] is what stands in a guest's configuration; libxl turns it into nodes, one of which,
+//! [`DiskSpec`] is an entry in a guest's configuration. libxl turns it into nodes, one of which,
 //! `params`, our backend reads as a [`Target`].
 
 mod size;

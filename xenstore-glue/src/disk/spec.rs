@@ -1,14 +1,14 @@
 //! Disks in a guest's configuration.
 //!
-//! Follows libxl's own scanner (libxlu_disk_l.l) where the man page leaves something open. Not
-//! supported, and said so: the COLO parameters and `grant_usage`, which is for virtio only.
+//! Follows libxl's own scanner (libxlu_disk_l.l) where the man page leaves something open. The COLO
+//! parameters, and `grant_usage`, which is for virtio only, are refused as unsupported.
 
 use crate::vbd::{VdevError, VirtualDevice};
 use std::fmt;
 use std::ops::Range;
 use std::str::FromStr;
 
-/// Gives an enum its words.
+/// Defines an enum of words.
 macro_rules! words {
     ($(#[$doc:meta])* $name:ident { $($(#[$item:meta])* $variant:ident = $word:literal,)* }) => {
         $(#[$doc])*
@@ -40,7 +40,7 @@ macro_rules! words {
 words!(
     /// The format of an image.
     Format {
-        /// No format: bytes of the target are bytes of the disk.
+        /// No format: the bytes of the target are those of the disk.
         Raw = "raw",
         /// The first QEMU format.
         Qcow = "qcow",
@@ -82,14 +82,14 @@ words!(
 /// A disk of a guest. Displays as a string that parses to the same.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct DiskSpec {
-    /// What the backend serves; empty for a CD-ROM drive without a medium. Taken as it stands: the
-    /// man page's "/dev is prepended" is left to [`Target`](super::Target).
+    /// What the backend serves; empty for a CD-ROM drive without a medium. Taken verbatim: the man
+    /// page's "/dev is prepended" is left to [`Target`](super::Target).
     pub target: String,
     /// The format of the target.
     pub format: Format,
     /// What the guest sees.
     pub vdev: VirtualDevice,
-    /// The guest cannot write. Always so for a CD-ROM.
+    /// The guest cannot write. Always true for a CD-ROM.
     pub read_only: bool,
     /// A CD-ROM drive.
     pub cdrom: bool,
@@ -126,7 +126,7 @@ impl ParseError {
     pub fn caret(&self) -> String {
         let before = self.input.get(..self.span.start).map_or(0, |text| text.chars().count());
         let below = self.input.get(self.span.clone()).map_or(0, |text| text.chars().count());
-        // What would break the line or move the carets is shown as a space.
+        // Characters that would break the line or move the carets are shown as spaces.
         let line: String =
             self.input.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
         format!("{line}\n{}{}", " ".repeat(before), "^".repeat(below.max(1)))
@@ -136,22 +136,22 @@ impl ParseError {
 /// What is wrong with a part of a disk.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Problem {
-    /// A key or flag that xl does not know, either.
+    /// A key or flag that xl does not know either.
     #[error("unknown parameter {0:?}")]
     Unknown(String),
-    /// A key that xl knows and this program does not act on.
+    /// A key that xl knows but this program does not act on.
     #[error("parameter {0:?} is not supported here")]
     Unsupported(String),
     /// A parameter was given before, with another value.
     #[error("{0} was given before")]
     Again(&'static str),
-    /// A value that is none of its key's words.
+    /// A value that is not among its key's words.
     #[error("{0} must be one of {1}")]
     Value(&'static str, &'static str),
     /// More than target, format, vdev and access.
     #[error("more than the four positional parameters target, format, vdev and access")]
     TooMany,
-    /// `word:` in front of the target, and xl does not know the word, either.
+    /// `word:` in front of the target, with a word that xl does not know either.
     #[error("unknown prefix; if it is part of the target, write target= and put it last")]
     Prefix,
     /// There must be a `vdev`.
@@ -160,12 +160,12 @@ pub enum Problem {
     /// There must be a target, except for a CD-ROM drive.
     #[error("no target: say what to serve, such as target=/dev/vg/disk")]
     NoTarget,
-    /// The `vdev` is none.
+    /// The `vdev` is invalid.
     #[error(transparent)]
     Vdev(#[from] VdevError),
 }
 
-/// A parameter may be given once; an empty one may be given again.
+/// A parameter that may be given once; after an empty value it may be given again.
 struct Slot<T> {
     name: &'static str,
     /// `None` if not given; an empty value is a default that takes up the position.
@@ -207,15 +207,15 @@ struct Parser {
     backend_type: Slot<BackendType>,
     script: Slot<String>,
     specification: Slot<Specification>,
-    // Of these the last one counts.
+    // For these the last one counts.
     read_only: bool,
     cdrom: bool,
     discard: Option<bool>,
     trusted: bool,
     direct_io_safe: bool,
-    /// The positional access was there.
+    /// The positional access was given.
     accessed: bool,
-    /// A deprecated prefix was there: no positional format follows.
+    /// A deprecated prefix was given: no positional format follows.
     prefixed: bool,
 }
 
@@ -317,7 +317,7 @@ impl Parser {
         }
     }
 
-    /// Takes a deprecated prefix off a positional target and says how long it was.
+    /// Strips a deprecated prefix from a positional target and returns its length.
     fn prefix(&mut self, rest: &str) -> Result<usize, (usize, Problem)> {
         let Some(colon) = rest.find(':') else { return Ok(0) };
         let (word, behind) = (&rest[..colon], &rest[colon + 1..]);
@@ -331,7 +331,7 @@ impl Parser {
             "raw" | "qcow" | "qcow2" | "vhd" => self.format.set(Format::from_word(word)),
             "iscsi" | "nbd" | "enbd" | "drbd" => self.script.set(Some(format!("block-{word}"))),
             "tapdisk" | "tap" | "tap2" | "aio" | "ioemu" | "file" | "phy" => Ok(()),
-            // As the scanner has it, so that `null:1G` is a target and `foo:/bar` is a mistake.
+            // As in the scanner, so that `null:1G` is a target and `foo:/bar` is a mistake.
             _ if behind.starts_with(|c: char| !c.is_ascii_lowercase() && !c.is_ascii_digit()) => {
                 Err(Problem::Prefix)
             }
@@ -474,7 +474,7 @@ impl fmt::Display for DiskSpec {
         }
         if !self.target.is_empty() {
             write!(f, ", target={}", self.target)?;
-            // One at the end is taken off again.
+            // The parser strips one trailing comma.
             if self.target.ends_with(',') {
                 f.write_str(",")?;
             }

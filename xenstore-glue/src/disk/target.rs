@@ -2,18 +2,18 @@
 //!
 //! ```text
 //! params   = { transport } { wrapper "," } store
-//! transport= "aio:" | "tap:" | "phy:" | "raw:"        dropped: written by the toolstack
+//! transport= "aio:" | "tap:" | "phy:" | "raw:"        written by the toolstack, ignored
 //! wrapper  = "delay:" number ("ns" | "us" | "ms" | "s")  every request takes that much longer
-//!          | "limit:" number "iops" | "limit:" size "/s" requests or bytes a second
-//!          | "error:" [ operation "@" ] percent "%"    that part of the requests fails
+//!          | "limit:" number "iops" | "limit:" size "/s" requests or bytes per second
+//!          | "error:" [ operation "@" ] percent "%"    that share of the requests fails
 //! store    = "null:" size                             accepts writes; reads leave buffers as they are
 //!          | "memory:" size                           gone when the device closes
 //!          | "file:" path | path                      file or block device
 //! operation= "read" | "write" | "flush" | "discard"
 //! ```
 //! The first wrapper is the outermost. A path is anything that begins with `/` or has no `word:` in
-//! front: then it is one below `/dev`, as for Xen's block script. Behind `file:` it is taken as it stands. Image formats other than raw (`qcow2:` and the like)
-//! are refused by name.
+//! front; in the latter case it is relative to `/dev`, as for Xen's block script. After `file:` it is
+//! taken verbatim. Image formats other than raw (`qcow2:` and the like) are refused by name.
 
 use super::{SizeError, format_size, parse_size};
 use std::fmt;
@@ -24,16 +24,16 @@ use std::time::Duration;
 /// What the backend serves. Displays as a string that parses to the same.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Target {
-    /// What requests go through, outermost first; at most [`Target::MAX_WRAPPERS`].
+    /// The wrappers that requests pass, outermost first; at most [`Target::MAX_WRAPPERS`].
     pub wrappers: Vec<Wrapper>,
-    /// Where they end.
+    /// What is behind them.
     pub store: Store,
 }
 
-/// Where requests end.
+/// What serves the requests.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Store {
-    /// Accepts writes, and leaves the buffers of reads as they are; the size in bytes.
+    /// Accepts writes, and leaves read buffers as they are; the size in bytes.
     Null(u64),
     /// Memory of the backend; the size in bytes.
     Memory(u64),
@@ -41,20 +41,20 @@ pub enum Store {
     Path(PathBuf),
 }
 
-/// What requests go through.
+/// A layer in front of the store.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Wrapper {
     /// Every request takes that much longer.
     Delay(Duration),
-    /// Requests a second.
+    /// Requests per second.
     Iops(u64),
-    /// Bytes a second.
+    /// Bytes per second.
     Bandwidth(u64),
     /// Some requests fail.
     Error {
         /// Which requests; `None` for any.
         operation: Option<Faulty>,
-        /// How many of a million.
+        /// How many in a million.
         parts_per_million: u32,
     },
 }
@@ -75,27 +75,27 @@ pub enum Faulty {
 /// Why `params` cannot be served.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum TargetError {
-    /// There is nothing.
+    /// `params` is empty.
     #[error("the target is empty: name a file, a block device, null:SIZE or memory:SIZE")]
     Empty,
     /// An image format that we do not read.
     #[error("{0} images cannot be served: convert to raw, or attach with backendtype=qdisk")]
     Format(String),
-    /// A word in front of a colon that means nothing here.
+    /// An unknown word in front of a colon.
     #[error("unknown word {0:?} in front of a colon; if it is part of a path, write file:PATH")]
     Unknown(String),
     /// Not a size.
     #[error(transparent)]
     Size(#[from] SizeError),
-    /// A disk is whole sectors, and at least one.
+    /// A disk consists of whole sectors, at least one.
     #[error("{0:?} is no size of a disk: it must be a multiple of 512 bytes, and not 0")]
     Sectors(String),
-    /// A wrapper with nonsense in it.
+    /// A malformed wrapper.
     #[error(
         "{0:?} is none of delay:200us, limit:5000iops, limit:100M/s, error:1% or error:write@0.5%"
     )]
     Wrapper(String),
-    /// A wrapper without anything behind it.
+    /// A wrapper with nothing to wrap.
     #[error("{0:?} stands in front of a disk: {0},/path")]
     Bare(String),
     /// More wrappers than anyone needs.
@@ -122,12 +122,12 @@ impl Faulty {
 /// Parts per million in one percent.
 const PERCENT: u32 = 10_000;
 const UNITS: [(&str, u64); 4] = [("ns", 1), ("us", 1_000), ("ms", 1_000_000), ("s", 1_000_000_000)];
-/// The longest delay: longer than any guest waits, short enough to add up without care.
+/// The longest delay: longer than any guest waits, short enough that sums cannot overflow.
 const MAX_DELAY: Duration = Duration::from_secs(3600);
 const FOREIGN_FORMATS: [&str; 6] = ["qcow", "qcow2", "vhd", "vhdx", "qed", "vmdk"];
 
 impl Target {
-    /// Each wrapper costs every request a little, and recursion a stack frame.
+    /// Each wrapper costs every request a little, and a stack frame.
     pub const MAX_WRAPPERS: usize = 8;
 }
 
@@ -160,7 +160,7 @@ impl FromStr for Target {
     }
 }
 
-/// A lower-case word in front of a colon, and what is behind it.
+/// A lower-case word in front of a colon, and the text after the colon.
 fn split_word(text: &str) -> (Option<&str>, &str) {
     match text.split_once(':') {
         Some((word, behind))
@@ -233,7 +233,7 @@ fn limit(argument: &str) -> Option<Wrapper> {
     (!matches!(wrapper, Wrapper::Iops(0) | Wrapper::Bandwidth(0))).then_some(wrapper)
 }
 
-/// Reads `12`, `0.5` or `0.0001`: whole percents and up to four digits of a fraction.
+/// Reads `12`, `0.5` or `0.0001`: a percentage with up to four decimals.
 fn parts_per_million(percent: &str) -> Option<u32> {
     let (whole, fraction) = percent.split_once('.').unwrap_or((percent, "0"));
     if fraction.is_empty() || fraction.len() > 4 {

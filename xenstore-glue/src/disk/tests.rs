@@ -67,7 +67,7 @@ fn a_named_target_takes_the_rest() {
     assert_eq!(disk.backend.as_deref(), Some("stor"));
     assert_eq!(disk.backend_type, Some(BackendType::Tap));
     assert_eq!((disk.discard, disk.trusted, disk.direct_io_safe), (Some(false), false, true));
-    // Positional as well, where there is no comma in it.
+    // Positional as well, if there is no comma in it.
     assert_eq!(spec("null:64G,,xvda").target, "null:64G");
 }
 
@@ -140,7 +140,7 @@ fn targets_are_what_params_may_hold() {
     assert_eq!(store(&("delay:1us,".repeat(9) + "/x")), Err(TargetError::TooMany));
 }
 
-/// Strings that look like disks, so that the parser is got past.
+/// Strings that look enough like disks to get past the parser.
 fn disklike() -> impl Strategy<Value = String> {
     let part = prop_oneof![
         Just(""),

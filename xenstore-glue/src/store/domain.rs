@@ -4,21 +4,21 @@ use super::watch::Change;
 use super::{DOM0, INTRODUCE_DOMAIN, Output, RELEASE_DOMAIN, Store};
 use crate::wire::{Access, Errno, Path, Perm, Reply, Request};
 
-/// A domain that is introduced.
+/// An introduced domain.
 #[derive(Debug, Default)]
 pub(super) struct Domain {
-    /// The domain whose rights it has beside its own (`SET_TARGET`).
+    /// The domain whose rights it has in addition to its own (`SET_TARGET`).
     pub(super) target: Option<u16>,
 }
 
-/// Who asks.
+/// The requester.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Who {
     pub(super) domid: u16,
     pub(super) target: Option<u16>,
 }
 
-/// What one may do with a node.
+/// What a domain may do with a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Right {
     Read,
@@ -73,7 +73,7 @@ pub(super) fn is_privileged(request: &Request) -> bool {
     )
 }
 
-/// Whether [`Store::manage`] is for this.
+/// Whether [`Store::manage`] handles this.
 pub(super) fn is_about_domains(request: &Request) -> bool {
     matches!(
         request,
@@ -112,8 +112,8 @@ impl Store {
         Ok(Reply::Ok(request.kind()))
     }
 
-    /// Makes a domain known, so that it may connect, and fires `@introduceDomain`. One that is
-    /// known already loses its watches and transactions, as one whose kernel starts anew.
+    /// Makes a domain known, so that it may connect, and fires `@introduceDomain`. A domain that is
+    /// known already loses its watches and transactions, as if its kernel had restarted.
     ///
     /// # Errors
     /// `EINVAL` for dom0.
@@ -130,8 +130,8 @@ impl Store {
     }
 
     /// Forgets a domain: closes its connections, removes the nodes it owns with all below them,
-    /// takes it out of all permission lists, lest a later domain of the same number inherits
-    /// (XSA-322), and fires `@releaseDomain`.
+    /// removes it from all permission lists, lest a later domain of the same number inherit its
+    /// rights (XSA-322), and fires `@releaseDomain`.
     ///
     /// # Errors
     /// `EINVAL` for dom0, `ENOENT` for a domain that is not introduced.

@@ -1,9 +1,9 @@
 use super::{DOM0, Store};
 use crate::wire::{Errno, Path, Perm, Reply, Request};
 
-/// What the host process does to the store, as dom0 and outside of transactions.
+/// The host process's access to the store, as dom0 and outside of transactions.
 ///
-/// All of these fail with `EINVAL` for a bad path, and as their requests do.
+/// All of these fail with `EINVAL` for a bad path, and otherwise as their requests do.
 impl Store {
     /// Reads a value.
     ///
@@ -33,7 +33,7 @@ impl Store {
         self.apply(DOM0, Request::Mkdir(checked(path)?)).map(drop)
     }
 
-    /// Removes a node and all below it. That it does not exist is no error.
+    /// Removes a node and all below it. A missing node is no error.
     ///
     /// # Errors
     /// `EINVAL` for the root.
@@ -66,7 +66,7 @@ impl Store {
         }
     }
 
-    /// Replaces a permission list, that of a special watch too; the first entry is the owner's.
+    /// Replaces the permission list of a node or a special watch; the first entry is the owner's.
     ///
     /// # Errors
     /// `ENOENT`; `EINVAL` for an empty list.

@@ -2,8 +2,8 @@
 //! xenstored, for hosts without Xen and for tests.
 //!
 //! [`Store`] is the tree with its owners, permissions, transactions, watches and quotas; it does
-//! no I/O. [`Server`] puts it on unix sockets. Each socket speaks for one domain, so who may
-//! open a socket is who may act as that domain: keep them apart by file permissions.
+//! no I/O. [`Server`] puts it on unix sockets. Each socket speaks for one domain, so anyone who
+//! may open a socket may act as that domain: restrict each by file permissions.
 //!
 //! ```
 //! # async fn example() -> std::io::Result<()> {
@@ -22,8 +22,8 @@
 //!
 //! # Where it differs from xenstored
 //! Children are listed in the order of their names. Events follow the reply of the request that
-//! caused them. `CONTROL` is not supported (`ENOSYS`). There is no quota on memory as a whole;
-//! the other quotas bound it. Any domain number may be given permissions, since there is no
+//! caused them. `CONTROL` is not supported (`ENOSYS`). There is no quota on total memory; the
+//! other quotas bound it. Any domain number may be given permissions, since there is no
 //! hypervisor to ask whether it exists.
 
 mod domain;
@@ -45,9 +45,9 @@ use transaction::{Transaction, View};
 use tree::Tree;
 use watch::Watch;
 
-/// Dom0, which every request made in process is made as.
+/// Dom0, the identity of all requests made in process.
 const DOM0: Who = Who { domid: 0, target: None };
-/// The special watches, which are nodes too: reading them is being told.
+/// The special watches, which are nodes too: a domain that may read one gets its events.
 const INTRODUCE_DOMAIN: &str = "@introduceDomain";
 const RELEASE_DOMAIN: &str = "@releaseDomain";
 
@@ -55,7 +55,7 @@ const RELEASE_DOMAIN: &str = "@releaseDomain";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ConnectionId(u64);
 
-/// What a [`Store`] wants its host to do after a request or any other call, in this order.
+/// What a [`Store`] wants its host to do, in order, after a request or any other call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Output {
     /// Send this watch event.
@@ -66,12 +66,12 @@ pub enum Output {
 
 /// The store, without I/O: requests in, replies and [`Output`] out.
 ///
-/// A host that lives in the same process reads and writes as dom0, with the methods named after
-/// the requests; see [`Server::with_store`].
+/// A host in the same process reads and writes as dom0, with the methods named after the
+/// requests; see [`Server::with_store`].
 #[derive(Debug)]
 pub struct Store {
     tree: Tree,
-    /// Those introduced. Dom0 always is.
+    /// Introduced domains, always including dom0.
     domains: BTreeMap<u16, Domain>,
     connections: BTreeMap<ConnectionId, Connection>,
     next_connection: u64,
@@ -93,7 +93,7 @@ impl Default for Store {
 }
 
 impl Store {
-    /// A store with nothing in it but the root and the special watches, all dom0's alone.
+    /// A store with only the root and the special watches in it, all accessible to dom0 alone.
     pub fn new() -> Self {
         let roots = ["/", INTRODUCE_DOMAIN, RELEASE_DOMAIN];
         Self {
@@ -133,8 +133,7 @@ impl Store {
     /// Carries out a request of a connection. Collect [`take_outputs`](Self::take_outputs)
     /// afterwards; they come after the reply.
     ///
-    /// The reply to `DIRECTORY` may be too long for a message: that is for the host to turn into
-    /// `E2BIG`.
+    /// The reply to `DIRECTORY` may be too long for a message; the host must turn it into `E2BIG`.
     pub fn handle(&mut self, id: ConnectionId, tx_id: u32, request: Request) -> Reply {
         self.try_handle(id, tx_id, request).unwrap_or_else(Reply::Error)
     }

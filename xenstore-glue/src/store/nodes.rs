@@ -47,10 +47,10 @@ impl View<'_> {
         }
     }
 
-    /// A node that exists and that `who` has this right to.
+    /// A node that exists and to which `who` has this right.
     ///
     /// # Errors
-    /// `EACCES`; `ENOENT` only to those who might know, by their rights to the nearest parent.
+    /// `EACCES`; `ENOENT` only if `who` has this right to the nearest existing parent.
     fn node(&mut self, path: &str, right: Right) -> Result<&Node, Errno> {
         let who = self.who;
         if !self.get(path)?.is_some_and(|node| who.may(node, right)) {
@@ -91,7 +91,7 @@ impl View<'_> {
         Ok(())
     }
 
-    /// Creates a node and its missing parents. All checks come first: a refusal leaves nothing.
+    /// Creates a node and its missing parents. All checks come first, so a refusal leaves nothing behind.
     fn create(&mut self, path: &str, value: Vec<u8>) -> Result<(), Errno> {
         let mut missing = vec![path];
         let mut top = parent(path);
@@ -124,7 +124,7 @@ impl View<'_> {
 
     fn rm(&mut self, path: &str) -> Result<(), Errno> {
         match self.node(path, Right::Write).map(|_| ()) {
-            // Gone is fine, unless its parent is too.
+            // Gone is fine, unless its parent is gone too.
             Err(Errno::Enoent) if self.get(parent(path))?.is_some() => Ok(()),
             Ok(()) if path == "/" => Err(Errno::Einval),
             Ok(()) => self.remove(path),
@@ -132,9 +132,9 @@ impl View<'_> {
         }
     }
 
-    /// Removes a node, not the root, and all below it, whoever may.
+    /// Removes a node (not the root) and all below it, without permission checks.
     pub(super) fn remove(&mut self, path: &str) -> Result<(), Errno> {
-        // Parents before children, so that taken from the end, children go first.
+        // Parents before children; the reverse order removes children first.
         let mut all = vec![path.to_owned()];
         let mut next = 0;
         while let Some(path) = all.get(next).cloned() {
@@ -172,16 +172,16 @@ impl View<'_> {
             node.first = *first;
             node.others = others.to_vec();
         })?;
-        // Whoever could see the node until now is told, too.
+        // Domains that could read the node until now are told, too.
         self.changed(Change { seen_by: vec![old], ..Change::within(path) });
         Ok(())
     }
 }
 
-/// The names from a byte offset on, as many as fit a message.
+/// The names from a byte offset on, as many as fit in a message.
 fn directory_part(node: &Node, offset: usize) -> Reply {
     let generation = node.generation;
-    // Beside the generation and its nul, the end of the list needs a byte.
+    // Besides the generation and its nul, the end of the list takes a byte.
     let room = PAYLOAD_MAX - generation.to_string().len() - 2;
     let (mut names, mut last) = (Vec::new(), true);
     let (mut position, mut used) = (0, 0);
@@ -200,7 +200,7 @@ fn directory_part(node: &Node, offset: usize) -> Reply {
 }
 
 impl Who {
-    /// The absolute path of a node, as the key that the tree knows it by.
+    /// The absolute path of a node, which is its key in the tree.
     fn node_path(self, path: &Path) -> Result<Path, Errno> {
         if path.is_special() { Err(Errno::Einval) } else { self.path(path) }
     }

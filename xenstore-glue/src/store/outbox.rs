@@ -6,8 +6,8 @@ use tokio::sync::Notify;
 use super::quota;
 use crate::wire::{Errno, PAYLOAD_MAX, Reply};
 
-/// What waits to be written to one connection. Filled by whoever changes the store, emptied by
-/// the connection's task; bounded by [`quota::OUTBOX_BYTES`].
+/// Messages to be written to one connection. Filled by any task that changes the store, emptied
+/// by the connection's task; bounded by [`quota::OUTBOX_BYTES`].
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     queue: Mutex<Queue>,
@@ -19,7 +19,7 @@ pub(super) struct Outbox {
 struct Queue {
     messages: Vec<Arc<[u8]>>,
     bytes: usize,
-    /// Events among the messages, to be queued once.
+    /// The events among the messages, so that each is queued once.
     events: HashSet<Arc<[u8]>>,
     closed: bool,
 }
@@ -37,9 +37,9 @@ impl Outbox {
         }
     }
 
-    /// Queues an event, unless the same one waits already. `false` if there is no room.
+    /// Queues an event, unless an equal one is queued already. `false` if there is no room.
     pub(super) fn event(&self, event: &Reply) -> bool {
-        // xenstored does not send events that are too long, either.
+        // xenstored does not send events that are too long either.
         let Ok(packet) = event.to_packet(0, 0) else { return true };
         let mut message = Vec::new();
         packet.encode(&mut message);
@@ -58,7 +58,7 @@ impl Outbox {
         true
     }
 
-    /// Drops the events that wait.
+    /// Drops the queued events.
     pub(super) fn forget_events(&self) {
         let mut queue = self.lock();
         let events = std::mem::take(&mut queue.events);
@@ -81,7 +81,7 @@ impl Outbox {
         self.lock().closed
     }
 
-    /// Drops what waits and makes the connection's task end.
+    /// Drops all queued messages and makes the connection's task end.
     pub(super) fn close(&self) {
         *self.lock() = Queue { closed: true, ..Queue::default() };
         self.changed.notify_one();

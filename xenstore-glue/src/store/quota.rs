@@ -16,12 +16,12 @@ pub const NODE_BYTES: usize = 2048;
 pub const PERM_BYTES: usize = 8;
 /// Permission entries of a node; more fail with `ENOSPC`.
 pub const PERMS: usize = 5;
-/// Requests of a connection whose replies are not yet taken; beyond, no more are read. This
-/// one holds for dom0 too: it is back pressure, not a refusal.
+/// Requests of a connection whose replies are not yet taken; beyond that, no more are read. This
+/// quota applies to dom0 too: it is back pressure, not a refusal.
 pub const OUTSTANDING: usize = 20;
-/// Connections of a domain. Under Xen a domain has one; here its programs have one each.
+/// Connections of a domain. Under Xen a domain has one; here each of its programs has one.
 pub const CONNECTIONS: usize = 64;
-/// Bytes of events that wait for one connection, dom0's too. Where there are more, all give way
-/// to one of each of its watches; it is closed only if these are too many. Equal events waiting at
-/// the same time count once.
+/// Bytes of events queued for one connection, also dom0's. Beyond that, all are replaced by one for
+/// each of its watches; the connection is closed only if even these are too many. Equal events queued
+/// at the same time count once.
 pub const OUTBOX_BYTES: usize = 1 << 20;

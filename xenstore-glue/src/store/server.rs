@@ -14,10 +14,10 @@ use super::outbox::Outbox;
 use super::{ConnectionId, Output, Store, quota};
 use crate::wire::{Decoder, PAYLOAD_MAX, Packet, Reply, Request};
 
-/// The pause after a connection could not be accepted, for want of file descriptors say.
+/// The pause after a connection could not be accepted, say for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// A [`Store`] on unix sockets, for one process to hold: handles are clones of each other.
+/// A [`Store`] on unix sockets. Clones are handles to the same server.
 ///
 /// Its tasks run in the tokio runtime that called [`listen`](Self::listen), until
 /// [`shutdown`](Self::shutdown), even when all handles are gone.
@@ -41,10 +41,10 @@ impl Server {
 
     /// Listens on a unix socket whose clients speak for `domid`; 0 is privileged. Several
     /// sockets may speak for one domain. While the domain is not introduced, connections are
-    /// closed at once. A socket file that a dead server left behind is replaced.
+    /// closed at once. A socket file left behind by a dead server is replaced.
     ///
     /// # Errors
-    /// Those of binding; `AddrInUse` if somebody listens there.
+    /// Those of `bind`; `AddrInUse` if somebody is listening there.
     ///
     /// # Panics
     /// Outside of a tokio runtime.
@@ -68,8 +68,8 @@ impl Server {
         self.lock().listeners.remove(path.as_ref());
     }
 
-    /// Reads and changes the store in process, as dom0. No client sees the store in between;
-    /// watch events are sent when `body` returns. It must not call this server.
+    /// Reads and changes the store in process, as dom0. No client sees intermediate states, and
+    /// watch events are sent when `body` returns. `body` must not call this server.
     pub fn with_store<T>(&self, body: impl FnOnce(&mut Store) -> T) -> T {
         let mut state = self.lock();
         let result = body(&mut state.store);
@@ -77,7 +77,7 @@ impl Server {
         result
     }
 
-    /// Closes all sockets and connections. What is in the store stays, and
+    /// Closes all sockets and connections. The store keeps its contents, and
     /// [`listen`](Self::listen) may be called again.
     pub fn shutdown(&self) {
         let mut state = self.lock();
@@ -119,7 +119,7 @@ impl Server {
         });
     }
 
-    /// Until the client or the outbox is closed.
+    /// Serves until the client or the outbox is closed.
     async fn serve(
         &self,
         id: ConnectionId,
@@ -127,12 +127,12 @@ impl Server {
         outbox: &Outbox,
     ) -> io::Result<()> {
         let (mut decoder, mut buf) = (Decoder::default(), vec![0; PAYLOAD_MAX]);
-        // What was read and not yet decoded; what is being written.
+        // Input not yet decoded, and output being written.
         let (mut unread, mut unsent) = (0..0, Vec::new());
         // Requests whose replies are not written yet, and those of them that are in `unsent`.
         let (mut outstanding, mut sending) = (0, 0);
         loop {
-            // A client that never stops talking would never let the others' tasks run.
+            // Otherwise a client that never stops talking would starve the others' tasks.
             consume_budget().await;
             let mut input = &buf[unread.clone()];
             while outstanding < quota::OUTSTANDING && !input.is_empty() {
@@ -188,8 +188,8 @@ impl Server {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Only a panic in the body of `with_store` can poison it; every request of the store
-        // is complete by then.
+        // Only a panic in the body of `with_store` can poison it, and at that point every request
+        // to the store is complete.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -230,12 +230,12 @@ struct Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         self.task.abort();
-        // It may have been removed, with its directory.
+        // It may have been removed along with its directory.
         let _ = std::fs::remove_file(&self.path);
     }
 }
 
-/// Whether a socket file has nobody listening.
+/// Whether nobody listens on a socket file.
 fn is_dead(path: &Path) -> bool {
     StdUnixStream::connect(path)
         .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)

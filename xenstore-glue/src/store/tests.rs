@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::wire::Path;
 
-/// The tree hangs together and the accounts are right, whatever was done to it.
+/// Checks that the tree is consistent and the counts of owned nodes are right.
 fn check(store: &Store) {
     let mut owned: HashMap<u16, usize> = HashMap::new();
     for path in store.tree.find(|_| true) {

@@ -9,21 +9,21 @@ use crate::wire::Errno;
 
 /// The nodes that a transaction has read or written, as it sees them.
 ///
-/// As in xenstored, a node is copied when it is first touched. A commit succeeds only if all
-/// of them still have the generation they were copied at, so that what was read is one state of
-/// the store and nobody's change is lost.
+/// As in xenstored, a node is copied when it is first touched. A commit succeeds only if all of
+/// these nodes still have the generation they were copied at. So all reads were of one state of
+/// the store, and nobody's change is lost.
 #[derive(Debug, Default)]
 pub(super) struct Transaction {
     touched: HashMap<Box<str>, Touched>,
-    /// To be fired by the commit, one a path.
+    /// To be fired by the commit, one per path.
     changes: Vec<Change>,
-    /// It could not keep track of all it touched.
+    /// It touched more nodes than it may.
     failed: bool,
 }
 
 #[derive(Debug)]
 struct Touched {
-    /// Of the store's node when it was copied; `None` if there was none.
+    /// The generation of the store's node when it was copied; `None` if there was none.
     generation: Option<u64>,
     node: Option<Node>,
     modified: bool,
@@ -63,10 +63,10 @@ impl Transaction {
         owned
     }
 
-    /// Makes the changes everybody's, and says what they were.
+    /// Applies the changes to the store, and returns them.
     ///
     /// # Errors
-    /// `EAGAIN` after a conflict; `ENOSPC`, `ENOMEM` for a quota. Nothing is changed then.
+    /// `EAGAIN` after a conflict; `ENOSPC`, `ENOMEM` for a quota. In either case nothing is changed.
     pub(super) fn commit(self, tree: &mut Tree, who: Who) -> Result<Vec<Change>, Errno> {
         if self.failed {
             return Err(Errno::Enomem);
@@ -106,7 +106,7 @@ impl<'a> View<'a> {
         Self { tree, who, transaction: Some(transaction), changes: Vec::new() }
     }
 
-    /// What there is to fire, if this view was direct.
+    /// The changes to fire, if this view is direct.
     pub(super) fn into_changes(self) -> Vec<Change> {
         self.changes
     }
@@ -152,7 +152,7 @@ impl<'a> View<'a> {
         Ok(())
     }
 
-    /// Paths of the nodes that are as asked, in the store itself.
+    /// Paths of the matching nodes in the store itself.
     pub(super) fn find(&self, is_wanted: impl Fn(&Node) -> bool) -> Vec<Box<str>> {
         self.tree.find(is_wanted)
     }
@@ -164,7 +164,7 @@ impl<'a> View<'a> {
         }
     }
 
-    /// Notes a change for watches: fired at once, or by the commit.
+    /// Records a change for watches, to be fired at once or by the commit.
     pub(super) fn changed(&mut self, change: Change) {
         let Some(transaction) = &mut self.transaction else { return self.changes.push(change) };
         match transaction.changes.iter_mut().find(|known| known.path == change.path) {

@@ -7,9 +7,9 @@ use crate::wire::Perm;
 #[derive(Clone, Debug)]
 pub(super) struct Node {
     pub(super) value: Vec<u8>,
-    /// The owner and everybody's rights.
+    /// The owner, and the rights of domains not listed.
     pub(super) first: Perm,
-    /// Rights of domains by name.
+    /// The rights of listed domains.
     pub(super) others: Vec<Perm>,
     pub(super) children: BTreeSet<Box<str>>,
     /// Different after every change to the node, its list of children included.
@@ -55,7 +55,7 @@ impl Tree {
         self.nodes.get(path)
     }
 
-    /// Replaces a node, or removes it, and nothing else: its parent's list is the caller's.
+    /// Replaces or removes a node, and nothing else: the caller updates its parent's list of children.
     pub(super) fn put(&mut self, path: &str, node: Option<Node>) {
         let owner = node.as_ref().map(|node| node.first.domid);
         let generation = self.next_generation();
@@ -110,7 +110,7 @@ impl Tree {
     }
 }
 
-/// The path of a node's parent; the root is its own.
+/// The path of a node's parent; the root is its own parent.
 pub(super) fn parent(path: &str) -> &str {
     match path.rfind('/') {
         Some(0) | None => "/",

@@ -8,7 +8,7 @@ use crate::wire::{Errno, MessageType, Path, Perm, Reply};
 pub(super) struct Watch {
     /// Absolute, or special.
     root: Path,
-    /// As the watcher gave it: events say it the same way.
+    /// As the watcher gave it: events spell it the same way.
     path: Path,
     token: Vec<u8>,
 }
@@ -17,10 +17,10 @@ pub(super) struct Watch {
 #[derive(Debug)]
 pub(super) struct Change {
     pub(super) path: Box<str>,
-    /// Whether watches on parents are told. Otherwise only those on this very path are: below a
-    /// node that is removed, as their parents are told of that one.
+    /// Whether watches on parents are told, too. Not so for nodes below a removed one: watches on
+    /// their parents are told of the removed one itself.
     pub(super) in_subtree: bool,
-    /// Permissions before the change; whoever could read then is told as well.
+    /// Permissions before the change; domains that could read then are told as well.
     pub(super) seen_by: Vec<Vec<Perm>>,
 }
 
@@ -33,7 +33,7 @@ impl Change {
     /// Adds a later change of the same path.
     pub(super) fn merge(&mut self, later: Self) {
         self.in_subtree |= later.in_subtree;
-        // What was seen first is what the watcher saw; a transaction changes it but once.
+        // The first permissions are those that the watcher saw before the transaction.
         if self.seen_by.is_empty() {
             self.seen_by = later.seen_by;
         }
@@ -53,7 +53,7 @@ impl Watch {
             return None;
         }
         let event = if self.path.is_relative() {
-            // The relative path, and what follows the watched one.
+            // The relative path, and the rest after the watched one.
             format!("{}{}", self.path, change.path.get(root.len()..)?)
         } else {
             change.path.to_string()
@@ -99,8 +99,8 @@ impl Store {
         Ok(Reply::Ok(MessageType::Unwatch))
     }
 
-    /// Queues an event for every watch that a change concerns, if its owner may know: who can
-    /// read the node or its parent, or could before. Where that is more than a connection holds,
+    /// Queues an event for every watch that a change concerns, if the watcher may know of it: it can
+    /// read the node or its parent, or could before. If that is more than a connection's outbox holds,
     /// all its watches are told to [look again](Self::look_again) instead.
     pub(super) fn fire(&mut self, changes: &[Change]) {
         for (id, connection) in &self.connections {
@@ -134,8 +134,8 @@ impl Store {
         }
     }
 
-    /// What is said to a connection instead of more events than it can hold: one of each watch, on
-    /// its own path, as when it was registered. It means that anything below may have changed.
+    /// What a connection gets instead of more events than its outbox holds: one event for each watch, on
+    /// its own path, as at registration. It means that anything below may have changed.
     pub(super) fn look_again(&self, id: ConnectionId) -> Vec<Reply> {
         let watches = self.connections.get(&id).map(|connection| &connection.watches);
         watches.into_iter().flatten().map(|watch| watch.event(watch.path.clone())).collect()

@@ -1,4 +1,4 @@
-//! What both ends work with once offer and request have met.
+//! What both ends work with once the offer and the request are known.
 
 use super::{BackendOffer, FrontendRequest, QueueKeys, Refusal, Rule};
 use ring_proto::RingLayout;
@@ -11,8 +11,8 @@ pub struct Agreement {
     pub layout: RingLayout,
     /// log2 of ring (split: request) pages.
     pub order: u8,
-    /// The rings: as many as agreed, each with the pages its layout and order take, no grant and no
-    /// port twice, no port 0.
+    /// The rings: as many as agreed, each with the pages its layout and order take. No grant or port
+    /// occurs twice, and no port is 0.
     pub queues: Vec<QueueKeys>,
     /// Grants stay mapped: both ends want it.
     pub persistent: bool,
@@ -28,11 +28,11 @@ impl Agreement {
         self.layout.slots(self.order)
     }
 
-    /// Brings offer and request together; both ends come to the same. The request is within the offer:
-    /// one that was read is ([`FrontendRequest::from_keys`]), one that is made must be.
+    /// Combines offer and request, with the same result on both ends. The request must be within the
+    /// offer; one read by [`FrontendRequest::from_keys`] always is.
     ///
     /// # Errors
-    /// A request without a ring or a port, or one that names a page or a port twice: two rings in one
+    /// A request without a ring or a port, or that names a page or a port twice: two rings in one
     /// page would corrupt each other, and a port can be bound only once.
     pub fn new(offer: &BackendOffer, request: FrontendRequest) -> Result<Self, Refusal> {
         let refuse =

@@ -2,11 +2,11 @@
 
 use super::{Keys, Nodes, Refusal, Rule, bit, flag, node, number, number32};
 
-/// The largest logical or physical sector we believe in, in bytes: nothing sold has larger ones than
-/// 4096, and Linux's frontend takes no logical sector above a page.
+/// The largest logical or physical sector size we accept, in bytes: no device sold has more than 4096,
+/// and Linux's frontend takes no logical sector above a page.
 pub const MAX_SECTOR_SIZE: u32 = 1 << 16;
 
-/// 512-byte sectors whose bytes still have an `off_t`.
+/// The most 512-byte sectors whose size in bytes fits in an `off_t`.
 const MAX_SECTORS: u64 = (i64::MAX / 512) as u64;
 
 /// `VDISK_CDROM`, `VDISK_REMOVABLE` and `VDISK_READONLY` of blkif.h.
@@ -14,7 +14,7 @@ const INFO_CDROM: u32 = 1;
 const INFO_REMOVABLE: u32 = 2;
 const INFO_READ_ONLY: u32 = 4;
 
-/// How a device discards.
+/// A device's discard properties.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Discard {
     /// Unit in which the device frees space, in bytes.
@@ -30,10 +30,10 @@ pub struct Discard {
 pub struct DeviceProperties {
     /// Size in 512-byte sectors, whatever `sector_size` says (Linux, and blkif.h since 2024-09).
     pub sectors: u64,
-    /// Smallest unit and alignment of I/O, in bytes. Other than 512 is only for frontends that set
-    /// `feature-large-sector-size`.
+    /// Smallest unit and alignment of I/O, in bytes. Only frontends that set
+    /// `feature-large-sector-size` may get a value other than 512.
     pub sector_size: u32,
-    /// Unit the device writes without reading first, in bytes.
+    /// Unit that the device can write without reading first, in bytes.
     pub physical_sector_size: u32,
     /// Writes are refused.
     pub read_only: bool,
@@ -69,7 +69,7 @@ impl DeviceProperties {
         self.sectors.saturating_mul(512)
     }
 
-    /// The node to rewrite, before the same `state` again, when the size changed.
+    /// The node to rewrite when the size has changed, before writing the same `state` again.
     pub fn resize_keys(&self) -> Nodes {
         vec![node("sectors", self.sectors)]
     }
@@ -97,11 +97,11 @@ impl DeviceProperties {
         nodes
     }
 
-    /// What a backend says about its device. Only `sectors` must be there; the rest has blkif.h's
+    /// Reads what a backend says about its device. Only `sectors` is required; the rest has blkif.h's
     /// defaults.
     ///
     /// # Errors
-    /// Numbers that are none, sizes beyond `off_t`, sector sizes that are not powers of two from 512 to
+    /// Malformed numbers, sizes beyond `off_t`, sector sizes that are not powers of two from 512 to
     /// [`MAX_SECTOR_SIZE`].
     pub fn from_keys(keys: &Keys<'_>) -> Result<Self, Refusal> {
         let sectors = number(keys, "sectors", MAX_SECTORS)?

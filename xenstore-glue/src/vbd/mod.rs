@@ -11,9 +11,9 @@
 //! drivers/block/xen-blkfront.c).
 //!
 //! Everything is read through [`Keys`], a function from a path relative to the peer's directory to a
-//! value; whoever reads from a live store fetches first and then looks up. The peer chose the values:
-//! numbers are plain decimals, counts are checked against the offer before anything is allocated, and
-//! what is not acceptable comes back as a [`Refusal`] that is fit for a log and for the `error` node.
+//! value; with a live store, fetch the keys first. The peer chose the values, so numbers must be plain
+//! decimals, counts are checked against the offer before anything is allocated, and what is not
+//! acceptable comes back as a [`Refusal`] that is fit for a log and for the `error` node.
 
 mod agreement;
 mod device;
@@ -31,7 +31,7 @@ pub use request::{FrontendRequest, PROTOCOL_DEFAULT, QueueKeys};
 pub use toolstack::{AttachError, Directory, attach_nodes};
 pub use vdev::{VdevError, VirtualDevice};
 
-/// A peer's directory: takes a path relative to it, gives the value of that node if there is one.
+/// A peer's directory: maps a relative path to the value of that node, if there is one.
 pub type Keys<'a> = dyn Fn(&str) -> Option<Vec<u8>> + 'a;
 
 /// Nodes to write, in order: paths relative to the writer's own directory, and values.
@@ -42,15 +42,15 @@ pub type Nodes = Vec<(String, String)>;
 pub struct Refusal {
     /// The key, relative to the directory of the end that wrote it.
     pub key: String,
-    /// What it holds, escaped and cut to [`Refusal::MAX_VALUE`] characters; `None` if it is missing.
+    /// Its value, escaped and cut to [`Refusal::MAX_VALUE`] characters; `None` if it is missing.
     pub value: Option<String>,
-    /// What it breaks.
+    /// The rule it breaks.
     pub rule: Rule,
 }
 
 impl Refusal {
-    /// Characters of a value that are worth showing: no valid one is longer, and the peer must not
-    /// fill our log.
+    /// The most characters of a value to show: no valid one is longer, and the peer must not fill
+    /// our log.
     pub const MAX_VALUE: usize = 64;
 
     fn new(key: impl Into<String>, value: Option<&[u8]>, rule: Rule) -> Self {
@@ -91,7 +91,7 @@ pub enum Rule {
     /// Another key names the same grant or port.
     #[error("same as {0}")]
     Repeats(String),
-    /// The `protocol` is none that we know.
+    /// The `protocol` is unknown.
     #[error("unknown ABI, known are x86_64-abi, x86_32-abi and this machine's own")]
     UnknownProtocol,
     /// The backend does not offer it.
@@ -99,17 +99,17 @@ pub enum Rule {
     NotOffered,
 }
 
-/// Digits that a number may have: those of 2^64.
+/// The most digits of a number: those of 2^64.
 const MAX_DIGITS: usize = 20;
 
-/// Reads a number, if the key is there.
+/// Reads a number, if the key exists.
 fn number(keys: &Keys<'_>, key: &str, max: u64) -> Result<Option<u64>, Refusal> {
     let Some(value) = keys(key) else { return Ok(None) };
     let refuse = |rule| Err(Refusal::new(key, Some(&value), rule));
     if value.is_empty() || value.len() > MAX_DIGITS || !value.iter().all(u8::is_ascii_digit) {
         return refuse(Rule::NotDecimal);
     }
-    // 20 digits can still be too many; no limit is as large as that.
+    // 20 digits can still overflow; that is above any limit.
     let number = std::str::from_utf8(&value).ok().and_then(|text| text.parse().ok());
     match number {
         Some(number) if number <= max => Ok(Some(number)),
@@ -117,17 +117,17 @@ fn number(keys: &Keys<'_>, key: &str, max: u64) -> Result<Option<u64>, Refusal> 
     }
 }
 
-/// Reads a number that fits in 32 bits, if the key is there.
+/// Reads a number that fits in 32 bits, if the key exists.
 fn number32(keys: &Keys<'_>, key: &str) -> Result<Option<u32>, Refusal> {
     Ok(number(keys, key, u32::MAX.into())?.and_then(|n| u32::try_from(n).ok()))
 }
 
-/// Reads a number that must be there.
+/// Reads a required number.
 fn required32(keys: &Keys<'_>, key: &str) -> Result<u32, Refusal> {
     number32(keys, key)?.ok_or_else(|| Refusal::new(key, None, Rule::Missing))
 }
 
-/// Reads a feature: missing is no, as everywhere in blkif.h; a number other than 0 is yes.
+/// Reads a feature: a missing key is no, as everywhere in blkif.h; a number other than 0 is yes.
 fn flag(keys: &Keys<'_>, key: &str) -> Result<bool, Refusal> {
     Ok(number32(keys, key)?.is_some_and(|n| n != 0))
 }

@@ -3,31 +3,31 @@
 use super::{Keys, Nodes, Refusal, bit, flag, node, number32};
 use ring_proto::abi::{MAX_INDIRECT_SEGMENTS, MAX_RING_PAGE_ORDER};
 
-/// The most queues a device may have. A frontend's xenstore quota is 1000 nodes, of which a queue of
-/// the largest ring takes up to 22, so that more could not be asked for anyway.
+/// The most queues a device may have. A queue with the largest ring takes up to 22 of the 1000 nodes
+/// of a frontend's xenstore quota, so more could not be asked for anyway.
 pub const MAX_QUEUES: u16 = 64;
 
-/// The limits a backend sets, which it writes before `InitWait`.
+/// A backend's limits, written before `InitWait`.
 ///
-/// `feature-persistent` is among them although Linux writes it at connect: nobody reads it earlier, and
-/// so the offer is complete when the frontend makes its rings.
+/// `feature-persistent` is among them although Linux writes it only at connect: no frontend reads it
+/// earlier, and this way the offer is complete when the frontend makes its rings.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct BackendOffer {
     /// Queues the frontend may use, 1 to [`MAX_QUEUES`].
     pub max_queues: u16,
     /// Largest log2 of ring pages, 0 to [`MAX_RING_PAGE_ORDER`].
     pub max_ring_page_order: u8,
-    /// Segments an indirect request may have; 0 for no indirect requests.
+    /// The most segments of an indirect request; 0 for no indirect requests.
     pub max_indirect_segments: u16,
     /// Grants stay mapped between requests.
     pub persistent: bool,
-    /// Requests and responses may have pages of their own; an extension, see docs/protocol.md.
+    /// Requests and responses may be in separate pages; an extension, see docs/protocol.md.
     pub split_ring: bool,
 }
 
 impl BackendOffer {
-    /// Whether the backend keeps grants mapped: the one key of these that Linux's writes only before
-    /// `Connected`, so that a frontend knows when it has connected.
+    /// Whether the backend keeps grants mapped. Linux's backend writes this key, alone of these, only
+    /// before `Connected`, so a frontend knows it only once connected.
     pub const PERSISTENT_KEY: &'static str = "feature-persistent";
 
     /// The keys that [`Self::from_keys`] looks up.
@@ -40,8 +40,8 @@ impl BackendOffer {
         "feature-split-ring",
     ];
 
-    /// What the backend writes before `InitWait`. `feature-split-ring` is written only if offered: it
-    /// is no key of blkif.h.
+    /// What the backend writes before `InitWait`. `feature-split-ring`, which is not in blkif.h, is
+    /// written only if offered.
     pub fn to_keys(&self) -> Nodes {
         let mut nodes = vec![
             node("multi-queue-max-queues", self.max_queues),
@@ -55,8 +55,8 @@ impl BackendOffer {
         nodes
     }
 
-    /// What a backend offers to a frontend. Missing keys mean one queue, one page, no feature. Offers
-    /// above what this crate can use are cut to that. `max-ring-pages`, the older key, is read where
+    /// Reads a backend's offer. Missing keys mean one queue, one page, no features. Offers above what
+    /// this crate can use are cut to that. `max-ring-pages`, the older key, is read if
     /// `max-ring-page-order` is missing, and rounded down to a power of two.
     pub fn from_keys(keys: &Keys<'_>) -> Result<Self, Refusal> {
         let queues = number32(keys, "multi-queue-max-queues")?.unwrap_or(1);

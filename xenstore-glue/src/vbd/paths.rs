@@ -1,17 +1,17 @@
-//! Where a device stands in xenstore.
+//! Where a device is in xenstore.
 
 use ring_proto::DomId;
 use std::fmt;
 use std::str::FromStr;
 
-/// The kind of backend, which is a directory below `backend` and decides who serves it.
+/// The kind of backend: a directory below `backend`, which decides who serves the device.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub enum BackendKind {
-    /// `vbd`, of `backendtype=phy`; Linux's kernel backend takes these wherever it is loaded.
+    /// `vbd`, for `backendtype=phy`; Linux's kernel backend takes these wherever it is loaded.
     Vbd,
-    /// `vbd3`, of `backendtype=tap` since Xen 4.19; no kernel backend and no QEMU takes these.
+    /// `vbd3`, for `backendtype=tap` since Xen 4.19; neither a kernel backend nor QEMU takes these.
     Vbd3,
-    /// `qdisk`, which QEMU takes where libxl or `xl devd` starts one.
+    /// `qdisk`, served by QEMU where libxl or `xl devd` starts one.
     Qdisk,
 }
 
@@ -72,7 +72,7 @@ pub struct DevicePaths {
     pub kind: BackendKind,
     /// The domain that uses the device.
     pub frontend_domain: DomId,
-    /// The device, as [`super::VirtualDevice`] encodes it; a peer's value may encode none.
+    /// The device, as [`super::VirtualDevice`] encodes it; a peer's value may be invalid.
     pub device: u32,
 }
 
@@ -88,7 +88,7 @@ impl DevicePaths {
         frontend(self.frontend_domain, self.device)
     }
 
-    /// Reads the path of a backend directory, and nothing below or above it.
+    /// Reads the path of a backend directory itself, not of anything below or above it.
     pub fn parse_backend(path: &str) -> Result<Self, PathError> {
         Self::parse_below(path)
             .and_then(|(paths, below)| below.is_empty().then_some(paths))
@@ -129,7 +129,7 @@ fn domain(text: &str) -> Option<DomId> {
     (id < DomId::FIRST_RESERVED).then_some(DomId(id))
 }
 
-/// A decimal number as xenstore's users write it: one spelling for each, so that paths compare.
+/// A decimal number in its one canonical spelling, so that paths can be compared.
 fn canonical(text: &str) -> Option<u32> {
     let number: u32 = text.parse().ok()?;
     (number.to_string() == text).then_some(number)

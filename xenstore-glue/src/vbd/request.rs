@@ -6,12 +6,12 @@ use ring_proto::{Abi, GrantRef, Port, RingLayout};
 
 /// The ABI of a frontend that has no `protocol` key.
 ///
-/// blkif.h says "the native one". Linux, QEMU and tapdisk on x86 all say 32 bit, because only frontends
-/// from before the key existed leave it out, and those are 32-bit. We do as they do.
+/// blkif.h says "the native one". On x86, Linux, QEMU and tapdisk all take 32 bit, because only
+/// frontends that predate the key omit it, and those are 32-bit. We do the same.
 pub const PROTOCOL_DEFAULT: Abi =
     if cfg!(any(target_arch = "x86", target_arch = "x86_64")) { Abi::X86_32 } else { Abi::NATIVE };
 
-/// `XEN_IO_PROTO_ABI_*` of public/io/protocols.h, and what they are here.
+/// `XEN_IO_PROTO_ABI_*` of public/io/protocols.h, and their ABIs here.
 const PROTOCOLS: &[(&str, Abi)] = &[
     ("x86_64-abi", Abi::X86_64),
     ("x86_32-abi", Abi::X86_32),
@@ -49,15 +49,15 @@ pub struct QueueKeys {
 /// | `multi-queue-num-queues` | top | written only above 1 |
 /// | `ring-page-order` | top | written only above 0, or with the split layout; `num-ring-pages` is read too |
 /// | `split-ring` | top | the extension; written only with the split layout |
-/// | `ring-ref` | queue | the one page, where there is no `ring-page-order` |
-/// | `ring-ref0`, `ring-ref1`, … | queue | the pages, where there is one, even if it is 0 |
+/// | `ring-ref` | queue | the only page, if there is no `ring-page-order` |
+/// | `ring-ref0`, `ring-ref1`, … | queue | the pages, if there is a `ring-page-order`, even 0 |
 /// | `response-ring-ref0`, … | queue | the split layout's other pages |
 /// | `event-channel` | queue | |
 ///
-/// A queue's keys stand at the top if there is one queue, else under `queue-0/`, `queue-1/`, ….
+/// A queue's keys are at the top if there is one queue, else under `queue-0/`, `queue-1/`, ….
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct FrontendRequest {
-    /// How the ring is laid out. `protocol` says the native ABI with the split layout.
+    /// How the ring is laid out. With the split layout, `protocol` is the native ABI.
     pub layout: RingLayout,
     /// log2 of ring (split: request) pages.
     pub order: u8,
@@ -69,11 +69,11 @@ pub struct FrontendRequest {
     pub queues: Vec<QueueKeys>,
 }
 
-/// What the top of the directory says about where the rest stands.
+/// What the keys at the top say about where the others are.
 struct Shape {
     layout: RingLayout,
     order: u8,
-    /// Whether pages are numbered, or there is just `ring-ref`.
+    /// Whether pages are numbered; otherwise there is just `ring-ref`.
     numbered: bool,
     queues: u16,
 }
@@ -90,8 +90,8 @@ impl FrontendRequest {
         "split-ring",
     ];
 
-    /// Written as 1 by a frontend that makes new rings and issues again what was in flight when its
-    /// backend, once connected, goes back to `InitWait`. Linux's does not; an extension, see
+    /// Written as 1 by a frontend that makes new rings and reissues the requests in flight when a
+    /// connected backend goes back to `InitWait`. Linux's frontend does not; an extension, see
     /// docs/protocol.md.
     pub const REISSUE_KEY: &'static str = "feature-reissue";
 
@@ -150,11 +150,11 @@ impl FrontendRequest {
         Ok(names)
     }
 
-    /// Reads what a frontend asks for, as far as the offer allows it.
+    /// Reads what a frontend asks for, within the offer.
     ///
     /// # Errors
-    /// Missing keys, numbers that are none, counts above the offer. That grants and ports differ is
-    /// checked by [`super::Agreement::new`].
+    /// Missing keys, malformed numbers, counts above the offer. [`super::Agreement::new`] checks that
+    /// grants and ports differ.
     pub fn from_keys(offer: &BackendOffer, keys: &Keys<'_>) -> Result<Self, Refusal> {
         let shape = Shape::from_keys(offer, keys)?;
         let (requests, responses) = shape.layout.pages(shape.order);
@@ -180,7 +180,7 @@ impl FrontendRequest {
         })
     }
 
-    /// Every grant of every queue with the key that names it.
+    /// Every grant of every queue, with its key.
     pub(super) fn grants(&self) -> impl Iterator<Item = (String, GrantRef)> + '_ {
         let numbered = self.order > 0 || self.layout == RingLayout::Split;
         self.queues.iter().enumerate().flat_map(move |(queue, keys)| {

@@ -49,7 +49,7 @@ fn request(layout: RingLayout, order: u8, queues: usize) -> FrontendRequest {
     FrontendRequest { layout, order, persistent: true, large_sector_size: true, queues }
 }
 
-/// What Linux's `talk_to_blkback` writes, with its defaults and with several queues of several pages.
+/// What Linux's `talk_to_blkback` writes: with its defaults, and with several queues of several pages.
 #[test]
 fn linux_is_understood() {
     let one =
@@ -84,7 +84,7 @@ fn pages_are_found_under_every_name_they_had() {
     let old = ["num-ring-pages 2", "ring-ref0 8", "ring-ref1 9", "event-channel 5"];
     assert_eq!(agree(&old).unwrap().order, 1);
     assert!(agree(&["num-ring-pages 1", "ring-ref 8", "event-channel 5"]).is_ok());
-    // Old frontends that say no ABI.
+    // Old frontends that name no ABI.
     let silent = agree(&["ring-ref 8", "event-channel 5"]).unwrap();
     assert_eq!(silent.layout, RingLayout::Union(PROTOCOL_DEFAULT));
     let offer = BackendOffer::from_keys(&keys(&["max-ring-pages 9"])).unwrap();
@@ -154,7 +154,7 @@ fn what_one_end_writes_the_other_reads() {
             let nodes = request.to_keys();
             let read = source(&nodes);
             assert_eq!(FrontendRequest::from_keys(&OFFER, &read).as_ref(), Ok(&request));
-            // What is to be fetched is what was written, and nothing is looked up beyond it.
+            // The keys to fetch are the ones written, and nothing else is looked up.
             let mut fetch = FrontendRequest::ring_keys(&OFFER, &read).unwrap();
             fetch.extend(FrontendRequest::KEYS.iter().map(|key| (*key).to_owned()));
             assert!(nodes.iter().all(|(key, _)| fetch.contains(key)));
@@ -351,7 +351,7 @@ fn value() -> impl Strategy<Value = Vec<u8>> {
 }
 
 proptest! {
-    /// Whatever stands in the peer's directory, it is refused or it keeps to the offer.
+    /// Whatever is in the peer's directory is refused or stays within the offer.
     #[test]
     fn a_hostile_directory_is_refused_or_bounded(
         top in prop::collection::hash_map(

@@ -5,39 +5,39 @@ use crate::disk::{BackendType, DiskSpec, Format, Specification};
 use crate::xenbus::XenbusState;
 use ring_proto::DomId;
 
-/// A directory to make, with everything in it, in one transaction with its counterpart.
+/// A directory to create with all its nodes, in one transaction with its counterpart.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Directory {
     /// Absolute path.
     pub path: String,
-    /// The domain that owns it and may do everything; nobody else may, except:
+    /// The domain that owns it and may do everything; others may do nothing, except `reader`.
     pub owner: DomId,
     /// The domain that may read it.
     pub reader: DomId,
-    /// What stands in it.
+    /// Its nodes.
     pub nodes: Nodes,
 }
 
 /// A disk cannot be attached.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum AttachError {
-    /// `backendtype=standalone` and `specification=virtio` are another protocol.
+    /// `backendtype=standalone` and `specification=virtio` use another protocol.
     #[error(
         "{0} is served by virtio backends; this is a Xen PV one: leave it out or use tap, phy or qdisk"
     )]
     Virtio(&'static str),
-    /// `phy` writes the target as it is.
+    /// `phy` has no place for a format.
     #[error("backendtype=phy takes only format=raw, not {0}")]
     NotRaw(Format),
 }
 
-/// The backend's and the frontend's directory of a disk that is being attached.
+/// The backend's and the frontend's directory for a disk to attach.
 ///
-/// `kind` is used where the disk has no `backendtype`. Differs from libxl in one thing: `script` is
-/// written only if the disk names one, because there is nobody here to run a default one.
+/// `kind` is used if the disk has no `backendtype`. Differs from libxl in one respect: `script` is
+/// written only if the disk names one, because nobody here would run a default one.
 ///
 /// # Errors
-/// Disks that libxl would refuse, too, or attach by virtio.
+/// Disks that libxl, too, would refuse, or would attach by virtio.
 pub fn attach_nodes(
     disk: &DiskSpec,
     kind: BackendKind,
@@ -109,8 +109,8 @@ pub fn attach_nodes(
     ))
 }
 
-/// `phy` gets the target as it is, the others behind the format's name, where raw is called aio
-/// (`libxl__device_disk_string_of_format`).
+/// `phy` gets the target verbatim; the others get it after the name of its format, where raw is called
+/// aio (`libxl__device_disk_string_of_format`).
 fn params(disk: &DiskSpec, kind: BackendKind) -> String {
     let format = match disk.format {
         _ if kind == BackendKind::Vbd => return disk.target.clone(),

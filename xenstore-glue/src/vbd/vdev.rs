@@ -3,9 +3,9 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// A virtual device's number, as `virtual-device` and the directory's name hold it.
+/// A virtual device's number, as in `virtual-device` and the directory's name.
 ///
-/// It displays as the name that stands for it (`xvda1`), or in decimal where none does.
+/// Displays as its name (`xvda1`), or in decimal if it has none.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub struct VirtualDevice(u32);
 
@@ -16,12 +16,12 @@ pub struct VirtualDevice(u32);
 )]
 pub struct VdevError(pub String);
 
-/// Linux's block majors; the 8 bits below hold disk and partition.
+/// Linux's block majors; the low 8 bits hold disk and partition.
 const IDE0_MAJOR: u32 = 3;
 const SCSI_MAJOR: u32 = 8;
 const IDE1_MAJOR: u32 = 22;
 const XVD_MAJOR: u32 = 202;
-/// Marks numbers that have 20 bits for the disk and 8 for the partition.
+/// Marks numbers with 20 bits for the disk and 8 for the partition.
 const EXTENDED: u32 = 1 << 28;
 const MAX_EXTENDED_DISK: u32 = (1 << 20) - 1;
 const MAX_EXTENDED_PARTITION: u32 = 255;
@@ -39,7 +39,7 @@ impl VirtualDevice {
         if number < RESERVED { Some(Self(number)) } else { None }
     }
 
-    /// Partition `partition` (0: the whole) of Xen virtual disk `disk`.
+    /// Partition `partition` (0: the whole disk) of Xen virtual disk `disk`.
     pub const fn xvd(disk: u32, partition: u32) -> Option<Self> {
         if disk < 16 && partition < 16 {
             Some(Self(XVD_MAJOR << 8 | disk << 4 | partition))
@@ -67,7 +67,7 @@ impl VirtualDevice {
         }
     }
 
-    /// The name, where the number is what that name stands for.
+    /// The name, if it parses back to the same number.
     fn name(self) -> Option<String> {
         let (low, disk) = (self.0 & 0xff, (self.0 & 0xff) >> 4);
         let (prefix, disk, partition) = match self.0 >> 8 {

@@ -29,11 +29,11 @@ impl Access {
 
 /// One entry of a node's permission list.
 ///
-/// The **first** entry of a list is special: its domain owns the node and may do anything, and
-/// its access is that of every domain that the list does not name.
+/// The **first** entry of a list is special: its domain owns the node and may do anything, and its
+/// access applies to every domain that the list does not name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Perm {
-    /// Whom it is about.
+    /// The domain it applies to.
     pub domid: u16,
     /// What it allows.
     pub access: Access,

@@ -3,7 +3,7 @@ use super::{Errno, MessageType, Packet, Path, Perm, WireError, number, strings, 
 /// What a server sends: the answer to a request, or a watch event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
-    /// The request of this type was carried out, and there is nothing more to say.
+    /// A request of this type was carried out, and has no result.
     Ok(MessageType),
     /// The request was refused.
     Error(Errno),
@@ -87,7 +87,7 @@ impl Reply {
         Packet::new(self.kind(), req_id, tx_id, payload)
     }
 
-    /// Understands a message that a server sent.
+    /// Decodes a message that a server sent.
     ///
     /// # Errors
     /// [`WireError::UnexpectedType`], [`WireError::Malformed`] or [`WireError::Path`].
@@ -98,7 +98,7 @@ impl Reply {
     }
 
     fn parse(kind: MessageType, payload: &[u8]) -> Result<Option<Self>, WireError> {
-        // These two are not made of strings.
+        // These two do not consist of strings.
         match kind {
             MessageType::Control => return Ok(Some(Self::Control(payload.to_vec()))),
             MessageType::Read => return Ok(Some(Self::Read(payload.to_vec()))),

@@ -3,7 +3,7 @@ use super::{MessageType, Packet, Path, Perm, WireError, number, strings, termina
 /// What a client asks for. The transaction it belongs to is in the [`Packet`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// A command to the daemon itself, each daemon having its own.
+    /// A command to the daemon itself; each implementation has its own.
     Control(Vec<u8>),
     /// List the names of a node's children.
     Directory(Path),
@@ -187,7 +187,7 @@ impl Request {
         Packet::new(self.kind(), req_id, tx_id, payload)
     }
 
-    /// Understands a message that a client sent.
+    /// Decodes a message that a client sent.
     ///
     /// # Errors
     /// [`WireError::UnexpectedType`], [`WireError::Malformed`] or [`WireError::Path`];

@@ -109,7 +109,7 @@ proptest! {
         prop_assert_eq!(Reply::from_packet(&packets[0]).unwrap(), reply);
     }
 
-    /// Whatever arrives, in whatever pieces: no panic, the same packets, bounded memory.
+    /// Any input, however it is cut up: no panic, the same packets, bounded memory.
     #[test]
     fn any_bytes_are_survived(
         headers in vec((0..30u32, any::<u32>(), any::<u32>(), 0..4200u32, vec(any::<u8>(), 0..60)), 0..6),

@@ -2,33 +2,33 @@
 
 use super::XenbusState::{self, *};
 
-/// What to do about a frontend that is `Connected` to a backend process that no longer exists.
+/// What to do about a frontend that is `Connected` to a backend process that has died.
 ///
-/// The owner decides by what it reads in the frontend's directory, before it makes the machine.
+/// The owner decides from the frontend's directory, before it makes the machine.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum StalePeer {
-    /// Go to `InitWait` and wait until the frontend offers new rings. For frontends that reissue what
-    /// was in flight, as [`super::FrontendMachine`] does.
+    /// Go to `InitWait` and wait until the frontend offers new rings. For frontends that reissue the
+    /// requests in flight, as [`super::FrontendMachine`] does.
     Restart,
-    /// Map the rings that stand in xenstore and go on at `rsp_prod`. For Linux's frontend, which
-    /// ignores `InitWait` once it is connected (`blkback_changed` in xen-blkfront.c).
+    /// Map the rings named in xenstore and resume at `rsp_prod`. For Linux's frontend, which ignores
+    /// `InitWait` once it is connected (`blkback_changed` in xen-blkfront.c).
     Attach,
 }
 
 /// What the owner of a [`BackendMachine`] has observed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum BackendEvent {
-    /// The frontend's `state`; `None` when missing or absurd, which counts as `Closed`: a forced
+    /// The frontend's `state`; `None` if missing or invalid, which counts as `Closed`: a forced
     /// destroy deletes the frontend's directory.
     Frontend(Option<XenbusState>),
-    /// The backend's own `online` node; missing is `false`, as for Linux (`xenbus_dev_is_online`).
+    /// The backend's own `online` node; if missing, `false`, as in Linux (`xenbus_dev_is_online`).
     Online(bool),
-    /// The keys of a frontend that is connected are no longer those that were connected: it started
-    /// over between two looks at its state.
+    /// The keys of a connected frontend are no longer those it was connected with: it started over
+    /// between two reads of its state.
     Rekeyed,
     /// The backend's own directory vanished.
     DirectoryRemoved,
-    /// The storage can be used. If the directory has a `script`, this is not before
+    /// The storage can be used. If the directory has a `script`, this must not come before
     /// `hotplug-status`=`connected`: until then the toolstack may still be waiting to see `InitWait`.
     StorageReady,
     /// The storage cannot be used (any more).
@@ -37,9 +37,9 @@ pub enum BackendEvent {
     Resized,
     /// [`BackendAction::Connect`] succeeded.
     Connected,
-    /// [`BackendAction::Connect`] failed; the owner has undone its parts and written `error`.
+    /// [`BackendAction::Connect`] failed; the owner has undone what it did and written `error`.
     ConnectFailed,
-    /// The device cannot be served any more, whatever the frontend does.
+    /// The device can no longer be served, whatever the frontend does.
     GiveUp,
 }
 
@@ -49,16 +49,16 @@ pub enum BackendAction {
     /// Write the offer, then `state` = `InitWait`.
     Advertise,
     /// Read the frontend's keys, map its rings, bind its event channels, write the device's properties;
-    /// feed [`BackendEvent::Connected`] or [`BackendEvent::ConnectFailed`].
+    /// then feed [`BackendEvent::Connected`] or [`BackendEvent::ConnectFailed`].
     Connect,
     /// Write `state`.
     Publish(XenbusState),
     /// Write `sectors`, then the same `state` again, which is how a frontend learns of a new size.
     Resize,
-    /// Stop the rings, unmap, unbind. Also ends a connect in progress, whose outcome is then not fed.
+    /// Stop the rings, unmap, unbind. Also ends a connect in progress; do not feed its outcome then.
     Disconnect,
     /// Remove the backend's directory (in a transaction that checks that `online` is still 0: the
-    /// toolstack may be attaching the same device anew) and drop the machine.
+    /// toolstack may be attaching the same device again) and drop the machine.
     Retire,
     /// Drop the machine and leave xenstore alone.
     Forget,
@@ -81,25 +81,25 @@ enum Storage {
 /// Decides what a backend does about its frontend, its toolstack and its storage.
 ///
 /// - `Advertise` needs no storage: under xl the script that finds it runs after `InitWait`.
-/// - A frontend seen at `Initialising` is never connected before it was seen to have offered its rings,
-///   so `InitWait` stands for at least the frontend's answer.
-/// - `Initialised` is what offers rings. Some frontends (those of OVMF and Mini-OS, and so of pv-grub and
-///   stub domains) say `Connected` at once instead, and wait for us: it is the same, as for Linux's backend.
-/// - `Connect` is never repeated without a `Disconnect` between (XSA-350).
-/// - The link stays up while the frontend is `Closing`, for as long as it likes, and is taken over from a
-///   predecessor then, too: Linux goes on with I/O until the last user closes. Nor has Linux's backend a
-///   time-out; the toolstack has one, and can remove the directory by force.
-/// - After `Retire` or `Forget` it answers nothing.
+/// - A frontend seen at `Initialising` is not connected until it is seen to have offered its rings,
+///   so `InitWait` lasts at least until the frontend answers.
+/// - `Initialised` offers rings. Some frontends (those of OVMF and Mini-OS, and so of pv-grub and stub
+///   domains) go to `Connected` at once and wait for us; as in Linux's backend, that counts the same.
+/// - `Connect` is never repeated without a `Disconnect` in between (XSA-350).
+/// - The link stays up while the frontend is `Closing`, however long that takes, and is taken over from
+///   a predecessor in that state, too: Linux goes on with I/O until the last user closes. Linux's
+///   backend has no time-out either; the toolstack has one, and can remove the directory by force.
+/// - After `Retire` or `Forget` the machine returns no more actions.
 #[derive(Clone, Debug)]
 pub struct BackendMachine {
     stale: StalePeer,
-    /// Last observations; nothing happens before both are known.
+    /// The latest observations; nothing happens before both are known.
     frontend: Option<XenbusState>,
     online: Option<bool>,
     storage: Storage,
     link: Link,
     published: XenbusState,
-    /// Something was asked for already: rings that stand in xenstore are no predecessor's any more.
+    /// We have acted already, so rings in xenstore are no longer a predecessor's.
     begun: bool,
     /// We gave up on this frontend until it starts over.
     refused: bool,
@@ -122,7 +122,7 @@ impl BackendMachine {
         }
     }
 
-    /// The state this end has asked its owner to publish last.
+    /// The state that this end last asked its owner to publish.
     pub fn state(&self) -> XenbusState {
         self.published
     }
@@ -132,18 +132,18 @@ impl BackendMachine {
         self.link == Link::Up
     }
 
-    /// Whether a [`BackendAction::Connect`] is for rings that a predecessor served: nothing was
+    /// Whether a [`BackendAction::Connect`] is for rings that a predecessor served: we have not
     /// advertised, so they cannot be an answer to us.
     pub fn takes_over(&self) -> bool {
         self.published == Initialising
     }
 
-    /// Whether the machine has answered [`BackendAction::Retire`] or [`BackendAction::Forget`].
+    /// Whether the machine has returned [`BackendAction::Retire`] or [`BackendAction::Forget`].
     pub fn has_ended(&self) -> bool {
         self.ended
     }
 
-    /// Takes an observation and says what to do.
+    /// Takes an observation and returns what to do.
     pub fn handle(&mut self, event: BackendEvent) -> Vec<BackendAction> {
         let mut actions = Vec::new();
         if self.ended {
@@ -153,8 +153,8 @@ impl BackendMachine {
         match event {
             BackendEvent::Frontend(state) => self.observe(state.unwrap_or(Closed), &mut actions),
             BackendEvent::Online(online) => {
-                // Toolstacks write `state` = `Closing` over ours in the same transaction, and then
-                // wait for `Closed`: whatever we published is to be published again.
+                // Toolstacks overwrite our `state` with `Closing` in the same transaction, and then
+                // wait for `Closed`: whatever we published must be published again.
                 if !online && self.online == Some(true) {
                     self.published = Initialising;
                 }
@@ -200,8 +200,8 @@ impl BackendMachine {
         self.frontend = Some(frontend);
     }
 
-    /// Whether a frontend that is `Connected` can only have offered rings: it was not before, and we have
-    /// served none since.
+    /// Whether a frontend that is now `Connected` must have offered rings: it was not connected before,
+    /// and we have served none since.
     fn is_offered(&self) -> bool {
         let was_not = matches!(self.frontend, Some(Closed | Initialising | InitWait | Initialised));
         self.begun && self.link == Link::Down && was_not
@@ -215,9 +215,9 @@ impl BackendMachine {
         let stop = self.refused || !online || self.storage == Storage::Failed;
         match frontend {
             Closed => self.close(actions),
-            // A frontend that never began has nothing to finish.
+            // A frontend that never started has nothing to finish.
             Initialising | InitWait if stop => self.close(actions),
-            // A predecessor's, which goes on until it is closed, detached or not.
+            // A predecessor's frontend, which is served until it closes, even if it is being detached.
             Connected | Closing if self.takes_up() => self.attach(actions),
             _ if stop || frontend == Closing => {
                 if self.published != Closed {
@@ -240,8 +240,8 @@ impl BackendMachine {
         }
     }
 
-    /// Whether the rings of a frontend that is connected are to be taken over as they stand, now or when
-    /// the storage is ready.
+    /// Whether to take over the rings of a connected frontend as they are, now or once the storage is
+    /// ready.
     fn takes_up(&self) -> bool {
         let begins = !self.begun || self.link == Link::Connecting && self.takes_over();
         begins
@@ -286,7 +286,7 @@ impl BackendMachine {
         }
     }
 
-    /// Lets go of the frontend, and of the device if nobody wants it any more.
+    /// Lets go of the frontend, and of the device if it has been detached.
     fn close(&mut self, actions: &mut Vec<BackendAction>) {
         self.disconnect(actions);
         self.publish(Closed, actions);

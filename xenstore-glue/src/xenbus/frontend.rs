@@ -5,18 +5,18 @@ use super::XenbusState::{self, *};
 /// What the owner of a [`FrontendMachine`] has observed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum FrontendEvent {
-    /// The backend's `state`; `None` when missing or absurd: the device was removed.
+    /// The backend's `state`; `None` if missing or invalid: the device was removed.
     Backend(Option<XenbusState>),
     /// [`FrontendAction::Connect`] succeeded.
     Connected,
     /// [`FrontendAction::Offer`] or [`FrontendAction::Connect`] failed. A device that was in use starts over,
-    /// as if the backend had refused; whoever wants that no more feeds [`FrontendEvent::Close`].
+    /// as if the backend had refused; to prevent that, feed [`FrontendEvent::Close`].
     Failed,
     /// The user is done with the device.
     Close,
     /// The frontend's own directory vanished.
     DirectoryRemoved,
-    /// The backend was given time to close and did not.
+    /// The backend did not close in time.
     GiveUp,
 }
 
@@ -26,20 +26,20 @@ pub enum FrontendAction {
     /// Read the backend's offer, make rings and event channels, write their keys, then `state` =
     /// `Initialised`.
     Offer,
-    /// Read the device's properties and take up I/O, beginning with what an earlier connection left
-    /// unanswered; feed [`FrontendEvent::Connected`] or [`FrontendEvent::Failed`].
+    /// Read the device's properties and start I/O, first what an earlier connection left unanswered;
+    /// then feed [`FrontendEvent::Connected`] or [`FrontendEvent::Failed`].
     Connect,
     /// Write `state`.
     Publish(XenbusState),
-    /// Take no new request and wait, within bounds, for the answers to those in flight.
+    /// Take no new requests and wait, for a bounded time, for the responses to those in flight.
     Drain,
-    /// The backend has let go: revoke rings and data, free event channels. Requests without an answer
-    /// stay with the owner for the next `Connect`, or fail at [`FrontendAction::Gone`].
+    /// The backend has let go: revoke rings and data, free event channels. Unanswered requests stay
+    /// with the owner for the next `Connect`, or fail at [`FrontendAction::Gone`].
     Disconnect,
-    /// Read `sectors` again. Comes with every look at a backend that stays `Connected`, so expect it
-    /// to be unchanged.
+    /// Read `sectors` again. Returned on every observation of a backend that stays `Connected`, so it is
+    /// usually unchanged.
     Resized,
-    /// Nothing more will come: drop the machine.
+    /// No more actions will follow: drop the machine.
     Gone,
 }
 
@@ -54,29 +54,29 @@ enum Link {
 /// Decides what a frontend does about its backend.
 ///
 /// - A backend that comes back to `InitWait` has lost our rings: disconnect and offer new ones.
-/// - A backend that closes a device that was in use may come back (a daemon that is replaced):
-///   the machine closes, starts over at `Initialising`, and waits. So it does if a connection comes to
-///   nothing then: somebody depends on the device. One that closes before the device was ever in use has
-///   refused it, and asking again would be answered the same: the machine ends.
-/// - A predecessor's `state` is closed first, so that the backend lets go of its rings.
+/// - A backend that closes a device in use may come back (a daemon being replaced): the machine
+///   closes, starts over at `Initialising`, and waits. It does the same if a later connection fails,
+///   since somebody depends on the device. A backend that closes before the device was ever in use has
+///   refused it, and would do so again: the machine ends.
+/// - A predecessor's `state` is set to `Closed` first, so that the backend lets go of its rings.
 /// - Grants are revoked only when the backend is `Closed` or starts over (XSA-396).
 #[derive(Clone, Debug)]
 pub struct FrontendMachine {
     link: Link,
     published: XenbusState,
-    /// A predecessor's state must be closed before this frontend begins.
+    /// A predecessor's state must be closed before this frontend starts.
     inherited: bool,
     /// Whether to start over once closed.
     again: bool,
-    /// It was connected.
+    /// The device has been connected.
     used: bool,
     closing: bool,
     ended: bool,
 }
 
 impl FrontendMachine {
-    /// A machine for a frontend whose own `state` node holds `state`: `Initialising` on a device that
-    /// is new, something else where a predecessor died.
+    /// A machine for a frontend whose own `state` node holds `state`: `Initialising` on a new device,
+    /// something else after a predecessor died.
     pub fn new(state: Option<XenbusState>) -> Self {
         let published = state.unwrap_or(Closed);
         Self {
@@ -95,12 +95,12 @@ impl FrontendMachine {
         self.link == Link::Up && !self.closing
     }
 
-    /// Whether the machine has answered [`FrontendAction::Gone`].
+    /// Whether the machine has returned [`FrontendAction::Gone`].
     pub fn has_ended(&self) -> bool {
         self.ended
     }
 
-    /// Takes an observation and says what to do.
+    /// Takes an observation and returns what to do.
     pub fn handle(&mut self, event: FrontendEvent) -> Vec<FrontendAction> {
         let mut actions = Vec::new();
         if self.ended {
@@ -153,7 +153,7 @@ impl FrontendMachine {
                 self.disconnect(actions);
                 self.link = Link::Offered;
                 self.published = Initialised;
-                // Refused unless it connects.
+                // Counts as refused unless it connects.
                 self.again = self.used;
                 actions.push(FrontendAction::Offer);
             }
@@ -166,17 +166,17 @@ impl FrontendMachine {
             (Connected, Link::Down) => self.close(actions),
             (Closing, _) => self.close(actions),
             (Closed, Link::Down) => {}
-            // Nothing to drain: nobody answers any more.
+            // Nothing to drain: nobody will answer.
             (Closed, _) => {
                 self.publish(Closed, actions);
                 self.closed(actions);
             }
-            // A backend that is being set up anew.
+            // A backend that is being set up again.
             _ => {}
         }
     }
 
-    /// Tells the backend that we finish, and finishes.
+    /// Tells the backend that we are closing, and closes.
     fn close(&mut self, actions: &mut Vec<FrontendAction>) {
         if self.closing {
             return;
@@ -191,7 +191,7 @@ impl FrontendMachine {
         self.publish(Closed, actions);
     }
 
-    /// The backend holds nothing of ours any more.
+    /// The backend no longer holds anything of ours.
     fn closed(&mut self, actions: &mut Vec<FrontendAction>) {
         self.disconnect(actions);
         self.closing = false;

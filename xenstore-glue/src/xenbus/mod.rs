@@ -1,12 +1,12 @@
-//! The states of xenbus, and the two machines that walk through them.
+//! The states of xenbus, and the state machines of the two ends.
 //!
 //! Each end of a split driver writes its own `state` and watches the other's. A watch says only that
-//! something changed: whoever reads sees the *current* value, so states in between are missed and
-//! values are seen twice. Both machines are therefore fed what was read, in any order and as often as
-//! it comes, keep the last of it, and answer with what to do now; feeding the same again yields nothing.
+//! something changed, and a reader sees the *current* value: states in between are missed, and values
+//! are seen twice. So both machines are fed whatever was read, in any order and any number of times.
+//! They keep the latest, and return what to do now; feeding the same value again yields nothing.
 //!
-//! Neither machine does I/O. The owner carries out a list of actions in order, one list after the
-//! other, and feeds the outcome of a connect back before anything else.
+//! Neither machine does I/O. The owner carries out each list of actions in order before the next, and
+//! feeds back the outcome of a connect before anything else.
 
 mod backend;
 mod frontend;
@@ -18,8 +18,8 @@ use std::fmt;
 
 /// `enum xenbus_state` of Xen's public/io/xenbus.h.
 ///
-/// `XenbusStateUnknown` (0) is not here: it is what a reader sees when there is no state, and
-/// [`XenbusState::parse`] says so by `None`.
+/// `XenbusStateUnknown` (0) is not here: it is what a reader sees when there is no state, for which
+/// [`XenbusState::parse`] returns `None`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 #[repr(u8)]
 pub enum XenbusState {
@@ -31,9 +31,9 @@ pub enum XenbusState {
     Initialised = 3,
     /// This end can do I/O.
     Connected = 4,
-    /// This end is about to close, or (written by the toolstack) is asked to.
+    /// This end is about to close, or (if written by the toolstack) is asked to.
     Closing = 5,
-    /// This end holds nothing of the other's.
+    /// This end holds no resources of the other end.
     Closed = 6,
     /// Unused by block devices.
     Reconfiguring = 7,
@@ -54,7 +54,7 @@ impl XenbusState {
     ];
 
     /// Reads the value of a `state` node: one digit, 1 to 8. Anything else (0, words, an empty node)
-    /// is `None` and means what a missing node means: there is no such end (any more).
+    /// is `None`, which means the same as a missing node: there is no such end (any more).
     pub fn parse(value: &[u8]) -> Option<Self> {
         match value {
             [digit] => Self::ALL.into_iter().find(|state| b'0' + *state as u8 == *digit),

@@ -41,7 +41,7 @@ fn storage_may_come_after_the_frontend() {
     assert_eq!(back.handle(B::StorageReady), [BackendAction::Connect]);
 }
 
-/// OVMF's and Mini-OS's: they wait for a backend that is `Connected`, and are so themselves.
+/// OVMF's and Mini-OS's frontends: they wait for a `Connected` backend, and are `Connected` themselves.
 #[test]
 fn a_frontend_may_say_connected_at_once() {
     let serves = [BackendAction::Connect];
@@ -55,7 +55,7 @@ fn a_frontend_may_say_connected_at_once() {
         assert_eq!(back.handle(B::StorageReady), serves);
         assert_eq!(back.handle(B::Connected), [BackendAction::Publish(Connected)]);
         assert_eq!(back.handle(B::Frontend(Some(Connected))), []);
-        // The firmware lets go, and the kernel takes its disk up.
+        // The firmware lets go of the disk, and the kernel takes it.
         back.handle(B::Frontend(Some(Closed)));
         assert_eq!(back.handle(B::Frontend(Some(Initialising))), [BackendAction::Advertise]);
         assert_eq!(back.handle(B::Frontend(Some(Initialised))), serves);
@@ -72,7 +72,7 @@ fn a_rebooting_guest_finds_initwait_again() {
     assert_eq!(back.handle(B::Frontend(Some(Closed))), []);
     assert_eq!(back.handle(B::Frontend(Some(Initialising))), [BackendAction::Advertise]);
 
-    // A guest that starts over so fast that only the end of it is seen.
+    // A guest that starts over so fast that only the last state is seen.
     let anew = [BackendAction::Disconnect, BackendAction::Advertise];
     assert_eq!(connected().handle(B::Frontend(Some(Initialising))), anew);
     let anew = [BackendAction::Disconnect, BackendAction::Advertise, BackendAction::Connect];
@@ -102,7 +102,7 @@ fn removal_ends_in_retirement() {
     assert_eq!(connected().handle(B::Frontend(None)), closed);
     let forgotten = [BackendAction::Disconnect, BackendAction::Forget];
     assert_eq!(connected().handle(B::DirectoryRemoved), forgotten);
-    // A ring that breaks while the guest does not let go.
+    // A broken ring, while the guest does not let go.
     let mut back = connected();
     back.handle(B::Online(false));
     let forced = [BackendAction::Disconnect, BackendAction::Publish(Closed), BackendAction::Retire];
@@ -130,7 +130,7 @@ fn a_predecessors_frontend_is_restarted_or_taken_over() {
     assert_eq!(back.handle(B::Frontend(Some(Connected))), [BackendAction::Connect]);
     assert_eq!(back.handle(B::Connected), [BackendAction::Publish(Connected)]);
 
-    // Detached while it is mounted: it is served until it closes, by a successor as by us.
+    // Detached while mounted: it is served until it closes, also by a successor.
     for state in [Connected, Closing] {
         let mut back = BackendMachine::new(StalePeer::Attach);
         back.handle(B::Online(false));
@@ -203,7 +203,7 @@ proptest! {
             if let B::Frontend(state) = event {
                 seen_initialised = match state {
                     Some(Initialised) => true,
-                    // Without us: it offers rings.
+                    // Not connected to us: it offers rings.
                     Some(Connected) if !held => true,
                     Some(Initialising | InitWait | Closed) | None => false,
                     _ => seen_initialised,
@@ -239,10 +239,10 @@ proptest! {
                 prop_assert_eq!(back.handle(event), vec![], "seen twice, done twice");
             }
         }
-        // However it got here, a frontend that goes away is let go of.
+        // Whatever came before, the backend lets go of a frontend that goes away.
         back.handle(B::Online(true));
         back.handle(B::Frontend(Some(Closing)));
-        // (One that a predecessor had is taken over first, if there will be storage.)
+        // (A predecessor's frontend is taken over first, if storage may yet come.)
         let waits = attach && back.state() == Initialising;
         prop_assert!(back.has_ended() || waits || matches!(back.state(), Closing | Closed));
         back.handle(B::Frontend(None));
@@ -293,20 +293,20 @@ proptest! {
     }
 }
 
-/// Xenstore between the two, holding only current values.
+/// Two ends with a xenstore in between, which holds only current values.
 struct Pair {
     back: BackendMachine,
     front: FrontendMachine,
     back_state: XenbusState,
     front_state: XenbusState,
-    /// Which rings stand in xenstore, which the frontend uses, and which the backend has mapped.
+    /// Which rings are in xenstore, which the frontend uses, and which the backend has mapped.
     keys: u32,
     used: Option<u32>,
     mapped: Option<u32>,
-    /// What an end has read and not acted on yet.
+    /// What an end has read but not yet acted on.
     back_read: Option<XenbusState>,
     front_read: Option<XenbusState>,
-    /// The frontend reads right when `InitWait` is written, not when the backend is done with it.
+    /// The frontend reads as soon as `InitWait` is written, before the backend has finished its actions.
     nosy: bool,
 }
 
@@ -401,7 +401,7 @@ impl Pair {
 
     fn settle(&mut self) {
         for _ in 0..50 {
-            // What was read before counts as a look, but not as the last one.
+            // Acting on an earlier read is progress, but a current one must follow.
             let stale = self.back_read.is_some() || self.front_read.is_some();
             let back = self.look_back();
             if !(self.look_front() | back | stale) {

@@ -80,7 +80,7 @@ async fn a_client_that_never_stops_asking_does_not_keep_others_waiting() {
         std::thread::spawn(move || while take.read(&mut [0; 1 << 16]).is_ok_and(|n| n > 0) {});
     let (socket, read) = (host.socket(0), message(Request::Read(path("/local"))));
     let modest = tokio::task::spawn_blocking(move || {
-        // By then the greedy one is at it.
+        // By then the greedy client is busy.
         std::thread::sleep(Duration::from_millis(100));
         let mut modest = UnixStream::connect(socket)?;
         modest.set_read_timeout(Some(Duration::from_secs(5)))?;
@@ -96,8 +96,8 @@ async fn a_client_that_never_stops_asking_does_not_keep_others_waiting() {
     taking.join().unwrap();
 }
 
-/// The device, as far as it goes without Xen: a FIFO opened once, for both ways, like the
-/// device, gives every message back, so that a request reads as its own reply.
+/// The device, as far as it can be tested without Xen: a FIFO opened once for both directions, like
+/// the device, returns every message, so that a request reads as its own reply.
 #[tokio::test]
 async fn the_device_is_one_file_for_both_ways() {
     let host = Host::new();
@@ -113,8 +113,8 @@ async fn the_device_is_one_file_for_both_ways() {
         if limit == max && len == max + 1));
 }
 
-/// The kernel keeps one message a file, and passes it on when it gets to it. A terminal is a device
-/// whose other end a test can hold.
+/// The kernel keeps one message per open file and sends it later. A terminal is a device whose other
+/// end a test can hold.
 #[tokio::test]
 async fn the_device_gets_one_request_at_a_time() {
     let pty = nix::pty::openpty(None, None).unwrap();
@@ -155,7 +155,7 @@ async fn the_device_gets_one_request_at_a_time() {
     waiting.await.unwrap();
 }
 
-/// Names beyond one message, and requests beyond the limit of those under way.
+/// More names than fit in one message, and more requests than may be outstanding.
 #[tokio::test]
 async fn long_directories_and_many_requests() {
     let host = Host::new();
@@ -174,7 +174,7 @@ async fn long_directories_and_many_requests() {
     assert_eq!(client.read_string("/long/name-0042").await.unwrap(), "/long/name-0042");
 }
 
-/// Eight tasks count in one node: a lost update or a transaction left open would show.
+/// Eight tasks increment one node: a lost update or a transaction left open would show.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn transactions_are_tried_again() {
     async fn add_one(nodes: &Nodes) -> Result<(), Error> {
@@ -207,8 +207,8 @@ async fn transactions_are_tried_again() {
     assert_eq!(transaction.commit().await.unwrap(), Commit::Conflict);
 }
 
-/// What a transaction that meets a conflict was refused is no answer: the state before, and the state
-/// behind, have both nodes.
+/// A refusal in a transaction that meets a conflict is no answer: both nodes exist before the change
+/// and after it.
 #[tokio::test]
 async fn half_of_a_change_is_not_believed() {
     let host = Host::new();
@@ -232,7 +232,7 @@ async fn half_of_a_change_is_not_believed() {
     }));
     assert_eq!(state.await.unwrap(), "1");
 
-    // One that lasts is.
+    // A refusal that repeats is an answer.
     looks.store(0, Ordering::Relaxed);
     let missing = soon(client.transact(async |tx| {
         looks.fetch_add(1, Ordering::Relaxed);
@@ -242,7 +242,7 @@ async fn half_of_a_change_is_not_believed() {
     assert_eq!(looks.into_inner(), 2);
 }
 
-/// Dropped transactions and watches are given back: an unprivileged domain would soon have none.
+/// Dropped transactions and watches are released, or an unprivileged domain would soon run out.
 #[tokio::test]
 async fn what_is_dropped_is_given_back() {
     let host = Host::new();
@@ -250,7 +250,7 @@ async fn what_is_dropped_is_given_back() {
     let client = connect(&host, 1).await;
     for _ in 0..3 * quota::TRANSACTIONS {
         drop(client.transaction().await.unwrap());
-        // A caller that gives up before the answer, too.
+        // Also when a caller gives up before the answer.
         let mut start = Box::pin(client.transaction());
         assert!(futures::poll!(&mut start).is_pending());
     }
@@ -262,7 +262,7 @@ async fn what_is_dropped_is_given_back() {
     }
 }
 
-/// XSA-349: nobody takes the events, and requests go on.
+/// XSA-349: requests go on even if nobody takes the events.
 #[tokio::test]
 async fn undrained_events_do_not_block_requests() {
     let host = Host::new();
@@ -291,7 +291,7 @@ async fn undrained_events_do_not_block_requests() {
 async fn a_restart_of_the_server_fires_every_watch_again() {
     let host = Host::new();
     let client = connect(&host, 0).await;
-    // More watches than requests under way.
+    // More watches than requests may be outstanding.
     let mut watches = Vec::new();
     for number in 0..3 * MAX_OUTSTANDING {
         watches.push(client.watch(&format!("/w/{number}")).await.unwrap());
@@ -307,10 +307,10 @@ async fn a_restart_of_the_server_fires_every_watch_again() {
         let path = watch.path().to_owned();
         assert_eq!(soon(watch.next()).await.unwrap(), path);
     }
-    // They are real: changes arrive, and on the right one.
+    // They work: a change arrives at the right watch.
     client.write("/w/7/state", "1").await.unwrap();
     assert_eq!(soon(watches[7].next()).await.unwrap(), "/w/7/state");
-    // A transaction of the connection before must not become one of this.
+    // A transaction of the earlier connection must not become one of this connection.
     let lost = transaction.write("/x", "").await;
     assert!(matches!(lost, Err(Error::ConnectionLost)));
     assert!(matches!(transaction.commit().await, Err(Error::ConnectionLost)));
@@ -344,7 +344,7 @@ async fn requests_wait_for_the_connection() {
 }
 
 /// However often the server restarts, each addition is made at least once, and a second time only
-/// where `may_be_done` warns of that.
+/// after a warning by `may_be_done`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn transactions_start_over_with_the_connection() {
     const ADDITIONS: u32 = 500;
@@ -400,7 +400,7 @@ fn a_client_whose_runtime_is_gone_fails() {
     });
 }
 
-/// A watch that xenstore does not take back says so, instead of staying silent.
+/// A watch that xenstore refuses to register again reports it, instead of staying silent.
 #[tokio::test]
 async fn a_watch_refused_after_a_restart_fails() {
     let host = Host::new();
@@ -409,7 +409,7 @@ async fn a_watch_refused_after_a_restart_fails() {
     let mut watch = client.watch("device").await.unwrap();
     soon(watch.next()).await.unwrap();
     host.server.shutdown();
-    // Somebody else of the domain uses up its watches.
+    // Another program in the domain uses up its watches.
     let other = host.dir.join("other");
     host.server.listen(&other, 1).unwrap();
     let other = Client::connect(Endpoint::Unix(other)).await.unwrap();
@@ -433,7 +433,7 @@ async fn a_client_that_reads_late_is_told_to_look_again() {
     let watch = Request::Watch { path: Path::new("/w").unwrap(), token: vec![b't'; 900] };
     watch.to_packet(1, 0).unwrap().encode(&mut bytes);
     late.write_all(&bytes).unwrap();
-    // Each event has 900 bytes: what the server and the socket may hold, three times over.
+    // Each event has 900 bytes: three times what the server and the socket may hold.
     let all = 3 * (quota::OUTBOX_BYTES + quota::OUTBOX_BYTES) / 900;
     for number in 0..all {
         soon(client.write(&format!("/w/{number}"), "")).await.unwrap();
@@ -441,7 +441,7 @@ async fn a_client_that_reads_late_is_told_to_look_again() {
     let read = tokio::task::spawn_blocking(move || {
         let (mut decoder, mut buf, mut events, mut on_itself) =
             (Decoder::default(), [0; 4096], 0, 0);
-        // The first is of the registration.
+        // The first is for the registration.
         while on_itself < 2 {
             let len = late.read(&mut buf).unwrap();
             assert_ne!(len, 0, "closed");

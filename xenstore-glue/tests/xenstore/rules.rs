@@ -3,7 +3,7 @@
 use xenstore_glue::store::{ConnectionId, Output, Store, quota};
 use xenstore_glue::wire::{Access, Errno, MessageType, Path, Perm, Reply, Request};
 
-/// One domain's connection, without the typing.
+/// One domain's connection, with short method names.
 struct Peer(ConnectionId);
 
 impl Peer {
@@ -90,7 +90,7 @@ fn transactions_are_isolated_and_conflict() {
     assert_eq!(b.ask(s, 0, read("/x")), value("1"));
     assert_eq!(a.commit(s, tx), Err(Errno::Enoent), "the id is spent");
 
-    // What was read was written by somebody else.
+    // Somebody else has written what was read.
     let tx = a.begin(s).unwrap();
     a.ask(s, tx, read("/y")).unwrap();
     a.ask(s, tx, write("/x", "2")).unwrap();
@@ -98,13 +98,13 @@ fn transactions_are_isolated_and_conflict() {
     assert_eq!(a.commit(s, tx), Err(Errno::Eagain));
     assert_eq!(b.ask(s, 0, read("/x")), value("1"));
 
-    // What was not there when read is there now.
+    // Somebody else has created what was missing when read.
     let tx = a.begin(s).unwrap();
     assert_eq!(a.ask(s, tx, read("/new")), Err(Errno::Enoent));
     b.ask(s, 0, write("/new", "")).unwrap();
     assert_eq!(a.commit(s, tx), Err(Errno::Eagain));
 
-    // A child appears below what a transaction removes; two transactions meet.
+    // Two transactions: one creates a child below the node that the other removes.
     let (tx, other) = (a.begin(s).unwrap(), b.begin(s).unwrap());
     a.ask(s, tx, Request::Rm(path("/new"))).unwrap();
     b.ask(s, other, write("/new/child", "")).unwrap();
@@ -127,7 +127,7 @@ fn permissions_are_xenstoreds() {
     let s = &mut store;
     s.write("/dom0/only", b"").unwrap();
 
-    // Neither a value nor whether there is one.
+    // It learns neither a value nor whether there is one.
     assert_eq!(dom1.ask(s, 0, read("/dom0/only")), Err(Errno::Eacces));
     assert_eq!(dom1.ask(s, 0, read("/dom0/missing")), Err(Errno::Eacces));
     assert_eq!(dom1.ask(s, 0, write("/dom0/mine", "")), Err(Errno::Eacces));
@@ -200,7 +200,7 @@ fn quotas_hold_for_domains_and_not_for_dom0() {
     let leaf = |number: usize| format!("d{}/n{number}", number / 100);
     let (mut owned, mut number) = (1, 0);
     while owned < quota::NODES {
-        // One beside its directory or, for a multiple of 100, both: 10 directories in all.
+        // The leaf, and for a multiple of 100 its directory, too: 10 directories in all.
         dom1.ask(s, 0, write(&leaf(number), "")).unwrap();
         owned += if number % 100 == 0 { 2 } else { 1 };
         number += 1;
@@ -208,7 +208,7 @@ fn quotas_hold_for_domains_and_not_for_dom0() {
     assert_eq!(owned, quota::NODES);
     assert_eq!(dom1.ask(s, 0, write("one-more", "")), Err(Errno::Enospc));
     assert_eq!(dom1.ask(s, tx, write("one-more", "")), Err(Errno::Enospc));
-    // Gone nodes are free again, in a transaction as well.
+    // Removed nodes no longer count, also within a transaction.
     dom1.ask(s, tx, Request::Rm(path("d0/n0"))).unwrap();
     dom1.ask(s, tx, write("one-more", "")).unwrap();
     dom1.commit(s, tx).unwrap();
@@ -236,7 +236,7 @@ fn watches_tell_who_may_know() {
     dom1.ask(s, 0, write("devices", "")).unwrap();
     assert_eq!(events(s, &dom1), Vec::<String>::new(), "a sibling of a similar name");
 
-    // Not of what one cannot read, until one can.
+    // No events for what the watcher cannot read, until it can.
     let key = "/local/domain/1/key";
     dom2.ask(s, 0, watch(key, "t")).unwrap();
     dom1.ask(s, 0, write(key, "")).unwrap();
@@ -249,7 +249,7 @@ fn watches_tell_who_may_know() {
     dom1.ask(s, 0, write(key, "3")).unwrap();
     assert_eq!(events(s, &dom2), Vec::<String>::new());
 
-    // A transaction's changes when it is committed, one event a path.
+    // A transaction's changes fire when it is committed, one event per path.
     dom0.ask(s, 0, watch("/local", "t")).unwrap();
     events(s, &dom0);
     let tx = dom0.begin(s).unwrap();
@@ -260,7 +260,7 @@ fn watches_tell_who_may_know() {
     dom0.commit(s, tx).unwrap();
     assert_eq!(events(s, &dom0), ["/local/a", "/local/b"]);
 
-    // Special watches: for dom0, and for whom it lets.
+    // Special watches: for dom0, and for domains that it allows.
     for peer in [&dom0, &dom1, &dom2] {
         peer.ask(s, 0, watch("@releaseDomain", "t")).unwrap();
     }
@@ -276,7 +276,7 @@ fn watches_tell_who_may_know() {
     assert_eq!(told.collect::<Vec<_>>(), [dom0.0, dom1.0]);
 }
 
-/// Of all that changed at once, a watcher is told what it can hold, or to look again.
+/// Many changes at once reach a watcher only if its outbox holds them; else it must look again.
 #[test]
 fn a_huge_commit_is_one_event_a_watch() {
     let mut store = Store::new();

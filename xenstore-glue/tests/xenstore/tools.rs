@@ -51,7 +51,7 @@ async fn permissions() {
     assert!(ls.starts_with("key = \"value\"") && ls.contains("(n0,r5)"), "{ls}");
 }
 
-/// More names than one message holds: libxenstore goes on with DIRECTORY_PART.
+/// More names than fit in one message: libxenstore falls back to DIRECTORY_PART.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_directory_longer_than_a_message() {
     let host = Host::new();
@@ -79,7 +79,7 @@ async fn watch() {
     assert_eq!([next().await, next().await], ["/seen", "/seen/key"]);
     host.server.with_store(|store| store.write("/seen/key", b"2")).unwrap();
     assert_eq!([next().await, next().await], ["/seen/key", "/seen/key"]);
-    // A parent goes: both watches are told, each of its own.
+    // A parent is removed: both watches are told, each of its own path.
     host.server.with_store(|store| store.rm("/seen")).unwrap();
     assert_eq!([next().await, next().await], ["/seen/key", "/seen"]);
     child.kill().await.unwrap();

@@ -1,8 +1,8 @@
 //! The `xenstore-rs` crate, whose blocking client is independent of libxenstore too.
 //!
-//! It finds its socket by the environment only, so these tests run themselves again as a child.
-//! Its tokio client stops for good at nine or more events that nobody took (0.8.0), so the
-//! child takes each before it causes the next.
+//! It finds its socket only through the environment, so these tests run themselves again as a child.
+//! Its tokio client stops for good once nine or more events are pending (0.8.0), so the child takes
+//! each event before it causes the next.
 
 use std::io;
 

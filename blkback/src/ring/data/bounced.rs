@@ -1,4 +1,4 @@
-//! Pages that stay mapped, while the device works on buffers of ours.
+//! Pages that stay mapped, while the device works on bounce buffers.
 
 use super::Unreachable;
 use super::persistent::Persistent;
@@ -85,7 +85,7 @@ impl Bounced {
     }
 }
 
-/// Names the place of each of `pages` in the buffer that `range` is of.
+/// Calls `copy` with each of `pages` and its place in the buffer at `range`.
 fn each(pages: &IoVecs, range: &Range<usize>, mut copy: impl FnMut(&IoVec, usize)) {
     let mut at = range.start;
     for page in pages {

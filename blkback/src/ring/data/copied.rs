@@ -1,4 +1,4 @@
-//! Data that the hypervisor copies, to and from buffers of ours.
+//! Data that the hypervisor copies to and from bounce buffers.
 
 use super::Unreachable;
 use crate::ring::bounce::BouncePool;
@@ -13,14 +13,14 @@ pub(super) struct Copied {
     pool: BouncePool,
     /// By tag.
     held: Box<[Held]>,
-    /// Copies to be made together, and the tag that each is for.
+    /// Copies to be made in one operation, and the tag of each.
     copies: Vec<CopySegment>,
     owners: Vec<u16>,
 }
 
 #[derive(Clone, Default)]
 struct Held {
-    /// Of a read.
+    /// The segments of a read.
     segments: Vec<Segment>,
     buffer: Option<Range<usize>>,
     /// A copy was refused.

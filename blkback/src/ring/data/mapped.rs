@@ -1,4 +1,4 @@
-//! Pages that are mapped for one request alone.
+//! Pages mapped for a single request.
 
 use super::{Unreachable, list};
 use crate::ring::budget::Budget;
@@ -10,17 +10,17 @@ use ring_proto::{DomId, GrantRef};
 use std::sync::Arc;
 use xen_platform::{Access, MappedGrants, Platform};
 
-/// Pages that a ring keeps mapped for requests in flight, beside its persistent grants. As much as
-/// grant copy's large buffers hold, and 8 MiB keep any disk busy. Without a bound, indirect requests
-/// could use up the mappings that a process may have (`vm.max_map_count`), those of other guests'
-/// devices included.
+/// The most pages that a ring keeps mapped for requests in flight, besides its persistent grants. As
+/// much as grant copy's large buffers hold; 8 MiB keep any disk busy. Without a bound, indirect
+/// requests could use up the mappings that a process may have (`vm.max_map_count`), to the detriment
+/// of other guests' devices.
 const MAX_MAPPED_PAGES: usize = 2048;
 
-/// What is mapped for single requests.
+/// Mappings for single requests.
 pub(super) struct Maps {
     /// By tag.
     held: Box<[Held]>,
-    /// Pages, all together.
+    /// Total pages.
     pages: usize,
 }
 
@@ -35,7 +35,7 @@ impl Maps {
         Self { held: vec![Held::default(); slots].into(), pages: 0 }
     }
 
-    /// Whether a request of so many pages may have them mapped now; one by itself always may.
+    /// Whether a request may have so many pages mapped now; a single request always may.
     #[inline]
     pub(super) fn check(&self, pages: usize) -> Result<(), Unreachable> {
         let full = self.pages > 0 && self.pages + pages > MAX_MAPPED_PAGES;

@@ -1,5 +1,5 @@
 //! How data gets from the guest's pages to the device and back: one of a few ways, chosen when the
-//! frontend connects. Each keeps, by tag, what a request holds on to until its response.
+//! frontend connects. Each keeps, by tag, the resources that a request holds until its response.
 
 mod bounced;
 mod copied;
@@ -23,24 +23,24 @@ use xen_platform::{
     CopyDirection, CopySegment, GrantCopier, GrantStatus, LocalRegion, MappedGrants,
 };
 
-/// How a frontend's data is reached.
+/// How a frontend's data is accessed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Strategy {
-    /// Copied by the hypervisor through buffers of ours. The frontend's pages are never mapped, so
-    /// it can take a grant back at any time without harm to anybody but itself.
+    /// Copied by the hypervisor through bounce buffers. The frontend's pages are never mapped, so it
+    /// can revoke a grant at any time and harm nobody but itself.
     Copy,
     /// Mapped once and kept, because the frontend promised to use the same pages again.
     Persistent,
-    /// Mapped as well, but the device works on buffers of ours, and we copy: it wants other alignment, or
-    /// the pages may not be pinned ([`Platform::may_pin`](xen_platform::Platform::may_pin)).
+    /// Mapped as well, but the device works on bounce buffers, and we copy: it needs another alignment, or
+    /// the pages must not be pinned ([`Platform::may_pin`](xen_platform::Platform::may_pin)).
     Bounce,
     /// Mapped for a request and unmapped before its response.
     Map,
-    /// Not reached at all: the device neither reads nor writes data.
+    /// Not accessed at all: the device neither reads nor writes data.
     Nothing,
 }
 
-/// Why a request's data could not be reached.
+/// Why a request's data could not be accessed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Unreachable {
     /// No buffer is free. Try again after a completion.
@@ -49,7 +49,7 @@ pub(super) enum Unreachable {
     Refused,
 }
 
-/// Looked at several times a request: so with a tag, and not by what else some field cannot be.
+/// Matched several times per request, hence an explicit tag instead of a niche in some field.
 #[repr(u8)]
 enum Way {
     Copied(Copied),
@@ -60,7 +60,7 @@ enum Way {
 }
 
 impl Way {
-    /// The pool of persistent grants, where there is one.
+    /// The pool of persistent grants, if there is one.
     #[inline]
     fn grants(&mut self) -> Option<&mut PersistentGrants> {
         match self {
@@ -75,7 +75,7 @@ impl Way {
 pub(super) struct Data {
     way: Way,
     copier: Box<dyn GrantCopier>,
-    /// Where a page of indirect segments is copied to.
+    /// Buffer for one page of indirect segments.
     page: Box<[u8; PAGE_SIZE]>,
     scratch: Arc<LocalRegion>,
     stats: Arc<RingStats>,
@@ -106,7 +106,7 @@ impl Data {
         })
     }
 
-    /// Memory that the device will read and write, where it is known beforehand: the first so many bytes.
+    /// The memory that the device will use, if known beforehand, and how much of its start to register.
     pub(super) fn region(&self) -> Option<(Arc<LocalRegion>, usize)> {
         let pool = match &self.way {
             Way::Copied(way) => way.pool(),
@@ -116,14 +116,14 @@ impl Data {
         Some((pool.region().clone(), pool.registered()))
     }
 
-    /// Starts a new moment for the pool of persistent grants.
+    /// Advances the clock of the pool of persistent grants.
     pub(super) fn tick(&mut self) {
         if let Some(grants) = self.way.grants() {
             grants.tick();
         }
     }
 
-    /// Gives back what a quiet ring does not need: memory now, mappings by handing them out.
+    /// Releases what a quiet ring does not need: memory at once, mappings by returning them.
     pub(super) fn purge(&mut self) -> Vec<Arc<dyn MappedGrants>> {
         match &mut self.way {
             Way::Copied(way) => way.purge(),
@@ -133,7 +133,7 @@ impl Data {
         self.way.grants().map_or_else(Vec::new, PersistentGrants::purge)
     }
 
-    /// All mappings, those of requests among them, when none uses them any more.
+    /// All mappings, including those of requests, once no request uses them any more.
     pub(super) fn into_mappings(self) -> Vec<Arc<dyn MappedGrants>> {
         match self.way {
             Way::Persistent(way) => way.into_mappings(),
@@ -203,10 +203,10 @@ impl Data {
         Ok(())
     }
 
-    /// Finds memory for the data of request `tag`, which holds on to it until [`Data::release`], and lists it
-    /// in `buffers`, which are empty.
+    /// Finds memory for the data of request `tag`, which keeps it until [`Data::release`], and lists it in
+    /// `buffers`, which must be empty.
     ///
-    /// For a write it holds the data only after [`Data::copy`].
+    /// For a write, the memory holds the data only after [`Data::copy`].
     pub(super) fn prepare(
         &mut self,
         tag: u16,
@@ -234,8 +234,8 @@ impl Data {
         }
     }
 
-    /// Moves the data of every write that was prepared, and of every read that was filled, since the last call,
-    /// in one operation.
+    /// Moves, in one operation, the data of every write prepared and every read filled since the last
+    /// call.
     #[inline]
     pub(super) fn copy(&mut self) {
         if let Way::Copied(way) = &mut self.way {
@@ -243,14 +243,14 @@ impl Data {
         }
     }
 
-    /// Whether that was refused for request `tag`.
+    /// Whether [`Data::copy`] was refused for request `tag`.
     #[inline]
     pub(super) fn refused(&self, tag: u16) -> bool {
         matches!(&self.way, Way::Copied(way) if way.refused(tag))
     }
 
-    /// Lets go of everything that request `tag` holds, if it holds anything. What was mapped for it alone is
-    /// unmapped when this returns.
+    /// Releases everything that request `tag` holds, if anything. What was mapped for it alone is unmapped
+    /// when this returns.
     #[inline]
     pub(super) fn release(&mut self, tag: u16, budget: &mut Budget) {
         match &mut self.way {
@@ -263,8 +263,8 @@ impl Data {
     }
 }
 
-/// Appends the memory of `segments`, whose pages lie side by side from `base`. Data without a gap is one
-/// piece: the fewer pieces, the less for the kernel to look up.
+/// Appends the memory of `segments`, whose pages are contiguous from `base`. Contiguous data becomes one
+/// piece: the fewer pieces, the less the kernel has to look up.
 ///
 /// # Safety
 /// As for [`IoVec::new`], for each segment's part of its page.

@@ -11,9 +11,9 @@ use xen_platform::MappedGrants;
 
 pub(super) struct Persistent {
     grants: PersistentGrants,
-    /// What each request uses of them, by tag.
+    /// The runs that each request uses, by tag.
     pins: Box<[Vec<Pin>]>,
-    /// What they have no room for.
+    /// Pages for which the pool has no room.
     maps: Maps,
 }
 

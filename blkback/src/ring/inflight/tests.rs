@@ -1,4 +1,4 @@
-//! A backend that ends behind any of its stores, and is followed by another on the same ring.
+//! A backend that ends after any of its stores, and is followed by another on the same ring.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -29,7 +29,7 @@ thread_local! {
     static LEFT: Cell<Option<u32>> = const { Cell::new(None) };
 }
 
-/// The kill, as it unwinds.
+/// The payload of a panic that stands for a kill.
 struct Killed;
 
 pub(super) fn may_end_here() {
@@ -42,7 +42,7 @@ pub(super) fn may_end_here() {
     }
 }
 
-/// Does `work`; `None` if it was killed.
+/// Runs `work`; `None` if it was killed.
 fn until_killed<T>(work: impl FnOnce() -> T) -> Option<T> {
     catch_unwind(AssertUnwindSafe(work)).map_err(|why| why.downcast::<Killed>().unwrap()).ok()
 }
@@ -51,13 +51,13 @@ fn until_killed<T>(work: impl FnOnce() -> T) -> Option<T> {
 enum Step {
     Push(u8),
     Take(u8),
-    /// One of those that are begun.
+    /// Answers one of the started requests.
     Answer(u8),
     Publish,
     Collect,
     /// The backend ends after so many more stores...
     KillAfter(u8),
-    /// ...or at once, between two of what is above.
+    /// ...or at once, between two of the above steps.
     Kill,
 }
 
@@ -76,7 +76,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     )
 }
 
-/// The request that has number `id`; no two are alike.
+/// Request number `id`; no two are alike.
 fn request(id: u64) -> Request {
     let mut segments = Segments::EMPTY;
     for k in 0..=id % 6 {
@@ -103,7 +103,7 @@ struct Process {
     taker: RequestConsumer,
     answerer: ResponseProducer,
     inflight: Inflight,
-    /// Begun and not answered.
+    /// Started but not answered.
     begun: Vec<(u16, u64)>,
 }
 
@@ -143,7 +143,7 @@ impl World {
         }
     }
 
-    /// A backend takes over, and carries out what its predecessor has left. May be killed over it.
+    /// A backend takes over and carries out what its predecessor left open. It may be killed meanwhile.
     fn take_over(&mut self) -> Process {
         self.collect();
         loop {
@@ -243,8 +243,8 @@ proptest! {
         run(LAYOUTS[layout], start, steps);
     }
 
-    /// Whatever stands in a record: it is refused, and the ring is as it was, or it is used, and every
-    /// request that it has can be begun.
+    /// Whatever is in a record, either it is refused and the ring is left as it was, or it is used and
+    /// every request in it can be started.
     #[test]
     fn damaged_records_do_no_harm(
         steps in steps(),
@@ -305,7 +305,7 @@ fn a_record_is_used_for_its_ring_alone() {
     let blank = Arc::new(LocalRegion::new(world.record.len() / PAGE_SIZE).unwrap());
     assert_eq!(recover(blank, IDENTITY), Err(Misfit::Format));
 
-    // Another served the ring meanwhile, and did not know of the record.
+    // Another backend served the ring meanwhile, without the record.
     let (mut taker, mut answerer) = back::attach(world.pages.clone(), world.layout, 0).unwrap();
     taker.poll().unwrap();
     taker.pop().unwrap();

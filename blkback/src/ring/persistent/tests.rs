@@ -1,4 +1,4 @@
-//! The pool on a platform that only notes what is mapped.
+//! The pool on a platform that only records what is mapped.
 
 use super::*;
 use crate::ring::budget::Budget;
@@ -96,7 +96,7 @@ impl Rig {
         Self { host, pool, stats, pins: Vec::new() }
     }
 
-    /// A request for these pages: how many of them came at a time, if all did.
+    /// Starts a request for these pages: how many were found at a time, if all were.
     fn begin(&mut self, grefs: impl IntoIterator<Item = u32>) -> Result<Vec<usize>> {
         let segments: Vec<_> =
             grefs.into_iter().map(|gref| Segment::new(GrantRef(gref), 0, 7)).collect();
@@ -112,7 +112,7 @@ impl Rig {
         Ok(counts)
     }
 
-    /// All requests are over.
+    /// Ends all requests.
     fn end(&mut self) {
         self.pins.drain(..).for_each(|pin| self.pool.unpin(pin));
         self.pool.tick();
@@ -129,7 +129,7 @@ fn what_is_used_together_first_is_mapped_by_one_call() {
     assert_eq!(rig.begin(10..42).unwrap(), [32]);
     assert_eq!(rig.begin([5, 6, 20, 21, 7]).unwrap(), [2, 2, 1]);
     assert_eq!(rig.host.calls(), [32, 2, 1]);
-    // Mapped before: forwards in one piece, backwards each by itself.
+    // Already mapped: forwards in one piece, backwards each by itself.
     assert_eq!(rig.begin(12..30).unwrap(), [18]);
     assert_eq!(rig.begin([12, 11, 10]).unwrap(), [1, 1, 1]);
     // Twice in a request.
@@ -148,7 +148,7 @@ fn a_bad_grant_leaves_nothing() {
     assert!(rig.begin([1, 2, 1001, BAD, 1002]).is_err());
     rig.end();
     assert_eq!((rig.mapped(), rig.pool.places.len()), (900, 900));
-    // Nor does it count as crowding that it might have been too many.
+    // A failed map of perhaps too many pages does not count as crowding.
     assert!(rig.begin((2000..2200).chain([BAD])).is_err());
     rig.end();
     assert!(!rig.pool.crowded && rig.mapped() <= 900);
@@ -163,7 +163,7 @@ fn a_crowded_pool_keeps_pages_one_by_one_until_it_was_quiet() {
         rig.end();
     }
     rig.host.calls();
-    // Of the least recently used, as many as must be and a share.
+    // Of the least recently used, as many as necessary and a share.
     rig.begin(20_000..20_016).unwrap();
     rig.end();
     assert_eq!(rig.host.calls(), [16]);
@@ -192,7 +192,7 @@ fn what_does_not_fit_is_mapped_for_its_request() {
     for first in (0..1024).step_by(256) {
         assert_eq!(rig.begin(10_000 + first..10_256 + first).unwrap(), [256]);
     }
-    // All in use: no room but for 32.
+    // All are in use: room for only 32 more.
     assert_eq!(rig.begin([10_000].into_iter().chain(20_000..20_200)).unwrap(), [1, 200]);
     assert_eq!(rig.host.calls(), [256, 256, 256, 256, 200]);
     assert_eq!((rig.mapped(), rig.pool.places.len()), (1024, 1024));
