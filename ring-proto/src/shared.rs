@@ -1,7 +1,7 @@
 //! The shared pages, as words that either end may write at any time.
 //!
-//! All access is through atomics, Rust's one way of saying "this may change under you". All of the
-//! ring's unsafe code is in this file.
+//! All access is through atomics, Rust's one way of saying "this may change under you". The
+//! ring's unsafe code is in this file and in `memory.rs`.
 
 use crate::RingLayout;
 use crate::abi::{MAX_RING_PAGE_ORDER, PAGE_SIZE};

@@ -185,7 +185,7 @@ pub struct Packet {
 impl Packet {
     /// Appends the message in wire format.
     pub fn encode(&self, out: &mut Vec<u8>) {
-        // Both constructors keep the payload below PAYLOAD_MAX.
+        // Requests and replies keep the payload within PAYLOAD_MAX.
         let len = u32::try_from(self.payload.len()).unwrap_or(u32::MAX);
         for field in [self.kind, self.req_id, self.tx_id, len] {
             out.extend_from_slice(&field.to_ne_bytes());

@@ -33,7 +33,7 @@ pub struct Device {
     pub device: u32,
     /// `xvda` and the like.
     pub name: String,
-    /// What it is made of: `params` of the backend directory.
+    /// What backs it: the `target=` of its disk line.
     pub target: String,
     /// This end's xenbus state, by name.
     pub state: String,

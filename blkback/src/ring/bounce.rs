@@ -7,7 +7,7 @@ use std::sync::Arc;
 use xen_platform::LocalRegion;
 
 /// Buffers for requests larger than a page: pages of each, and their number. Each ring has so many, so
-/// no guest can make us hold more than 8 MiB for one (XSA-300); that keeps any disk busy.
+/// no guest can make us hold more than 7.4 MiB for one, and a page a slot (XSA-300); that keeps any disk busy.
 const LARGER: [(usize, usize); 3] = [
     // A direct request.
     (11, 32),

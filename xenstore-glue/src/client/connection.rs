@@ -12,7 +12,7 @@ use super::transaction::Guard;
 use super::transport::Transport;
 use super::watch::WatchState;
 use super::{Endpoint, Error, Result};
-use crate::wire::{Decoder, MessageType, PAYLOAD_MAX, Packet, Reply, Request, WireError};
+use crate::wire::{Decoder, Errno, MessageType, PAYLOAD_MAX, Packet, Reply, Request, WireError};
 
 /// The pause before the first attempt to reconnect, and the most it grows to: xenstored is back
 /// within milliseconds of a live update, within seconds of a restart.
@@ -330,8 +330,13 @@ impl Link {
             Some(Pending::Watch(watch, Some(waiting))) => {
                 drop(waiting.send(Err(device_error(&watch_request(&watch), error))));
             }
+            // One from before the connection was lost: its user must not wait for events in vain.
+            Some(Pending::Watch(watch, None)) => {
+                warn!(%error, "the xenbus device refused a watch");
+                watch.refuse(Errno::Einval);
+            }
             // An unwatch or an abort that the kernel considers unnecessary.
-            Some(Pending::Watch(_, None) | Pending::Nobody) | None => {
+            Some(Pending::Nobody) | None => {
                 debug!(%error, "the xenbus device refused a request");
             }
         }

@@ -6,9 +6,9 @@ use super::connection::{Command, TransactionId};
 use super::{Nodes, Result};
 use crate::wire::{Errno, Request};
 
-/// A transaction: reads see the store as it is, writes are seen by nobody else until
-/// [`commit`](Self::commit), which fails as a whole if anything that was read or written here
-/// was changed by others meanwhile.
+/// A transaction: reads see each node as it is when the transaction first touches it, writes are seen by nobody
+/// else until [`commit`](Self::commit), which fails as a whole if anything that was read or written
+/// here was changed by others meanwhile.
 ///
 /// Dropping it drops its writes. It does not survive a lost connection.
 #[derive(Debug)]

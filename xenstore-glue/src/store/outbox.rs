@@ -7,7 +7,8 @@ use super::quota;
 use crate::wire::{Errno, PAYLOAD_MAX, Reply};
 
 /// Messages to be written to one connection. Filled by any task that changes the store, emptied
-/// by the connection's task; bounded by [`quota::OUTBOX_BYTES`].
+/// by the connection's task; bounded by [`quota::OUTBOX_BYTES`] and the
+/// longest replies to [`quota::OUTSTANDING`] requests.
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     queue: Mutex<Queue>,

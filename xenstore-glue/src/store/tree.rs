@@ -87,7 +87,7 @@ impl Tree {
         self.generation
     }
 
-    /// Paths of the nodes whose permissions are as asked.
+    /// Paths of the nodes for which `is_wanted` holds.
     pub(super) fn find(&self, is_wanted: impl Fn(&Node) -> bool) -> Vec<Box<str>> {
         let wanted = self.nodes.iter().filter(|(_, node)| is_wanted(node));
         wanted.map(|(path, _)| path.clone()).collect()

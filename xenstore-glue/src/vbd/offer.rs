@@ -3,8 +3,8 @@
 use super::{Keys, Nodes, Refusal, bit, flag, node, number32};
 use ring_proto::abi::{MAX_INDIRECT_SEGMENTS, MAX_RING_PAGE_ORDER};
 
-/// The most queues a device may have. A queue with the largest ring takes up to 22 of the 1000 nodes
-/// of a frontend's xenstore quota, so more could not be asked for anyway.
+/// The most queues a device may have: as many as a large guest has vCPUs. With the largest ring, one takes up to
+/// 22 of the 1000 nodes of a frontend's xenstore quota.
 pub const MAX_QUEUES: u16 = 64;
 
 /// A backend's limits, written before `InitWait`.
