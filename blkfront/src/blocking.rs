@@ -4,12 +4,12 @@ use crate::{Completed, Io, IoBuffer, Queue, Refusal};
 use ring_proto::abi::PAGE_SIZE;
 use std::io;
 
-/// Bytes of one I/O of a blocking call: enough that what a call costs does not show.
+/// Bytes per I/O of a blocking call: enough to make the cost of a call negligible.
 const CHUNK: usize = 1 << 20;
 
 impl Queue {
-    /// Reads into `to`, of any length that is a multiple of the sector size. Blocks. Nothing else may
-    /// be in flight on this queue.
+    /// Fills `to`, whose length must be a multiple of the sector size. Blocks. Nothing else may be in
+    /// flight on this queue.
     ///
     /// # Errors
     /// As [`Queue::submit`] and [`Completed::result`]; `ResourceBusy` while something is in flight,
@@ -51,7 +51,7 @@ impl Queue {
         self.run(Io::flush(0)).map(drop)
     }
 
-    /// Gives `len` bytes from `offset` back. As [`Queue::read_at`].
+    /// Discards `len` bytes from `offset`. As [`Queue::read_at`].
     ///
     /// # Errors
     /// As [`Queue::read_at`].
@@ -59,7 +59,7 @@ impl Queue {
         self.run(Io::discard(0, offset, len)).map(drop)
     }
 
-    /// A buffer for as much of `len` bytes as there are pages for.
+    /// A buffer for up to `len` bytes, as many as there are pages for.
     fn chunk(&mut self, len: usize) -> io::Result<IoBuffer> {
         let mut len = len.min(CHUNK);
         loop {

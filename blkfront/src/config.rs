@@ -23,7 +23,7 @@ pub const DEFAULT_INDIRECT_SEGMENTS: u16 = 32;
 /// added to any time.
 pub const MAX_TIMEOUT: Duration = Duration::from_secs(u32::MAX as u64);
 
-/// How [`crate::Disk::open`] sets a disk up. Everything a backend does not offer is done without.
+/// How [`crate::Disk::open`] sets up a disk. Whatever the backend does not offer is left out.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Queue handles: [`crate::Disk::queue`] takes 0 to `vcpus - 1`.
@@ -38,27 +38,27 @@ pub struct Config {
     /// Ask for the split layout (docs/protocol.md); without it, or with a backend that does not know
     /// it, the ring is blkif.h's.
     pub split_ring: bool,
-    /// The ABI of such a ring.
+    /// The ABI of a blkif.h ring.
     pub protocol: Protocol,
     /// The most segments of an indirect request; 0 does without indirect requests. The backend's
     /// `feature-max-indirect-segments` bounds it.
     pub max_indirect_segments: u16,
-    /// Merge adjacent I/Os that wait together.
+    /// Merge adjacent I/Os that wait at the same time.
     pub merge: bool,
     /// I/Os a vCPU may have in the queue, 1 to [`MAX_DEPTH`].
     pub depth: usize,
     /// Bytes of granted data pages a vCPU has for its buffers, up to [`MAX_POOL_BYTES`].
     pub pool_bytes: usize,
-    /// Tell the backend that what is in flight is issued again when it has died (`feature-reissue`,
-    /// docs/protocol.md). Without, a new backend goes on with the rings that are there, as it does for
-    /// Linux's frontend.
+    /// Tell the backend that the frontend will reissue what is in flight if the backend dies
+    /// (`feature-reissue`, docs/protocol.md). Otherwise a new backend takes over the existing rings, as it
+    /// does for Linux's frontend.
     pub reissue: bool,
     /// How a thread waits for responses.
     pub waiting: Waiting,
     /// How long to wait for a backend, when opening and when closing.
     pub connect_timeout: Duration,
-    /// How long I/O waits for a backend before it fails; for ever if `None`. Counted from when the backend says
-    /// that it goes, or the one after it begins: of one that was killed nothing is heard before.
+    /// How long I/O waits for a backend before it fails; forever if `None`. Counted from when the backend
+    /// announces that it goes away, or from when its successor starts: a killed backend announces nothing.
     pub reconnect_timeout: Option<Duration>,
 }
 
@@ -86,9 +86,9 @@ impl Default for Config {
 /// How blkif.h's structures are laid out, and whether the key `protocol` says so.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Protocol {
-    /// It names the ABI.
+    /// The key names the ABI.
     Named(Abi),
-    /// There is no such key. Backends then take [`PROTOCOL_DEFAULT`], as from old frontends.
+    /// The key is absent: backends then assume [`PROTOCOL_DEFAULT`], as for old frontends.
     Unnamed,
 }
 

@@ -68,9 +68,9 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Connects to the backend of `device`, a name like `xvda` or a number like `51712`, of the
-    /// platform's domain. Blocks until the disk can be used. `state` that a frontend which died has left
-    /// behind is closed first.
+    /// Connects to the backend of `device`, a name like `xvda` or a number like `51712`, of the platform's
+    /// domain. Blocks until the disk can be used. A `state` left behind by a frontend that died is closed
+    /// first.
     ///
     /// # Errors
     /// When there is no such device, or it could not be connected within
@@ -154,24 +154,24 @@ impl Disk {
         self.news.as_fd()
     }
 
-    /// Makes [`Disk::news`] quiet, and says whether the disk can still be used. One that cannot fails
-    /// all I/O; [`Disk::close`] tells why.
+    /// Clears [`Disk::news`] and returns whether the disk can still be used. If not, all its I/O fails;
+    /// [`Disk::close`] tells why.
     pub fn take_news(&self) -> bool {
         self.news.silence();
         !self.state().gone
     }
 
-    /// What is in flight fails, and what comes: nobody waits for the backend any more.
+    /// Fails what is in flight and all I/O to come: nobody waits for the backend any more.
     pub(crate) fn give_up(&self) {
         self.fabric.link.post_gone();
     }
 
-    /// What was agreed with the backend; it may change when another one comes back.
+    /// The features agreed with the backend; its successor may have others.
     pub fn features(&self) -> Features {
         self.state().features
     }
 
-    /// All of it.
+    /// All there is to know.
     pub fn info(&self) -> Info {
         let state = self.state().clone();
         let Features { ring_order, split_ring, .. } = state.features;
@@ -207,8 +207,8 @@ impl Disk {
         }
     }
 
-    /// Closes the disk: what is in flight fails with [`crate::IoError::Gone`], and the backend is
-    /// walked to Closed. Dropping the disk does the same and tells nobody how it went.
+    /// Closes the disk: what is in flight fails with [`crate::IoError::Gone`], and the backend is walked to
+    /// Closed. Dropping the disk does the same, but reports no error.
     ///
     /// # Errors
     /// Why the disk could not be used any more, or the backend did not let go within
@@ -218,7 +218,7 @@ impl Disk {
     }
 
     fn shut(&mut self) -> Result<(), Cause> {
-        // Refused only by a control thread that has ended.
+        // Fails only if the control thread has ended.
         let _ = self.control.send(Command::Close);
         let ended = self.thread.take().map(JoinHandle::join);
         self.fabric.stop();

@@ -59,13 +59,13 @@ pub enum Cause {
         /// The devices there.
         present: String,
     },
-    /// Another program of this domain has the device, or its kernel.
+    /// Another program of this domain, or its kernel, has the device.
     #[error("{frontend} is in use in this domain: end the other program, or unload xen-blkfront")]
     InUse {
         /// The device's directory.
         frontend: String,
     },
-    /// It cannot be found out whether the device is in use.
+    /// Could not find out whether the device is in use.
     #[error(transparent)]
     Claim(xen_platform::Error),
     /// Xenstore refused something, or cannot be reached.
@@ -77,7 +77,7 @@ pub enum Cause {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// What the backend wrote makes no sense, or no agreement came about.
+    /// What the backend wrote makes no sense, or negotiation failed.
     #[error("{backend}: {reason}")]
     Negotiation {
         /// The backend's directory.
@@ -111,7 +111,7 @@ pub enum Cause {
         /// The backend's directory.
         backend: String,
     },
-    /// Pages could not be granted, or an event channel not be made.
+    /// Pages could not be granted, or an event channel could not be made.
     #[error("ring {ring}: {source}")]
     Platform {
         /// The ring, or the vCPU whose pool it is.
@@ -160,7 +160,7 @@ pub enum Cause {
 /// How a backend broke the ring protocol.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Violation {
-    /// An index cannot be what it is.
+    /// An impossible ring index.
     #[error(transparent)]
     Ring(#[from] ring_proto::RingError),
     /// A response to nothing that is in flight: out of range, answered before, or made up.
@@ -182,7 +182,7 @@ pub enum Violation {
 }
 
 /// How an I/O failed.
-// As large as a field beside it may be: [`crate::Completed`] is moved about in whole words then.
+// 32 bits wide, so that [`crate::Completed`] is moved about in whole words.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[repr(u32)]
 pub enum IoError {
@@ -198,7 +198,7 @@ pub enum IoError {
 }
 
 impl IoError {
-    /// The `errno` of it.
+    /// The matching `errno`.
     pub const fn errno(self) -> i32 {
         match self {
             Self::Backend | Self::Gone => libc::EIO,
@@ -213,10 +213,10 @@ impl From<IoError> for io::Error {
     }
 }
 
-/// Why an I/O was not taken.
+/// Why an I/O was refused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Refusal {
-    /// [`crate::Config::depth`] I/Os are in the queue already: take some back, then submit again.
+    /// [`crate::Config::depth`] I/Os are in the queue already: take completions, then submit again.
     #[error("the queue is full")]
     WouldBlock,
     /// The range is not within the device.
@@ -254,7 +254,7 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    /// The `errno` of it.
+    /// The matching `errno`.
     pub const fn errno(self) -> i32 {
         match self {
             Self::WouldBlock => libc::EAGAIN,
@@ -272,7 +272,7 @@ impl From<Refusal> for io::Error {
     }
 }
 
-/// An I/O that was not taken, given back with its buffer.
+/// A refused I/O, given back with its buffer.
 #[derive(Debug, thiserror::Error)]
 #[error("{reason}")]
 pub struct Refused {

@@ -1,5 +1,5 @@
-//! The rings and vCPUs of a disk, and the threads between them. Stays as it is for the disk's life,
-//! whatever backends come and go.
+//! The rings and vCPUs of a disk, and the threads between them. They stay the same for the life of the
+//! disk, while backends come and go.
 
 use crate::flight::Flight;
 use crate::hw::Ring;
@@ -23,7 +23,7 @@ use xen_platform::{Access, Platform, Spin};
 enum Holder {
     Vcpu(usize),
     Thread(Arc<Mailbox>),
-    /// More rings than vCPUs: kept, and unused.
+    /// With more rings than vCPUs: kept, but unused.
     Nobody,
 }
 
@@ -35,11 +35,11 @@ pub(crate) struct Fabric {
     holders: Vec<Holder>,
     ring_counters: Vec<Arc<Counters>>,
     vcpu_counters: Vec<Arc<Counters>>,
-    /// The way to the ring of each vCPU whose queue was not taken yet.
+    /// Each vCPU's path to its ring, until its queue is taken.
     seats: Mutex<Vec<Option<Path>>>,
     idle: Mutex<Vec<Ring>>,
-    /// Of all queues there were. A backend may still copy to the pages of one that was dropped with I/O in
-    /// flight: nobody else may get their grant references before the disk is closed.
+    /// Of all queues ever taken. A backend may still copy to the pages of a queue that was dropped with I/O
+    /// in flight, so their grant references must not be reused before the disk is closed.
     pages: Mutex<Vec<Arc<Pages>>>,
     stop: Arc<AtomicBool>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -162,13 +162,13 @@ impl Fabric {
         }
     }
 
-    /// Requests on the rings that were not answered.
+    /// Unanswered requests on the rings.
     pub(crate) fn on_rings(&self) -> u64 {
         let open = |s: Stats| s.requests.wrapping_sub(s.responses).wrapping_sub(s.lost);
         self.ring_counters.iter().map(|c| open(c.snapshot())).fold(0, u64::wrapping_add)
     }
 
-    /// What a ring, and the vCPUs that use nobody else's time for it, have done.
+    /// The counters of a ring and of the vCPUs that are mapped to it.
     pub(crate) fn stats(&self, ring: u32) -> Stats {
         let mut stats =
             self.ring_counters.get(ring as usize).map_or_else(Stats::default, |c| c.snapshot());
@@ -178,7 +178,7 @@ impl Fabric {
         stats
     }
 
-    /// Takes a vCPU's queue; `None` if there is none (any more).
+    /// Takes a vCPU's queue; `None` if there is none, or it was taken.
     pub(crate) fn queue(
         &self,
         vcpu: u32,
@@ -198,7 +198,7 @@ impl Fabric {
             grants.map(Pool::new).map_err(|source| Cause::Platform { ring, source })
         };
         let (pool, lists) = (grant(pool_pages)?, grant(list_pages(config))?);
-        // Last: without pages it can be tried again.
+        // Last, so that this can be retried if granting fails.
         let Some(path) = locked(&self.seats).get_mut(n).and_then(Option::take) else {
             return Ok(None);
         };
@@ -247,9 +247,8 @@ fn pool_pages(config: &Config) -> usize {
     config.pool_bytes.div_ceil(PAGE_SIZE)
 }
 
-/// Pages of segments that a pool's worth of indirect requests takes: each has more segments than a
-/// direct one could have, and each segment a page of the pool. With fewer, requests would wait for
-/// each other.
+/// Pages for the segments of a pool's worth of indirect requests: each has more segments than a direct one
+/// could have, and each segment takes a page of the pool. With fewer, requests would wait for each other.
 fn list_pages(config: &Config) -> usize {
     let direct = ring_proto::RingLayout::Split.max_direct_segments();
     if config.max_indirect_segments == 0 { 1 } else { pool_pages(config) / direct + 1 }

@@ -1,9 +1,9 @@
 //! From I/Os to requests and back: split, merge, requeue, complete.
 //!
-//! An I/O is cut into pieces that each fit a request; pieces of neighbouring I/Os that wait together
-//! become one request. Nothing here touches a ring, so an I/O survives any number of them: when a
-//! backend is replaced, the pieces of every unanswered request are put together anew, within whatever limits
-//! the new one has.
+//! An I/O is cut into pieces that each fit a request; pieces of neighbouring I/Os that wait at the same
+//! time become one request. Nothing here touches a ring, so an I/O survives any number of them: when a
+//! backend is replaced, the pieces of all unanswered requests are assembled anew, within the limits of the
+//! new one.
 
 mod table;
 
@@ -17,14 +17,14 @@ use ring_proto::{Body, GrantRef, Segment, Segments, Status, Transfer, encode_seg
 use std::collections::VecDeque;
 use table::{Kind, Piece, Range, Request, Table};
 
-/// Requests at the tail of those waiting that a new piece is tried against. The last one is hit by a
-/// sequential stream; the others by as many interleaved streams.
+/// How many of the last waiting requests a new piece is tried against. A sequential stream hits the last
+/// one; interleaved streams hit the others, one each.
 const MERGE_WINDOW: usize = 4;
 /// 512-byte sectors in a page, as the arithmetic here needs it.
 const PAGE_SECTORS: u64 = SECTORS_PER_PAGE as u64;
 
-/// Where the requests that came to wait last begin and end: what touches none of them, as most of a
-/// random stream does not, is told without a look at the requests.
+/// Where the last waiting requests begin and end: a piece that touches none of them, as most of a random
+/// stream does, is recognized without looking at the requests.
 #[derive(Debug)]
 struct Edges {
     starts: [u64; MERGE_WINDOW],
@@ -38,7 +38,7 @@ impl Edges {
         self.set(0, start, end);
     }
 
-    /// Of the request that came `back` before the newest.
+    /// Sets those of the request `back` before the newest.
     fn set(&mut self, back: usize, start: u64, end: u64) {
         let place = self.newest.wrapping_sub(back) % MERGE_WINDOW;
         (self.starts[place], self.ends[place]) = (start, end);
@@ -55,19 +55,19 @@ pub(crate) struct Flight {
     pub(crate) limits: Limits,
     merge: bool,
     table: Table,
-    /// By request, its page of segments while the backend has it.
+    /// By request: its page of segments, while the backend has it.
     indirect: Box<[Option<IoBuffer>]>,
     /// Requests held back by a plug, or waiting for a slot.
     waiting: VecDeque<u32>,
     edges: Edges,
     /// Of the direct request that [`Flight::body`] made last.
     segments: Segments,
-    /// Of the indirect one, as they stand in its page.
+    /// Of the last indirect one, encoded as in its page.
     list: Box<[u8; SEGMENT_LIST_BYTES]>,
 }
 
 impl Flight {
-    /// `pages` is how many the data pool has: every piece but that of a flush or discard holds one.
+    /// `pages` is the size of the data pool: all pieces but flushes and discards hold at least one.
     pub(crate) fn new(depth: usize, pages: usize, merge: bool, limits: Limits) -> Self {
         Self {
             limits,
@@ -90,7 +90,7 @@ impl Flight {
         self.table.len()
     }
 
-    /// I/Os there may be at a time.
+    /// The most I/Os there may be at a time.
     pub(crate) fn depth(&self) -> usize {
         self.table.depth()
     }
@@ -100,8 +100,8 @@ impl Flight {
         !self.waiting.is_empty()
     }
 
-    /// Takes an I/O that was checked against the limits, while it is not full. What needs no request is
-    /// completed at once.
+    /// Takes an I/O that was checked against the limits, while there is room. An I/O that needs no request
+    /// completes at once.
     pub(crate) fn admit(
         &mut self,
         io: Io,
@@ -111,7 +111,7 @@ impl Flight {
     ) {
         let Io { cookie, op, offset, buffer } = io;
         let (sector, flush) = (offset / SECTOR_SIZE as u64, self.limits.flush);
-        // What has no data may have a buffer all the same, which stays as it is.
+        // An I/O without data may have a buffer all the same, which stays as it is.
         let has_data = matches!(op, Op::Read | Op::Write { .. });
         let data = buffer.as_ref().filter(|_| has_data);
         let data = data.map(|b| (b.page_at(0), (b.len() / SECTOR_SIZE) as u64));
@@ -132,7 +132,7 @@ impl Flight {
             }
         };
         let fua = op == Op::Write { fua: true };
-        // With its first piece, so that its place is written once.
+        // Together with its first piece, so that its entry is written once.
         let first = self.first(range);
         let key = self.table.admit((cookie, buffer), (fua, flush_after), first);
         let Some(key) = key else { return };
@@ -160,7 +160,7 @@ impl Flight {
         }
     }
 
-    /// As much of a range as a request can do.
+    /// As much of the start of a range as fits a request.
     #[inline]
     fn first(&self, range: Range) -> Range {
         match range.kind {
@@ -172,7 +172,7 @@ impl Flight {
         }
     }
 
-    /// Has the piece `key`, a request by itself, wait, or joins it with one that does.
+    /// Merges the piece `key`, a request by itself, with a waiting request, or queues it.
     #[inline]
     fn line_up(&mut self, key: u32, piece: Range, counters: &Counters) {
         if self.merge && piece.kind.merges() && self.join(key, piece) {
@@ -183,7 +183,7 @@ impl Flight {
         self.edges.push(piece.sector, piece.sector + piece.sectors);
     }
 
-    /// Back or front merge of the piece `key`, a request by itself, with one of the last requests that wait.
+    /// Back or front merge of the piece `key`, a request by itself, with one of the last waiting requests.
     #[inline]
     fn join(&mut self, key: u32, new: Range) -> bool {
         let end = new.sector + new.sectors;
@@ -225,7 +225,7 @@ impl Flight {
         false
     }
 
-    /// The request that is next to be issued.
+    /// The next request to issue.
     pub(crate) fn front(&self) -> Option<u32> {
         self.waiting.front().copied()
     }
@@ -235,7 +235,7 @@ impl Flight {
         self.waiting.pop_front();
     }
 
-    /// [`Flight::front`] found no slot: says whether for the first time.
+    /// [`Flight::front`] found no slot; returns whether for the first time.
     pub(crate) fn blocked(&mut self) -> bool {
         let first = self.front().and_then(|key| self.table.get_mut(key));
         first.is_some_and(|first| !std::mem::replace(&mut first.request.waited, true))
@@ -300,12 +300,12 @@ impl Flight {
         let result = match (status, self.table.get(key).map(|first| first.request.kind)) {
             (Status::Okay, _) => Ok(()),
             (_, None) => return,
-            // As in Linux: there is nothing to flush, then.
+            // As in Linux: there is nothing to flush then.
             (Status::NotSupported, Some(Kind::Flush)) => {
                 self.limits.flush = FlushMode::None;
                 Ok(())
             }
-            // Here Linux calls it done. It was not written.
+            // Linux completes it here, although nothing was written.
             (Status::NotSupported, Some(Kind::Barrier)) => {
                 self.limits.flush = FlushMode::None;
                 return self.reassemble(key, pool, counters);
@@ -353,8 +353,8 @@ impl Flight {
         }
     }
 
-    /// Puts requests that will not be answered, in the order in which they were issued, and those that
-    /// wait, together anew within `limits`.
+    /// Assembles requests anew within `limits`: first those that will not be answered, in the order in
+    /// which they were issued, then those that wait.
     pub(crate) fn reissue(
         &mut self,
         unanswered: &[u32],
@@ -372,7 +372,7 @@ impl Flight {
 
     fn reassemble(&mut self, key: u32, pool: &Pool, counters: &Counters) {
         let Some(request) = self.table.get(key).map(|first| first.request) else { return };
-        // There may be no barriers now, or none that take so much, or flushes where none were needed.
+        // There may be no barriers any more, or only smaller ones, or flushes may be needed now.
         let (kind, flush) = match request.kind {
             Kind::Barrier | Kind::Write => (Kind::Write, self.limits.flush != FlushMode::None),
             kind => (kind, false),
@@ -388,7 +388,7 @@ impl Flight {
         }
     }
 
-    /// Fails everything. The backend may be at work on it still, so nobody gets a buffer back.
+    /// Fails everything. The backend may still be at work on it, so no buffer is given back.
     pub(crate) fn abandon(&mut self, done: &mut Vec<Completed>) {
         self.waiting.clear();
         self.indirect.fill_with(|| None);
@@ -401,7 +401,7 @@ impl Flight {
 const SEGMENT_LIST_BYTES: usize = MAX_INDIRECT_SEGMENTS * size_of::<Segment>();
 const _: () = assert!(SEGMENT_LIST_BYTES <= ring_proto::abi::PAGE_SIZE);
 
-/// What is behind `part`, the first of a range.
+/// What follows `part`, the first part of a range.
 fn behind(range: Range, part: Range, pool: &Pool) -> Range {
     let page = (0..part.sectors / PAGE_SECTORS).fold(range.page, |page, _| pool.next(page));
     let (sector, sectors) = (range.sector + part.sectors, range.sectors - part.sectors);

@@ -7,17 +7,17 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use xen_platform::{EventChannel, GrantedPages, STORM_EVENTS, STORM_PAUSE};
 
-/// Bits of a request's id that name its tag; the rest count its uses, so that a response that comes
-/// twice, or late, is no response to the request that has the tag by then. 32 bits in all, because the
-/// split layout carries no more.
+/// Bits of a request's id that hold its tag; the others count the tag's uses, so that a response that comes
+/// twice, or late, does not match the request that has the tag by then. 32 bits in all, because the split
+/// layout carries no more.
 const TAG_BITS: u32 = 16;
 const TAG_MASK: u32 = (1 << TAG_BITS) - 1;
 
-/// Requests that are shown to the backend at a time, at the most: enough of them to be worth the fence and
-/// a journey of the index, few enough for the two ends to work at the same time.
+/// The most requests to publish at a time: enough to be worth the fence and the transfer of the index's
+/// cache line, few enough for both ends to work at the same time.
 const PUBLISH_EVERY: u32 = 8;
 
-/// One connection's ring, with all that must stay as long as it does.
+/// One connection's ring, and all that must live as long.
 #[derive(Debug)]
 pub(crate) struct Ring {
     pub(crate) producer: RequestProducer,
@@ -32,18 +32,18 @@ pub(crate) struct Ring {
 pub(crate) struct Owner {
     /// Which of the vCPUs that share the ring.
     pub(crate) user: u32,
-    /// Its number there.
+    /// Its number with that vCPU.
     pub(crate) request: u32,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Tag {
-    /// The id it was last, or is, in flight under.
+    /// The id it is, or was last, in flight with.
     id: u32,
     busy: bool,
     operation: u8,
     owner: Owner,
-    /// Counts issues: the order to reissue in.
+    /// Issue number: the order to reissue in.
     order: u64,
 }
 
@@ -61,7 +61,7 @@ impl From<ring_proto::RingError> for Failure {
     }
 }
 
-/// The request in flight that a response is to, under its id and of its operation.
+/// The tag of the request that a response answers: in flight, with the same id and operation.
 fn answered<'a>(tags: &'a mut [Tag], response: &Response) -> Result<&'a mut Tag, Violation> {
     let Response { id, operation, .. } = *response;
     let tag = u32::try_from(id).ok().and_then(|id| {
@@ -81,12 +81,12 @@ fn answered<'a>(tags: &'a mut [Tag], response: &Response) -> Result<&'a mut Tag,
 #[derive(Debug)]
 pub(crate) struct HwQueue {
     ring: Ring,
-    /// As many as the ring has slots.
+    /// One for each slot of the ring.
     tags: Box<[Tag]>,
     free: Vec<u32>,
     issues: u64,
     masked: bool,
-    /// Events in a row that no response came with.
+    /// Consecutive events without a response.
     in_vain: u32,
     counters: Arc<Counters>,
 }
@@ -133,19 +133,19 @@ impl HwQueue {
         true
     }
 
-    /// Shows the backend some of what was pushed, so that it works, or wakes up, while we push on.
+    /// Publishes what was pushed once it is enough, so that the backend works, or wakes up, meanwhile.
     pub(crate) fn publish_some(&mut self) -> Result<(), Failure> {
         if self.ring.producer.unpublished() < self.share() { Ok(()) } else { self.publish() }
     }
 
-    /// How many those are: of few in flight a half, so that the backend has some to work on while we make
-    /// the others.
+    /// How many are enough: with few in flight half of them, so that the backend has some to work on while
+    /// we make the others.
     fn share(&self) -> u32 {
         let in_flight = (self.tags.len() - self.free.len()) as u32;
         (in_flight / 2).min(PUBLISH_EVERY)
     }
 
-    /// Shows the backend what was pushed, and wakes it if it sleeps.
+    /// Publishes what was pushed, and wakes the backend if it sleeps.
     pub(crate) fn publish(&mut self) -> Result<(), Failure> {
         let pushed = self.ring.producer.unpublished();
         if pushed == 0 {
@@ -162,8 +162,8 @@ impl HwQueue {
         Ok(())
     }
 
-    /// Takes the responses there are, and says how many. Each is checked: to a request in flight, under
-    /// its id, of its operation.
+    /// Takes the responses there are and returns their number. Each must answer a request in flight, with
+    /// the same id and operation.
     pub(crate) fn poll(&mut self, mut end: impl FnMut(Owner, Status)) -> Result<u32, Failure> {
         let waiting = self.ring.consumer.poll()?;
         if waiting == 0 {
@@ -198,9 +198,9 @@ impl HwQueue {
         Ok(!self.ring.consumer.final_check()?)
     }
 
-    /// After a sleep: takes the event, if that is what ended it. The channel stays masked until
-    /// [`HwQueue::arm`], which takes its time where events bring nothing: a backend cannot make us run as
-    /// fast as it likes (XSA-391).
+    /// For after a sleep: takes the event, if one ended it. The channel stays masked until
+    /// [`HwQueue::arm`], which delays unmasking when events bring no responses: a backend cannot make us
+    /// run as fast as it likes (XSA-391).
     pub(crate) fn take_event(&mut self) -> Result<bool, Failure> {
         self.counters.syscalls.add(1);
         let taken = self.ring.channel.take()?;
@@ -212,7 +212,7 @@ impl HwQueue {
         Ok(taken)
     }
 
-    /// What was not answered, in the order in which it was issued. For a ring that is given up.
+    /// Unanswered requests, in the order in which they were issued. For a ring that is given up.
     pub(crate) fn unanswered(&self) -> Vec<Owner> {
         let mut busy: Vec<&Tag> = self.tags.iter().filter(|tag| tag.busy).collect();
         busy.sort_unstable_by_key(|tag| tag.order);
@@ -221,7 +221,7 @@ impl HwQueue {
 }
 
 impl Drop for HwQueue {
-    /// What is in flight has no answer any more.
+    /// What is in flight will not be answered any more.
     fn drop(&mut self) {
         self.counters.lost.add((self.tags.len() - self.free.len()) as u64);
     }

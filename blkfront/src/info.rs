@@ -1,4 +1,4 @@
-//! What there is to say about a disk.
+//! Information about a disk.
 
 use crate::Stats;
 use crate::limits::{FlushMode, Limits};
@@ -13,7 +13,7 @@ pub struct Geometry {
     pub size: u64,
     /// Every offset and length is a multiple of this many bytes: 512, or 4096.
     pub sector_size: u32,
-    /// Bytes the device likes to write at once.
+    /// Bytes that the device prefers to write at once.
     pub physical_sector_size: u32,
     /// Writes and discards are refused.
     pub read_only: bool,
@@ -36,24 +36,24 @@ impl Geometry {
     }
 }
 
-/// What was agreed with the backend.
+/// The features agreed with the backend.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize)]
 pub struct Features {
     /// Flushes reach the backend. Without, the disk has no volatile cache and they succeed at once.
     pub flush: bool,
     /// Durable writes are one request, a barrier; otherwise they are a write and then a flush.
     pub barrier: bool,
-    /// Discards are taken.
+    /// Discards are supported.
     pub discard: bool,
-    /// Secure discards are taken.
+    /// Secure discards are supported.
     pub secure_discard: bool,
     /// Bytes a discard should be a multiple of.
     pub discard_granularity: u32,
-    /// Bytes; where the multiples start.
+    /// Where the multiples start, in bytes.
     pub discard_alignment: u32,
     /// The backend keeps our pages mapped.
     pub persistent: bool,
-    /// Segments of an indirect request; 0 without.
+    /// Segments of an indirect request; 0 for none.
     pub max_indirect_segments: u16,
     /// Segments of a direct request.
     pub max_direct_segments: u16,
@@ -94,7 +94,7 @@ pub struct RingInfo {
     pub stats: Stats,
 }
 
-/// All there is to say about a disk.
+/// Everything known about a disk.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Info {
     /// The frontend's domain.
@@ -109,8 +109,8 @@ pub struct Info {
     pub frontend: String,
     /// The backend's directory.
     pub backend: String,
-    /// What the toolstack says of the backend (`untrusted` in the disk's configuration). It changes
-    /// nothing: no backend is trusted (see the crate's description).
+    /// Whether the toolstack trusts the backend (`untrusted` in the disk's configuration). It makes no
+    /// difference: no backend is trusted (see the crate's description).
     pub trusted: bool,
     /// Whether the backend is there now.
     pub connected: bool,
@@ -118,7 +118,7 @@ pub struct Info {
     pub reconnects: u64,
     /// Size and shape.
     pub geometry: Geometry,
-    /// What was agreed.
+    /// The features agreed on.
     pub features: Features,
     /// The rings.
     pub rings: Vec<RingInfo>,

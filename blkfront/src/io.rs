@@ -14,7 +14,7 @@ pub enum Op {
     },
     /// Make every write that was completed before durable.
     Flush,
-    /// Give a range back to the device; it reads as anything afterwards.
+    /// Discard a range; what it reads as afterwards is undefined.
     Discard {
         /// Bytes.
         len: u64,
@@ -26,11 +26,11 @@ pub enum Op {
 /// An I/O. Offsets and lengths are in bytes, and multiples of [`crate::Geometry::sector_size`].
 #[derive(Debug)]
 pub struct Io {
-    /// The caller's name for it, which comes back in [`Completed`].
+    /// The caller's identifier, which comes back in [`Completed`].
     pub cookie: u64,
     /// What to do.
     pub op: Op,
-    /// Where on the device, in bytes; of no meaning to a flush.
+    /// Where on the device, in bytes; ignored by a flush.
     pub offset: u64,
     /// The data of a read or write: [`IoBuffer::len`] bytes of it.
     pub buffer: Option<IoBuffer>,
@@ -57,20 +57,20 @@ impl Io {
         Self { cookie, op: Op::Flush, offset: 0, buffer: None }
     }
 
-    /// Gives `len` bytes from `offset` back.
+    /// Discards `len` bytes from `offset`.
     pub fn discard(cookie: u64, offset: u64, len: u64) -> Self {
         Self { cookie, op: Op::Discard { len, secure: false }, offset, buffer: None }
     }
 }
 
-/// An I/O that is over.
+/// A completed I/O.
 #[derive(Debug)]
 pub struct Completed {
     /// As submitted.
     pub cookie: u64,
     /// How it ended.
     pub result: Result<(), IoError>,
-    /// As submitted, with what was read. With [`IoError::Gone`] it is kept back: the backend may not know
-    /// that the I/O is over.
+    /// As submitted, with what was read. Withheld with [`IoError::Gone`]: the backend may not know that the
+    /// I/O is over.
     pub buffer: Option<IoBuffer>,
 }

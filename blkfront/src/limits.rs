@@ -20,7 +20,7 @@ pub(crate) enum FlushMode {
 pub(crate) struct Limits {
     /// Segments of a direct request.
     pub(crate) direct: u16,
-    /// Segments of an indirect request; 0 without.
+    /// Segments of an indirect request; 0 for none.
     pub(crate) indirect: u16,
     pub(crate) flush: FlushMode,
     pub(crate) discard: bool,
@@ -31,7 +31,7 @@ pub(crate) struct Limits {
 }
 
 impl Default for Limits {
-    /// Of no connection yet.
+    /// Before the first connection.
     fn default() -> Self {
         Self {
             direct: 1,

@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use tokio::sync::mpsc::UnboundedSender;
 
-/// Wakes a thread that sleeps, and costs nothing while it is awake: the ring's own protocol, with a
-/// flag in the place of the event index.
+/// Wakes a sleeping thread, and costs next to nothing while it is awake: the ring's own protocol, with a
+/// flag instead of the event index.
 #[derive(Debug)]
 pub(crate) struct Bell {
     asleep: AtomicBool,
@@ -25,7 +25,7 @@ impl Bell {
         Ok(Self { asleep: AtomicBool::new(false), fd })
     }
 
-    /// To be called after work was put where the sleeper looks. Says whether it had to be woken.
+    /// To be called after putting work where the sleeper looks. Returns whether it had to be woken.
     pub(crate) fn ring_if_asleep(&self) -> bool {
         // Either we see that it is about to sleep, or it sees our work when it looks once more.
         fence(Ordering::SeqCst);
@@ -38,11 +38,11 @@ impl Bell {
     }
 
     pub(crate) fn ring(&self) {
-        // Fails only at 2^64 - 2 rings that nobody has answered, and then it is readable anyway.
+        // Fails only when the count has reached 2^64 - 2, and then the descriptor is readable anyway.
         let _ = self.fd.write(1);
     }
 
-    /// To be followed by one more look for work, and only then by sleep.
+    /// To be followed by one more look for work before sleeping.
     pub(crate) fn about_to_sleep(&self) {
         self.asleep.store(true, Ordering::Relaxed);
         fence(Ordering::SeqCst);
@@ -70,16 +70,16 @@ impl AsFd for Bell {
 pub(crate) enum Notice {
     /// The backend is gone: what is on the ring will not be answered.
     Down,
-    /// It is (back) there, for the `connection`th time. Whoever owns a ring gets a new one.
+    /// The backend is connected, for the `connection`th time. Each owner of a ring gets a new one.
     Up { connection: u32, limits: Limits, ring: Option<Box<Ring>> },
-    /// It is about to go, but still answers: nothing new is to be issued.
+    /// The backend is about to go, but still answers: issue nothing new.
     Hold,
-    /// It will not come back.
+    /// The backend will not come back.
     Gone,
 }
 
-/// Where the control thread leaves news for a thread that does I/O, which looks at one number to know
-/// whether there is any. Only the latest is kept: a thread that never looks holds one ring at most.
+/// Where the control thread leaves notices for an I/O thread, which reads one number to see whether there
+/// are any. Only the latest is kept, so a thread that never looks holds on to one ring at most.
 #[derive(Debug)]
 pub(crate) struct Mailbox {
     /// Notices ever posted.
@@ -102,12 +102,12 @@ impl Mailbox {
             self.posted.fetch_add(1, Ordering::Release);
             latest.replace(notice)
         };
-        // A ring that nobody took: revoking it takes time, and no lock is held any more.
+        // It may have a ring that nobody took; revoking that takes time, so not under the lock.
         drop(replaced);
         self.bell.ring();
     }
 
-    /// Whether there is news since `taken` notices.
+    /// Whether anything was posted after `taken` notices.
     pub(crate) fn has_news(&self, taken: u32) -> bool {
         self.posted.load(Ordering::Acquire) != taken
     }
@@ -129,7 +129,7 @@ impl Mailbox {
     }
 }
 
-/// Locks, also after a thread has panicked in there: nothing is left half done where one could.
+/// Locks, ignoring poison: no panic under a lock can leave anything half done.
 pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -139,7 +139,7 @@ pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(crate) struct Link {
     /// Size in 512-byte sectors.
     pub(crate) sectors: AtomicU64,
-    /// Everybody who gets news.
+    /// Of all threads that get notices.
     pub(crate) mailboxes: Vec<Arc<Mailbox>>,
     /// To the control thread.
     pub(crate) control: UnboundedSender<Command>,
@@ -161,8 +161,8 @@ impl Link {
         }
     }
 
-    /// A ring cannot go on: the device is stopped, all of it. As in Linux's frontend, a backend that
-    /// lied once is not asked again.
+    /// Stops the whole device, as a ring cannot go on. As in Linux's frontend, a backend that broke the
+    /// protocol gets no second chance.
     pub(crate) fn fail(&self, ring: u32, failure: Failure) {
         let cause = match failure {
             Failure::Violation(violation) => Cause::Violation { ring, violation },
@@ -170,7 +170,7 @@ impl Link {
         };
         tracing::error!(ring, "the device is stopped: {cause}");
         self.post_gone();
-        // Nobody listens any more when the disk is being closed.
+        // Fails if the disk is being closed: nobody listens any more.
         let _ = self.control.send(Command::Failed(cause));
     }
 }

@@ -1,4 +1,4 @@
-//! What block devices of the machine that this runs on have in common.
+//! What block devices of the local machine have in common.
 
 use crate::Disk;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -9,16 +9,17 @@ use std::os::fd::BorrowedFd;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-/// How long what the kernel has cached may take to be written when a device ends: as long as clients
-/// of a [`crate::nbd::Server`] have for their answers.
+/// How long the kernel may take to write back its cache when a device ends: as long as clients of a
+/// [`crate::nbd::Server`] have to take their answers.
 const SYNC_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Makes the process fit to carry I/O for its own kernel: to get memory, that would write to the very
-/// disk this process serves, and wait for it. It keeps the memory it has, and is not made to wait for
-/// I/O when it needs more. To be called before there are threads, which inherit it. Takes root.
+/// Prepares the process to carry I/O for its own kernel, which, short of memory, would write to the very
+/// disk this process serves, and have it wait for that. Locks the process's memory, and keeps it from
+/// waiting for I/O when it needs more. To be called before threads are started, which inherit it. Needs
+/// root.
 ///
 /// # Errors
-/// The first of the two that is not allowed; all works without, until memory is short.
+/// The first of the two that is not permitted. All works without, until memory is short.
 pub fn prepare_process() -> io::Result<()> {
     /// Linux's number (`linux/prctl.h`), from 5.6 on.
     const PR_SET_IO_FLUSHER: libc::c_int = 57;
@@ -29,14 +30,14 @@ pub fn prepare_process() -> io::Result<()> {
     Ok(mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE)?)
 }
 
-/// Has the kernel write what it has cached of a device, and says whether it did in time. If not it goes
-/// on, until it is done or the device is gone.
+/// Has the kernel write back what it has cached of a device, and returns whether that was done in time. If
+/// not, it goes on until done or the device is gone.
 pub(crate) fn sync(device: &File) -> bool {
     let (done, wait) = channel();
     let Ok(device) = device.try_clone() else { return false };
     let thread = std::thread::Builder::new().name("sync".to_owned());
     let spawned = thread.spawn(move || {
-        // An error was the writer's, who has it from its own fsync.
+        // An error concerns the writer, who gets it from its own fsync.
         let _ = device.sync_all();
         let _ = done.send(());
     });
@@ -50,7 +51,7 @@ pub(crate) enum News {
     Resized,
     /// The disk cannot be used any more.
     Gone,
-    /// That one is readable.
+    /// The end with this index is readable.
     Ended(usize),
 }
 

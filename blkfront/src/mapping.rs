@@ -2,8 +2,8 @@
 
 /// The ring of each vCPU.
 ///
-/// As many of both: one to one. More vCPUs than rings: neighbours share one, as evenly as it goes
-/// (`group_cpus_evenly` in Linux). Fewer: in sequence, and the rings beyond stay idle.
+/// With as many rings as vCPUs: one to one. With fewer rings, neighbours share one, as evenly as possible
+/// (`group_cpus_evenly` in Linux). With more, in sequence, and the rest stay idle.
 ///
 /// ```
 /// assert_eq!(blkfront::map_vcpus(4, 4), [0, 1, 2, 3]);

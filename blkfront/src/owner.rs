@@ -1,7 +1,7 @@
 //! A ring that several vCPUs share, and the thread that owns it.
 //!
-//! Each vCPU has a queue to the owner and one back, with one producer and one consumer each. There is
-//! no lock for vCPUs to meet at; what sharing costs is a hop, and a wake-up where a side sleeps.
+//! Each vCPU has a queue to the owner and one back, with one producer and one consumer each. There is no
+//! lock for vCPUs to contend for; sharing costs a hop, and a wake-up when the other side sleeps.
 
 use crate::hw::{HwQueue, Owner};
 use crate::link::{Bell, Link, Mailbox, Notice};
@@ -16,7 +16,7 @@ use xen_platform::Spin;
 /// A request on its way to the ring.
 #[derive(Debug)]
 pub(crate) struct Staged {
-    /// The connection whose limits it was made for, as a count of them.
+    /// The number of the connection whose limits it was made for.
     pub(crate) connection: u32,
     pub(crate) request: u32,
     pub(crate) body: Body,
@@ -35,7 +35,7 @@ pub(crate) struct Outcome {
 pub(crate) struct Staging {
     pub(crate) requests: rtrb::Producer<Staged>,
     pub(crate) outcomes: rtrb::Consumer<Outcome>,
-    /// The owner's.
+    /// The owner's mailbox.
     pub(crate) owner: Arc<Mailbox>,
 }
 
@@ -45,11 +45,11 @@ pub(crate) struct User {
     requests: rtrb::Consumer<Staged>,
     outcomes: rtrb::Producer<Outcome>,
     mailbox: Arc<Mailbox>,
-    /// Has outcomes it was not woken for.
+    /// Has outcomes that it was not woken for yet.
     news: bool,
 }
 
-/// Joins a vCPU to the owner of its ring. There are never more than `requests` on their way.
+/// Joins a vCPU to the owner of its ring. At most `requests` are on their way at a time.
 pub(crate) fn join(requests: usize, vcpu: Arc<Mailbox>, owner: Arc<Mailbox>) -> (Staging, User) {
     let (to_owner, from_vcpu) = rtrb::RingBuffer::new(requests);
     let (to_vcpu, from_owner) = rtrb::RingBuffer::new(requests);
@@ -75,12 +75,12 @@ pub(crate) struct RingOwner {
 #[derive(Debug, Default)]
 pub(crate) struct OwnerState {
     hw: Option<HwQueue>,
-    /// Which connection `hw` is of, or was.
+    /// The connection that `hw` is, or was, of.
     connection: u32,
     taken: u32,
-    /// Whose turn it is to stage first: nobody starves while the ring is full.
+    /// The user to serve first, so that nobody starves while the ring is full.
     turn: usize,
-    /// The request that is next was counted as waiting for a slot.
+    /// The next request was already counted as waiting for a slot.
     blocked: bool,
 }
 
@@ -103,11 +103,11 @@ impl RingOwner {
 
     fn read_mail(&mut self) {
         while let Some(notice) = self.mailbox.take(&mut self.state.taken, &self.counters) {
-            // The vCPUs hold back what is not to be issued; the ring is to answer the rest.
+            // The vCPUs hold back new requests; those on the ring are still to be answered.
             if matches!(notice, Notice::Hold) {
                 continue;
             }
-            // Without a ring, or with a new one: what was on the old one is not answered any more.
+            // There is no ring any more, or a new one: what was on the old one will not be answered.
             self.disconnect();
             if let Notice::Up { connection, ring: Some(ring), .. } = notice {
                 self.state.hw = Some(HwQueue::new(*ring, self.counters.clone()));
@@ -116,7 +116,7 @@ impl RingOwner {
         }
     }
 
-    /// Moves requests and responses; says whether there were any.
+    /// Moves requests and responses; returns whether there were any.
     fn turn(&mut self) -> bool {
         let mut moved = self.take_requests();
         if let Some(hw) = &mut self.state.hw {
@@ -201,8 +201,8 @@ impl RingOwner {
             None => Ok(true),
         };
         match armed {
-            // Requests that find no slot wait for responses; those of a connection that we have not heard
-            // of yet, for news.
+            // Requests that find no slot wait for responses; those of a connection not known here yet wait
+            // for its notice.
             Ok(true) if !news && (!staged || full) => {
                 let channel = self.state.hw.as_ref().map_or(bell.as_fd(), HwQueue::event_fd);
                 sleep(&[bell.as_fd(), channel], None, &self.counters);
@@ -219,7 +219,7 @@ impl RingOwner {
     }
 }
 
-/// Tells a vCPU what became of its request. There is room: no more are on their way than fit.
+/// Tells a vCPU what became of its request. There is room for all that can be on their way.
 fn give(users: &mut [User], owner: Owner, status: Option<Status>) {
     if let Some(user) = users.get_mut(owner.user as usize) {
         let _ = user.outcomes.push(Outcome { request: owner.request, status });

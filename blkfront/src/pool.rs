@@ -23,8 +23,8 @@ pub(crate) struct Pages {
     next: Box<[AtomicU32]>,
     /// Pages of buffers that were dropped: any thread pushes, the pool alone takes, and it takes all.
     dropped: AtomicU32,
-    // Taken back, or left to the platform until the peer lets go, when neither a buffer nor the disk needs
-    // them any more.
+    // When neither a buffer nor the disk needs them any more, they are taken back, or left to the platform
+    // until the peer lets go.
     _grants: Box<dyn GrantedPages>,
 }
 
@@ -90,7 +90,7 @@ impl Pool {
         Self { pages: Arc::new(pages), free: if count == 0 { NONE } else { 0 }, free_count: count }
     }
 
-    /// Its pages, to be kept.
+    /// Its pages, to keep.
     pub(crate) fn pages(&self) -> Arc<Pages> {
         self.pages.clone()
     }
@@ -101,7 +101,7 @@ impl Pool {
         if count == 0 {
             return None;
         }
-        // Those dropped last first, although others are free: they are the hot ones.
+        // Pages dropped last come first, although others are free: they are the hot ones.
         if self.pages.dropped.load(Ordering::Relaxed) != NONE {
             self.collect();
         }
@@ -139,7 +139,7 @@ impl Pool {
         self.pages.refs.get(page as usize).copied().unwrap_or_default()
     }
 
-    /// The page behind `page` in its buffer.
+    /// The page after `page` in its buffer.
     pub(crate) fn next(&self, page: u32) -> u32 {
         self.pages.next(page)
     }
@@ -147,8 +147,8 @@ impl Pool {
 
 /// Data pages of a queue's pool. They go back to it when the buffer is dropped, on any thread.
 ///
-/// The backend can change what is in it at any time: what [`IoBuffer::read`] copied out is what there
-/// is to be checked and used.
+/// The backend can change the contents at any time: only what [`IoBuffer::read`] copied out can be checked
+/// and used.
 #[derive(Debug)]
 pub struct IoBuffer {
     pages: Arc<Pages>,
@@ -174,7 +174,7 @@ impl IoBuffer {
         self.count as usize * PAGE_SIZE
     }
 
-    /// Makes the next I/O transfer `len` bytes; more than [`IoBuffer::capacity`] counts as that.
+    /// Makes the next I/O transfer `len` bytes, or [`IoBuffer::capacity`] if that is less.
     pub fn set_len(&mut self, len: usize) {
         self.len = len.min(self.capacity());
     }
@@ -218,8 +218,8 @@ impl IoBuffer {
         done
     }
 
-    /// Where bytes `offset..` of the buffer lie, page by page, for a system call that fills or drains
-    /// them. The pointers are good for as long as the buffer lives.
+    /// Where bytes `offset..` of the buffer lie, page by page, for a system call that fills or drains them.
+    /// The pointers are valid for as long as the buffer lives.
     pub(crate) fn runs(&self, offset: usize) -> impl Iterator<Item = (*mut u8, usize)> + '_ {
         let base = self.pages.memory.base().as_ptr();
         let mut page = self.page_at(offset);
@@ -235,7 +235,7 @@ impl IoBuffer {
         })
     }
 
-    /// Where its capacity begins, if its pages lie one after the other. As [`IoBuffer::runs`].
+    /// The start of its memory, if its pages are contiguous. As [`IoBuffer::runs`].
     #[cfg(feature = "ublk")]
     pub(crate) fn contiguous(&self) -> Option<*mut u8> {
         let mut page = self.first;

@@ -18,7 +18,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use xen_platform::Spin;
 
-/// Turns of a spin between two looks at whether the time is up.
+/// Turns of a spin between two looks at the deadline.
 const TURNS_PER_LOOK: u32 = 1024;
 
 /// The way to the ring.
@@ -40,9 +40,9 @@ enum Backend {
 
 /// A vCPU's handle on a disk. `Send`: owned by one thread at a time.
 ///
-/// To sleep in one's own `poll(2)` together with other descriptors: drain [`Queue::poll`], and when
-/// [`Queue::arm`] says so, wait for [`AsFd::as_fd`] to become readable, then [`Queue::poll`] again.
-/// The descriptor stays the same across reconnects.
+/// To sleep in the caller's own `poll(2)` with other descriptors: drain [`Queue::poll`], and when
+/// [`Queue::arm`] returns `true`, wait for [`AsFd::as_fd`] to become readable, then call [`Queue::poll`]
+/// again. The descriptor stays the same across reconnects.
 #[derive(Debug)]
 pub struct Queue {
     vcpu: u32,
@@ -57,24 +57,24 @@ pub struct Queue {
     /// Notices taken from the mailbox.
     taken: u32,
     backend: Backend,
-    /// Which connection this is.
+    /// The connection's number.
     connection: u32,
     /// Requests on a shared ring, or on their way to or from it.
     on_the_way: usize,
     /// Requests to be issued again on the next connection, in order.
     unanswered: Vec<u32>,
-    /// Those of a connection that what is unanswered or waits was not yet put together for.
+    /// The limits of a new connection, until what is unanswered or waits is assembled for them.
     next_limits: Option<Limits>,
     plugged: bool,
     armed: bool,
-    /// Completed, not yet taken back.
+    /// Completed, but not taken yet.
     done: Vec<Completed>,
     spin: Spin,
-    /// Spinning did not do for what is waited for now.
+    /// Spinning was not enough for the current wait.
     slept: bool,
     waker: Epoll,
     counters: Arc<Counters>,
-    /// The ring's, where it is ours.
+    /// The ring's, if it is ours.
     ring_counters: Arc<Counters>,
 }
 
@@ -129,10 +129,10 @@ impl Queue {
         Ok(queue)
     }
 
-    /// A buffer of `len` bytes, or `None` while too few pages of the pool are free. What is in it is
-    /// whatever was there before (this queue's data, or zeroes).
+    /// A buffer of `len` bytes, or `None` while too few pages of the pool are free. It contains whatever
+    /// was there before (this queue's data, or zeroes).
     ///
-    /// There is none once the device is gone: its backend may still be at work on pages that look free, and
+    /// `None` also once the device is gone: its backend may still be at work on pages that look free, and
     /// would write to the disk what was meant for another place.
     pub fn alloc(&mut self, len: usize) -> Option<IoBuffer> {
         if self.is_gone() { None } else { self.pool.alloc(len) }
@@ -161,7 +161,7 @@ impl Queue {
     }
 
     fn check(&self, io: &Io) -> Result<(), Refusal> {
-        // What has completed still counts until it is taken back: there is room for no more.
+        // A completed I/O counts until it is taken: there is no room for more.
         if self.in_flight() >= self.flight.depth() {
             return Err(Refusal::WouldBlock);
         }
@@ -190,7 +190,7 @@ impl Queue {
         self.issue();
     }
 
-    /// Puts what waits on the ring, as far as there are slots, and tells the backend once.
+    /// Puts waiting requests on the ring, as far as there are slots, and tells the backend.
     fn issue(&mut self) {
         if self.backend != Backend::Up || self.next_limits.is_some() {
             return;
@@ -257,9 +257,9 @@ impl Queue {
         }
     }
 
-    /// Appends what has completed, without blocking, and says how many those are. Also sends what
-    /// waited for slots, and notices a backend that went away or came back: call it regularly while
-    /// anything is in flight.
+    /// Appends completed I/Os to `done`, without blocking, and returns how many. Also sends what waited for
+    /// slots, and notices when a backend goes away or comes back: call it regularly while anything is in
+    /// flight.
     pub fn poll(&mut self, done: &mut Vec<Completed>) -> usize {
         let before = done.len();
         if self.armed {
@@ -342,7 +342,7 @@ impl Queue {
         }
     }
 
-    /// Lets go of our ring, if it is ours, keeping what was answered and noting what was not.
+    /// Lets go of the ring, if it is ours, keeping what was answered and noting what was not.
     fn disconnect(&mut self) {
         if self.backend != Backend::Gone {
             self.backend = Backend::Down;
@@ -353,13 +353,13 @@ impl Queue {
         let end = |owner: Owner, status| {
             flight.complete(owner.request, status, pool, counters, done);
         };
-        // A backend that closed in good order has answered. One that did not gets no blame now.
+        // A backend that closed in good order has answered. If it did not, its errors no longer matter.
         let _ = hw.poll(end);
         self.unanswered.extend(hw.unanswered().iter().map(|owner| owner.request));
         let _ = self.waker.delete(hw.event_fd());
     }
 
-    /// Once all that was on the old ring has come back, puts it together for the new one.
+    /// Assembles requests for the new ring, once all that were on the old one have come back.
     fn reissue(&mut self) {
         if self.backend != Backend::Up || self.on_the_way > 0 {
             return;
@@ -374,7 +374,7 @@ impl Queue {
     }
 
     fn fail(&mut self, failure: Failure) {
-        // Everything of ours ends with the notice that this posts to us, too.
+        // This posts a notice to us as well, which ends everything here.
         self.link.fail(self.ring, failure);
         self.read_mail();
     }
@@ -413,7 +413,7 @@ impl Queue {
         sleep(&[bell, other], timeout, &self.counters);
     }
 
-    /// Asks for an event and looks once more. Only when this says `true` is it safe to sleep on the
+    /// Asks for an event and looks once more. Only if this returns `true` is it safe to sleep on the
     /// descriptor; otherwise there is something for [`Queue::poll`].
     pub fn arm(&mut self) -> bool {
         self.armed = true;
@@ -454,7 +454,7 @@ impl Queue {
         }
     }
 
-    /// I/Os submitted and not yet taken back.
+    /// I/Os submitted, and not yet taken.
     pub fn in_flight(&self) -> usize {
         self.flight.len() + self.done.len()
     }

@@ -66,11 +66,11 @@ counters! {
     splits,
     /// Requests that found the ring (or the staging queue to its owner) full and waited for a slot.
     requeues,
-    /// Requests that a backend went away with; they were issued again when it came back.
+    /// Requests that a backend left unanswered; they are issued again when it comes back.
     lost,
     /// Events sent to the backend.
     kicks_sent,
-    /// Batches published that the backend wanted no event for: it was awake.
+    /// Batches published without an event, because the backend was awake.
     kicks_avoided,
     /// Events received.
     events,
@@ -82,7 +82,7 @@ counters! {
     syscalls,
     /// Wake-ups sent between a vCPU and the thread that owns its ring.
     wakeups,
-    /// Lock acquisitions on the I/O path that had to wait. There is no lock there to be waited for:
-    /// counted are those around a change of backend, the only time one is taken.
+    /// Lock acquisitions on the I/O path that had to wait. A lock is taken there only around a change of
+    /// backend.
     contended,
 }

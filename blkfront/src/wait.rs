@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 /// caller looks again either way.
 pub(crate) fn sleep(fds: &[BorrowedFd<'_>; 2], timeout: Option<Duration>, counters: &Counters) {
     let timeout = timeout.map_or(PollTimeout::NONE, |t| {
-        // A rest below a millisecond must not become a busy loop.
+        // A remainder below a millisecond must not become a busy loop.
         let millis = t.as_micros().div_ceil(1000);
         PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX)
     });
@@ -19,7 +19,7 @@ pub(crate) fn sleep(fds: &[BorrowedFd<'_>; 2], timeout: Option<Duration>, counte
     let _ = poll(&mut fds, timeout);
 }
 
-/// When waiting ends. It begins when one first asks how much is left: the clock is not looked at before.
+/// When waiting ends. Time runs from when one first asks how much is left: the clock is not read before.
 #[derive(Debug)]
 pub(crate) struct Deadline {
     timeout: Option<Duration>,
@@ -32,7 +32,7 @@ impl Deadline {
         Self { timeout, at: None }
     }
 
-    /// The time that is left, for ever being `Some(None)`; `None` when it is over.
+    /// The time left: `Some(None)` without a limit, `None` when it is over.
     pub(crate) fn left(&mut self) -> Option<Option<Duration>> {
         let Some(timeout) = self.timeout else { return Some(None) };
         let now = Instant::now();

@@ -9,7 +9,7 @@ use std::time::Duration;
 /// When there is no such process.
 pub fn used(pid: u32) -> Result<Duration> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The second field is the program's name in parentheses, with whatever in it.
+    // The second field is the program's name in parentheses, which may contain anything.
     let (_, rest) = stat.rsplit_once(')').context("/proc stat")?;
     let ticks = |n: usize| -> Result<u64> {
         // Fields are numbered from 1 in proc(5); `rest` starts with the third.

@@ -16,7 +16,7 @@ pub const DRIVER_DOMAIN: &str = "stor";
 pub struct Programs(PathBuf);
 
 impl Programs {
-    /// Those that cargo put beside the program that runs now.
+    /// Those that cargo has put next to the running program.
     ///
     /// # Errors
     /// When they are not there.
@@ -66,7 +66,7 @@ impl Host {
         Ok(host)
     }
 
-    /// A directory for files of the test's, removed at the end.
+    /// A directory for the test's files, removed at the end.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
@@ -81,12 +81,12 @@ impl Host {
         self.dir.path().join("host")
     }
 
-    /// What programs are told to find the platform.
+    /// What programs are given as their platform.
     pub fn platform(&self) -> String {
         format!("embedded:{}", self.platform_dir().display())
     }
 
-    /// A command of the toolstack's.
+    /// A toolstack command.
     pub fn toolstack(&self) -> Command {
         let mut command = self.programs.command("xen-embedded");
         command.arg("--dir").arg(self.platform_dir());
@@ -136,7 +136,7 @@ impl Host {
         self.start_backend(command, DRIVER_DOMAIN, options)
     }
 
-    /// As [`Host::backend`], and it cannot have more than so many files open.
+    /// As [`Host::backend`], with no more than `most` files open.
     ///
     /// # Errors
     /// When it does not start.
@@ -161,7 +161,7 @@ impl Host {
         domain: &str,
         options: &[&str],
     ) -> Result<Process> {
-        // What this machine's own daemon is told is nothing to us.
+        // Ignore the configuration of this machine's own daemon.
         command.args(["serve", "--config", "/dev/null"]);
         command.args(["--domain", domain, "--platform", &self.platform()]);
         command.arg("--listen").arg(self.stats_address()).args(options);
@@ -185,8 +185,8 @@ impl Host {
         Ok(serde_json::from_str(&text)?)
     }
 
-    /// The backend's statistics as [`Host::stats`], but asked for here: without a process that would
-    /// take a CPU from what is measured.
+    /// The backend's statistics as [`Host::stats`], but read by this process: another one would take a CPU
+    /// from what is measured.
     ///
     /// # Errors
     /// When they cannot be had.
@@ -199,7 +199,7 @@ impl Host {
         Ok(serde_json::from_str(body)?)
     }
 
-    /// A command of the frontend's in a guest: `blkfront ACTION ...`.
+    /// A frontend command in a guest: `blkfront ACTION ...`.
     pub fn frontend(&self, guest: &str, action: &str) -> Command {
         let mut command = self.programs.command("blkfront");
         command.arg(action).args(["--platform", &self.platform(), "--domain", guest]);

@@ -1,4 +1,4 @@
-//! Processes of a test: started, watched, and ended by number, whatever happens.
+//! Processes of a test: started, watched, and ended by pid, whatever happens.
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 
 /// Something that takes longer than this has hung.
 pub const HUNG: Duration = Duration::from_secs(60);
-/// How often conditions are looked at that nothing announces.
+/// How often to check conditions that nothing announces.
 const LOOK: Duration = Duration::from_millis(5);
-/// No more than this counts as waiting between two looks: a machine that was stopped for a minute (a
-/// virtual one can be, by its host) has not waited for anything meanwhile.
+/// The most that counts as waiting between two looks: a machine that was stopped for a minute (as a virtual
+/// one can be by its host) has not waited for anything meanwhile.
 const MOST_BETWEEN_LOOKS: Duration = Duration::from_secs(1);
 
-/// How long one may still wait for something that is looked at again and again.
+/// How much longer to wait for something that is checked again and again.
 #[derive(Debug)]
 pub struct Patience {
     left: Duration,
@@ -30,7 +30,7 @@ impl Patience {
         Self { left: limit, looked: Instant::now() }
     }
 
-    /// Whether it is over, asked once a look.
+    /// Whether it is over, to be asked once per look.
     pub fn is_over(&mut self) -> bool {
         let now = Instant::now();
         let waited = (now - std::mem::replace(&mut self.looked, now)).min(MOST_BETWEEN_LOOKS);
@@ -39,9 +39,9 @@ impl Patience {
     }
 }
 
-/// The same command, but killed by the kernel when the thread that starts it is gone, however that
-/// ended: nobody else would end what a killed harness has started. Its number is the command's own, but
-/// what was said of its standard streams is to be said again.
+/// The same command, but killed by the kernel when the thread that starts it is gone, however that ended:
+/// nobody else would end what a killed harness has started. The pid is the command's own, but its standard
+/// streams must be set again.
 pub fn tied(command: &Command) -> Command {
     let mut tied = Command::new("setpriv");
     tied.args(["--pdeathsig", "KILL", "--"]).arg(command.get_program()).args(command.get_args());
@@ -64,7 +64,7 @@ pub struct Process {
     name: String,
     child: Child,
     log: PathBuf,
-    /// Length of the log when it was started: others of its name may have written there.
+    /// Length of the log at the start: earlier processes of the same name may have written to it.
     begin: usize,
 }
 
@@ -86,18 +86,18 @@ impl Process {
         Ok(Self { name: name.to_owned(), child, log, begin })
     }
 
-    /// Everything that it has printed, and those of its name before it.
+    /// Everything that it and earlier processes of its name have printed.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// Everything it has printed, and where each of its threads is: what one wants to know of a
-    /// process that hangs.
+    /// Everything it has printed, and where each of its threads is: what there is to know of a process that
+    /// hangs.
     pub fn describe(&self) -> String {
         let mut text = format!("{} has printed:\n{}\nits threads:\n", self.name, self.log());
         let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid()));
         for thread in threads.into_iter().flatten().flatten() {
-            // Some of it is there for root only.
+            // Some of these are for root only.
             for file in ["comm", "stat", "schedstat", "syscall", "stack"] {
                 let path = thread.path().join(file);
                 text += std::fs::read_to_string(path).unwrap_or_default().trim_end();
@@ -107,13 +107,12 @@ impl Process {
         text
     }
 
-    /// Its number.
+    /// Its pid.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// How often its threads have gone to sleep, and so been woken. Those of threads that have ended do
-    /// not count any more.
+    /// How often its threads have gone to sleep, and so been woken. Threads that have ended do not count.
     ///
     /// # Errors
     /// When it has ended.
@@ -223,11 +222,11 @@ pub fn run(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output(command)?).into_owned())
 }
 
-/// What cannot be tested here fails, or is skipped where the environment allows it, and seen: libtest
-/// captures what is printed by macros.
+/// Fails a test that cannot run here, or skips it where the environment allows that. Writes to stderr
+/// itself: libtest captures macros' output.
 ///
 /// # Errors
-/// Where nothing may be skipped.
+/// If nothing may be skipped.
 pub fn skip(why: &str) -> Result<()> {
     ensure!(std::env::var_os("XEN_BLK_MAY_SKIP").is_some(), "{why} (XEN_BLK_MAY_SKIP=1 skips it)");
     Ok(writeln!(std::io::stderr(), "skipped: {why}")?)
@@ -236,7 +235,7 @@ pub fn skip(why: &str) -> Result<()> {
 /// Waits until `condition` holds.
 ///
 /// # Errors
-/// When it does not for [`HUNG`], or cannot be looked at.
+/// When it does not within [`HUNG`], or cannot be checked.
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
     let mut patience = Patience::new(HUNG);
     while !condition()? {
@@ -248,7 +247,7 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Re
     Ok(())
 }
 
-/// What a command writes, as bytes.
+/// The output of a command, as bytes.
 ///
 /// # Errors
 /// When it cannot be started or fails, with what it says.
@@ -286,14 +285,14 @@ mod tests {
         };
         let started = || -> Result<u32> {
             let sleep = Process::start("sleep", dir.path(), Command::new("sleep").arg("1000"))?;
-            // Nobody is there to drop it when a harness is killed.
+            // When a harness is killed, nobody drops it.
             let sleep = ManuallyDrop::new(sleep);
             wait_until("sleep runs", || Ok(proc(sleep.pid(), "comm").trim() == "sleep"))?;
             Ok(sleep.pid())
         };
         let thread = std::thread::scope(|scope| scope.spawn(started).join());
         let pid = thread.map_err(|_| anyhow::anyhow!("it panicked"))??;
-        // It is our child still, for us to wait for: a zombie.
+        // It is still our child, and a zombie until we wait for it.
         wait_until("sleep is killed", || Ok(proc(pid, "status").contains("State:\tZ")))
     }
 }

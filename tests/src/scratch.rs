@@ -1,12 +1,12 @@
-//! Directories that go with the harness, however that ends.
+//! Directories that are removed with the harness, however that ends.
 
 use anyhow::Result;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-/// Waits for the end of its input, and removes a directory. What the harness has started ends with it too,
-/// and may still make files meanwhile.
+/// Waits for the end of its input, and removes a directory. What the harness has started ends at the same
+/// time, and may still make files meanwhile.
 const KEEPER: &str = r#"read -r _; for again in 1 2 3; do rm -rf "$1" && exit; sleep 1; done"#;
 
 /// A directory that is removed when this is dropped, or when the harness is killed.
@@ -30,7 +30,7 @@ impl Scratch {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
-            // What a terminal or a shell sends to end the harness is not for it.
+            // Signals by which a terminal or a shell ends the harness must not reach it.
             .process_group(0)
             .spawn()?;
         Ok(Self { path: dir.keep(), keeper })
@@ -68,7 +68,7 @@ mod tests {
     fn it_goes_when_the_harness_is_killed() -> Result<()> {
         let mut scratch = Scratch::new(&std::env::temp_dir())?;
         std::fs::write(scratch.path().join("file"), "")?;
-        // What the kernel does then.
+        // As the kernel does then.
         drop(scratch.keeper.stdin.take());
         wait_until("it is removed", || Ok(!scratch.path().exists()))
     }

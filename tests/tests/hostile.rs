@@ -38,10 +38,10 @@ const MALFORMED: u64 = 10_000_000;
 const MAX_INDIRECT: u16 = 256;
 const LAYOUTS: [RingLayout; 3] =
     [RingLayout::Union(Abi::X86_64), RingLayout::Union(Abi::X86_32), RingLayout::Split];
-/// The largest ring: most requests a batch.
+/// The largest ring: most requests per batch.
 const ORDER: u8 = 4;
 
-/// Pages of all kinds, and the names of some that are none.
+/// Pages of all kinds, and grant references that are none.
 struct Pages {
     kept: Vec<Box<dyn GrantedPages>>,
     foreign: Box<dyn GrantedPages>,
@@ -82,7 +82,7 @@ impl Pages {
         Ok(Self { kept: vec![good, readonly, crossed, dangling], foreign, grants })
     }
 
-    /// Takes all back: the backend must hold none.
+    /// Revokes all of them: the backend must hold none.
     fn revoke(self) -> Result<()> {
         for pages in self.kept {
             revoke(pages)?;
@@ -169,7 +169,7 @@ fn malformed_requests(options: &[&str], count: u64) -> Result<()> {
         .map(|disk| scene.evil.attach(&scene.host, disk))
         .collect::<Result<Vec<_>>>()?;
     let mut random = Random::new(1);
-    // Once with everything, so that the baseline has what is kept for ever.
+    // Use everything once, so that the baseline includes what is kept forever.
     let largest = Transport { layout: LAYOUTS[0], order: ORDER, persistent: true };
     for device in &devices {
         WellBehaved::connect(&scene.evil, device, largest)?.disconnect(&scene.evil, device)?;
@@ -212,7 +212,7 @@ fn malformed_requests(options: &[&str], count: u64) -> Result<()> {
                 device.disconnect(&scene.evil, ring.into_link())?;
                 pages.revoke()?;
                 random = attack.random;
-                // The same device serves whoever obeys the rules.
+                // The same device must serve an obedient frontend.
                 let mut disk = WellBehaved::connect(&scene.evil, device, transport)?;
                 scene.watch(disk.round_trip(8))?;
                 disk.disconnect(&scene.evil, device)?;
@@ -325,7 +325,7 @@ fn scribbling_and_event_storms_are_survived() -> Result<()> {
                 index = index.wrapping_add(ring.slots());
                 ring.publish(index)?;
                 if batch % 4 == 0 {
-                    // These belong to the backend.
+                    // This index belongs to the backend.
                     ring.set(Index::ReqEvent, random.next() as u32);
                 }
                 ring.link().channel.notify()?;
@@ -360,7 +360,7 @@ fn scribbling_and_event_storms_are_survived() -> Result<()> {
     scene.end(baseline)
 }
 
-/// Events while a barrier is carried out, which brings no request forward that there is.
+/// Events while a barrier is carried out: they get the request behind it no further.
 #[test]
 fn a_storm_behind_a_barrier_is_no_faster() -> Result<()> {
     let scene = Scene::new(&[])?;
@@ -414,7 +414,7 @@ fn mapped_pages(options: &[&str], persistent: bool) -> Result<()> {
     let lists = scene.evil.grant(PAGES / usize::from(MAX_INDIRECT), Access::ReadWrite)?;
     for (n, refs) in data.refs().chunks(usize::from(MAX_INDIRECT)).enumerate() {
         for k in 0..refs.len() {
-            // Out of order: the kernel joins mappings of pages that follow each other.
+            // Out of order, because the kernel joins mappings of consecutive pages.
             let gref = refs[k * 97 % refs.len()];
             let segment = window(&lists.memory(), n * 4096 + k * 8, 8)?;
             segment.write(&ring_proto::encode_segment(&ring_proto::Segment::new(gref, 0, 7)));
@@ -449,14 +449,14 @@ fn mapped_pages(options: &[&str], persistent: bool) -> Result<()> {
     scene.end(baseline)
 }
 
-/// A frontend that uses its persistent grants in another order each time, next to each other and apart,
-/// in parts, one twice in a request; fewer than are kept, and then more: each page has its own data.
+/// A frontend that uses its persistent grants in another order each time, adjacent and apart, in parts, one
+/// twice in a request; first fewer than are kept, then more. Each page must have its own data.
 #[test]
 fn pages_in_any_company_keep_their_data() -> Result<()> {
     pages_in_any_company(&[], "persistent grants\"")
 }
 
-/// And with a copy on the way.
+/// The same with a copy on the way.
 #[test]
 fn bounced_pages_in_any_company_keep_their_data() -> Result<()> {
     pages_in_any_company(&["--pin-grants", "off"], "persistent grants, bounced\"")
@@ -469,7 +469,7 @@ fn pages_in_any_company(options: &[&str], strategy: &str) -> Result<()> {
     const FEW: usize = 900;
     const ROUNDS: usize = 1500;
     let scene = Scene::new(options)?;
-    // Where programs are built O_DIRECT is to be had; temporary files may be a tmpfs.
+    // O_DIRECT works where programs are built; temporary files may be on a tmpfs.
     let dir = Scratch::new(Path::new(env!("CARGO_TARGET_TMPDIR")))?;
     let image = dir.path().join("disk.img");
     File::create(&image)?.set_len(DISK)?;

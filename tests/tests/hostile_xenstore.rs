@@ -27,7 +27,7 @@ const PLAIN: Transport =
     Transport { layout: RingLayout::Union(Abi::X86_64), order: 0, persistent: false };
 const DISK_LINE: &str = "vdev=xvda,target=memory:16M";
 
-/// Somebody who obeys the rules is served on the same device.
+/// A frontend that obeys the rules must be served on the same device.
 fn serves(guest: &Guest, device: &Device) -> Result<()> {
     let mut disk = WellBehaved::connect(guest, device, PLAIN)?;
     disk.round_trip(0)?;
@@ -103,7 +103,7 @@ fn absurd_keys_are_refused_with_a_reason() -> Result<()> {
         refused(&scene, &admin, &device, &keys, link)
             .with_context(|| format!("{key} {value:?}"))?;
     }
-    // One page under two names.
+    // One page under two keys.
     device.begin(&scene.evil)?;
     let link = Link::new(&scene.evil, Transport { order: 1, ..PLAIN })?;
     let mut keys = link.keys();
@@ -116,7 +116,7 @@ fn absurd_keys_are_refused_with_a_reason() -> Result<()> {
     scene.end(baseline)
 }
 
-/// Offers keys, and sees them refused, with a reason, and nothing mapped.
+/// Offers keys, checks that they are refused with a reason, and that nothing stays mapped.
 fn refused(
     scene: &Scene,
     admin: &Store,
@@ -215,7 +215,7 @@ fn two_hundred_connections_leave_nothing() -> Result<()> {
         if n % 2 == 0 {
             device.disconnect(&scene.evil, link)?;
         } else {
-            // Over in one step.
+            // Closed in one step.
             device.set_state(&scene.evil, state::CLOSED)?;
             device.wait_backend(&scene.evil, &[state::CLOSED])?;
             link.revoke()?;
@@ -225,7 +225,7 @@ fn two_hundred_connections_leave_nothing() -> Result<()> {
     scene.end(baseline)
 }
 
-/// How far a frontend comes before something happens to it.
+/// How far a frontend gets before something happens to it.
 #[derive(Clone, Copy, Debug)]
 enum Stage {
     Attached,
@@ -322,7 +322,7 @@ fn guests_that_vanish_in_any_state_are_forgotten() -> Result<()> {
         let guest = Guest::create(&scene.host, "brief")?;
         let device = guest.attach(&scene.host, DISK_LINE)?;
         let link = stage.reach(&guest, &device)?;
-        // To the broker that is the end of the guest's process, and so of the guest.
+        // To the broker, this is the end of the guest's process, and so of the guest.
         drop((link, guest));
         wait_until("the backend's directory to go", || Ok(admin.read(&device.back)?.is_none()))
             .with_context(|| format!("{stage:?}"))?;
@@ -335,7 +335,7 @@ fn guests_that_vanish_in_any_state_are_forgotten() -> Result<()> {
     let back = told.trim().rsplit(' ').next().context("directory")?.to_owned();
     run(scene.host.toolstack().args(["domain", "destroy", "brief"]))?;
     wait_until("the backend's directory to go", || Ok(admin.read(&back)?.is_none()))?;
-    // Nothing is left in the driver domain's quota, errors that were told included.
+    // Nothing is left that counts against the driver domain's quota, errors included.
     let driver = format!("/local/domain/{}", scene.evil.backend.0);
     let others = (scene.evil.domid.0 + 1)..(scene.evil.domid.0 + 8);
     wait_until("nodes of the driver domain's to go", || {

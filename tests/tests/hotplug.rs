@@ -1,4 +1,4 @@
-//! Hotplug scripts: what they say is waited for, where somebody may run them.
+//! Hotplug scripts: the backend waits for what they say, if somebody may run them.
 
 #[path = "hostile/guest.rs"]
 #[allow(dead_code, reason = "each test uses a part of it")]
@@ -16,7 +16,7 @@ use xen_blk_tests::process::{Process, run, wait_until};
 const PLAIN: Transport =
     Transport { layout: RingLayout::Union(Abi::X86_64), order: 0, persistent: false };
 
-/// A disk with a script, as far as its frontend can go without the backend.
+/// A disk with a script, set up as far as its frontend can get without the backend.
 fn offered(host: &Host, guest: &Guest, vdev: &str) -> Result<(Device, Link)> {
     let line = format!("vdev={vdev},script=block-test,target=memory:16M");
     let device = guest.attach(host, &line)?;
@@ -29,7 +29,7 @@ fn offered(host: &Host, guest: &Guest, vdev: &str) -> Result<(Device, Link)> {
 #[test]
 fn the_disk_is_connected_when_its_script_has_run_or_nobody_runs_it() -> Result<()> {
     let host = Host::start(Programs::beside_us()?)?;
-    // Time enough for what is to come before it is up.
+    // Enough for all that has to happen before the timeout.
     let mut daemon = host.backend(&["--script-timeout-s", "15"])?;
     let guest = Guest::create(&host, "guest")?;
     let admin = Store::connect(&host.platform_dir().join("xenstored.sock"))?;
@@ -41,7 +41,7 @@ fn the_disk_is_connected_when_its_script_has_run_or_nobody_runs_it() -> Result<(
     let unscripted = guest.attach(&host, "vdev=xvdc,target=memory:16M")?;
     let mut used = WellBehaved::connect(&guest, &unscripted, PLAIN)?;
     used.round_trip(0)?;
-    // The backend takes events in their order, so it has seen the others' frontends.
+    // The backend handles events in order, so it has seen the other frontends.
     let waiting = state_of(&scripted)?;
     ensure!(waiting.as_deref() == Some(state::INIT_WAIT), "{waiting:?}: {}", daemon.log());
     ensure!(admin.read(&format!("{}/hotplug-status", scripted.back))?.is_none());
@@ -55,7 +55,7 @@ fn the_disk_is_connected_when_its_script_has_run_or_nobody_runs_it() -> Result<(
     abandoned.wait_backend(&guest, &[state::CONNECTED])?;
     abandoned.set_state(&guest, state::CONNECTED)?;
     WellBehaved::on(&guest, link)?.round_trip(0)?;
-    // Later than the other's time was up, had its script not said no.
+    // The other one's time would be over by now, had its script not said no.
     let still_refused = |daemon: &Process| -> Result<()> {
         let waiting = state_of(&refused)?;
         ensure!(waiting.as_deref() == Some(state::INIT_WAIT), "{waiting:?}: {}", daemon.log());
@@ -64,16 +64,16 @@ fn the_disk_is_connected_when_its_script_has_run_or_nobody_runs_it() -> Result<(
         Ok(())
     };
     still_refused(&daemon)?;
-    // A daemon that comes after it takes no for an answer, too.
+    // The daemon's successor takes no for an answer, too.
     daemon.kill()?;
     let daemon = host.backend(&[])?;
     used.round_trip(0)?;
-    // Longer than a script is waited for that nobody may run.
+    // Longer than the daemon waits for a script that nobody may run.
     std::thread::sleep(Duration::from_secs(4));
     still_refused(&daemon)
 }
 
-/// As those of OVMF and Mini-OS do, which wait for a backend that is connected.
+/// As those of OVMF and Mini-OS do, which then wait for the backend to be connected.
 #[test]
 fn a_frontend_may_say_connected_at_once() -> Result<()> {
     let host = Host::start(Programs::beside_us()?)?;
@@ -91,7 +91,7 @@ fn a_frontend_may_say_connected_at_once() -> Result<()> {
     WellBehaved::connect(&guest, &device, PLAIN)?.round_trip(0)
 }
 
-/// Storage hangs, a lost network's say: here it is a lease that keeps others from opening the file, for 45 s
+/// Storage may hang, as on a lost network: here a lease keeps others from opening the file, for 45 s
 /// (`/proc/sys/fs/lease-break-time`).
 #[test]
 fn a_disk_that_cannot_be_opened_for_ever_makes_room() -> Result<()> {
@@ -122,7 +122,7 @@ fn a_disk_that_cannot_be_opened_for_ever_makes_room() -> Result<()> {
     Ok(())
 }
 
-/// What removes a script's work needs the directory, and the one who runs it removes that.
+/// Undoing a script's work needs the directory; whoever does that also removes it.
 #[test]
 fn the_directory_stays_for_who_runs_the_script() -> Result<()> {
     let host = Host::start(Programs::beside_us()?)?;
@@ -131,7 +131,7 @@ fn the_directory_stays_for_who_runs_the_script() -> Result<()> {
     let guest = Guest::create(&host, "guest")?;
     let admin = Store::connect(&host.platform_dir().join("xenstored.sock"))?;
     let (disk, link) = offered(&host, &guest, "xvda")?;
-    // Longer than it is waited for without that option.
+    // Longer than the daemon waits without that option.
     std::thread::sleep(Duration::from_secs(4));
     ensure!(disk.property(&guest, "state")?.as_deref() == Some(state::INIT_WAIT), "not waited for");
     admin.write(&format!("{}/hotplug-status", disk.back), "connected")?;
@@ -142,14 +142,14 @@ fn the_directory_stays_for_who_runs_the_script() -> Result<()> {
     std::thread::scope(|scope| {
         let toolstack = scope.spawn(|| host.detach("guest", "xvda"));
         disk.wait_backend(&guest, &[state::CLOSING])?;
-        // It is mounted, say: it is served on, also by a daemon that comes after this one.
+        // It may be mounted, for example: it is still served, also by the daemon's successor.
         used.round_trip(0)?;
         daemon.kill()?;
         daemon = host.backend(&options)?;
         used.round_trip(0)?;
         used.disconnect(&guest, &disk)?;
         wait_until("the device to be removed", || Ok(daemon.log().contains("device removed")))?;
-        // Longer than it is left where there is no script.
+        // Longer than the directory is left if there is no script.
         std::thread::sleep(Duration::from_secs(3));
         ensure!(admin.read(&format!("{}/params", disk.back))?.is_some(), "{}", daemon.log());
         admin.rm(&disk.back)?;
@@ -158,7 +158,7 @@ fn the_directory_stays_for_who_runs_the_script() -> Result<()> {
     })
 }
 
-/// As DRBD's script, and those of iSCSI, which make a device of a name.
+/// As with the scripts of DRBD and iSCSI, which make a device of a name.
 #[test]
 fn what_another_script_has_found_is_the_disk() -> Result<()> {
     let host = Host::start(Programs::beside_us()?)?;

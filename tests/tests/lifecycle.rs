@@ -1,5 +1,5 @@
-//! The life of a device, from the disk line to nothing: what is refused and how that is told, and
-//! what stays when it is gone.
+//! The life of a device, from the disk line to nothing: what is refused and how that is reported, and what
+//! stays when it is gone.
 
 #[path = "hostile/guest.rs"]
 #[allow(dead_code, reason = "each test uses a part of it")]
@@ -46,7 +46,7 @@ fn nodes(host: &Host) -> Result<String> {
     run(host.xenstore("ls").args(["-f", "/"]))
 }
 
-/// Takes a disk away while it is in use, as the toolstack and an obedient frontend do together.
+/// Detaches a disk that is in use, as the toolstack and an obedient frontend do together.
 fn detach_connected(
     host: &Host,
     guest: &Guest,
@@ -112,13 +112,13 @@ fn disks_that_cannot_be_served_are_refused_with_a_reason() -> Result<()> {
         ensure!(daemon.log().contains(&error), "{error} is not in the log:\n{}", daemon.log());
         disk.round_trip(0).with_context(|| disk_line.clone())?;
         host.detach("guest", "xvdb")?;
-        // The first leaves directories of the driver domain's that all devices share.
+        // The first leaves directories in the driver domain that all devices share.
         if before.is_none() {
             before = Some((nodes(&host)?, Usage::of(daemon.pid())?));
         }
     }
     let (before, held) = before.context("no disk was tried")?;
-    // And what the toolstack itself can see is wrong.
+    // Also what the toolstack itself can see to be wrong.
     for bad in ["vdev=xvdb", "vdev=nonsense,target=memory:1M", "vdev=xvdb,format=zip,target=/x"] {
         ensure!(host.attach("guest", &format!("backend=stor,{bad}")).is_err(), "{bad}");
     }
@@ -131,8 +131,8 @@ fn disks_that_cannot_be_served_are_refused_with_a_reason() -> Result<()> {
     Ok(())
 }
 
-/// A directory that is removed and made anew, and nobody saw that it was gone, is another disk's: first because the
-/// disk takes its time to be opened, then because the daemon does.
+/// A directory that is removed and made anew, unseen in between, is another disk's: unseen first because
+/// the disk takes its time to be opened, then because the daemon does.
 #[test]
 fn a_directory_made_anew_is_another_disks() -> Result<()> {
     let host = host()?;
@@ -148,8 +148,8 @@ fn a_directory_made_anew_is_another_disks() -> Result<()> {
     };
     let device = guest.device(51712);
     let replace = |target: &str, go_on: &dyn Fn() -> Result<()>| -> Result<()> {
-        // To the toolstack there is none then, and it makes the directories, as always, after removing
-        // what there may be, in one transaction.
+        // Without it the toolstack knows of no disk, and makes the directories as always: in one
+        // transaction, after removing what is there.
         admin.rm(&format!("/libxl/{}/device/vbd/51712", guest.domid.0))?;
         std::thread::scope(|scope| -> Result<()> {
             let attached = scope.spawn(|| attach(target));
@@ -166,7 +166,7 @@ fn a_directory_made_anew_is_another_disks() -> Result<()> {
         device.disconnect(&guest, link)
     };
     std::thread::scope(|scope| -> Result<()> {
-        // What becomes of it is the other disk's.
+        // Its outcome is that of the other disk.
         scope.spawn(|| attach(&path.display().to_string()).is_ok());
         wait_until("the daemon to know of the disk", || {
             Ok(host.snapshot()?["devices"].as_array().is_some_and(|devices| !devices.is_empty()))
@@ -186,7 +186,7 @@ fn twenty_attachments_leave_nothing() -> Result<()> {
     let guest = Guest::create(&host, "guest")?;
     let path = image(&host, "disk.img", DISK)?;
     let mut before = None;
-    // The first time makes what stays: directories of the guest's, idle threads.
+    // The first round makes what stays: the guest's directories, idle threads.
     for round in 0..21 {
         let device = guest.attach(&host, &line("xvda", &path))?;
         let transport = Transport { persistent: round % 2 == 0, order: round % 5, ..PLAIN };
@@ -207,8 +207,8 @@ fn twenty_attachments_leave_nothing() -> Result<()> {
     Ok(())
 }
 
-/// xenstored lets a driver domain have so many nodes. A disk beyond them is connected when there is room, and can be
-/// detached before.
+/// xenstored limits the number of a driver domain's nodes. A disk beyond that is connected when there is
+/// room, and can be detached before.
 #[test]
 fn a_disk_beyond_the_quota_waits_for_room() -> Result<()> {
     let host = host()?;
@@ -287,7 +287,7 @@ fn a_daemon_drains_and_its_successor_goes_on() -> Result<()> {
     Ok(())
 }
 
-/// The `sectors` that the frontend sees become those of the file, and can be used or not.
+/// Waits until the frontend sees the file's `sectors`: I/O works up to there, and fails beyond.
 fn resized(guest: &Guest, device: &Device, disk: &mut WellBehaved, bytes: u64) -> Result<()> {
     let sectors = bytes / SECTOR;
     guest.store.wait_for(&format!("{}/sectors", device.back), &[&sectors.to_string()])?;

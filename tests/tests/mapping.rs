@@ -1,4 +1,4 @@
-//! vCPUs onto rings, as blk-mq maps them, and no lock on the way.
+//! The mapping of vCPUs to rings, as in blk-mq, with no lock on the way.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;

@@ -24,7 +24,7 @@ impl Played {
     fn new() -> Result<Self> {
         let host = Host::start(Programs::beside_us()?)?;
         let domain = host.create_domain("guest", &["--on-crash", "preserve"])?;
-        // A toolstack waits for one.
+        // The toolstack waits for one.
         let mut backend = host.backend(&[])?;
         let told = host.attach("guest", "backend=stor,vdev=xvda,target=memory:1M")?;
         let back = told.trim().rsplit(' ').next().context("directory")?.to_owned();
@@ -42,7 +42,7 @@ impl Played {
         self.store.wait_for(&format!("{}/state", self.front), states)
     }
 
-    /// Begins anew, and takes what is offered.
+    /// Starts over, and takes what is offered.
     fn connect(&self, sector_size: &str) -> Result<()> {
         self.write("state", state::INIT_WAIT)?;
         self.wait_for(&[state::INITIALISED])?;
@@ -55,7 +55,7 @@ impl Played {
     fn open(&self) -> Result<Disk> {
         let choice = Choice::new(Some(&self.host.platform()), Some("guest"))?;
         let (platform, endpoint) = choice.open(End::Frontend)?;
-        // At the end, nobody closes the backend either.
+        // Short, as nobody closes the backend at the end.
         let config = Config { connect_timeout: Duration::from_secs(3), ..Config::default() };
         std::thread::scope(|scope| {
             let disk = scope.spawn(|| Disk::open(platform, endpoint, "xvda", config));

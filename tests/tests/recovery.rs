@@ -29,7 +29,7 @@ fn disk_line(vdev: &str, target: &str) -> String {
     format!("vdev={vdev},format=raw,backendtype=tap,backend={DRIVER_DOMAIN},target={target}")
 }
 
-/// Gives a new guest, which stays, a disk, and opens that in this process.
+/// Attaches a disk to a new guest, which stays, and opens it in this process.
 fn open(host: &Host, target: &str, config: Config) -> Result<Disk> {
     host.create_domain("guest", &["--on-crash", "preserve"])?;
     host.attach("guest", &disk_line("xvda", target))?;
@@ -56,7 +56,7 @@ fn frontend_killed_under_load() -> Result<()> {
     let neighbour = host.create_domain("neighbour", &[])?;
     host.attach("neighbour", &disk_line("xvda", "memory:64M"))?;
     let (_nbd, uri) = host.export("neighbour", &[])?;
-    // By then the ring's thread has opened all it needs.
+    // After this, the ring's thread has opened all it needs.
     run(Command::new("qemu-io").args(["-f", "raw", "-c", "read 0 4k", &uri]))?;
     let before = descriptors(&backend)?;
     for round in 0..5 {
@@ -84,8 +84,8 @@ fn frontend_killed_under_load() -> Result<()> {
     Ok(())
 }
 
-/// A disk in use cannot be opened once more, and its user notices nothing; whoever comes after a user
-/// that was killed takes the disk over.
+/// A disk in use cannot be opened a second time, and its user notices nothing; the successor of a user that
+/// was killed takes the disk over.
 #[test]
 fn a_disk_has_one_frontend_at_a_time() -> Result<()> {
     let host = Host::start(Programs::beside_us()?)?;
@@ -105,7 +105,7 @@ fn a_disk_has_one_frontend_at_a_time() -> Result<()> {
     let open = |disk| Disk::open(platform.clone(), endpoint.clone(), disk, Config::default());
     let first = open("xvda")?;
     let mut queue = first.queue(0)?;
-    // By its number, it is the same.
+    // Its number stands for the same disk.
     let refused = open("51712").err().context("one process has a disk twice")?;
     ensure!(matches!(refused.cause, Cause::InUse { .. }), "{refused}");
     let other = open("xvdb")?;
@@ -119,7 +119,7 @@ fn a_disk_has_one_frontend_at_a_time() -> Result<()> {
     Ok(())
 }
 
-/// A backend that comes back with a disk of another size has told nobody that it changed.
+/// A backend that comes back with a disk of another size announces no change.
 #[test]
 fn a_disk_that_grew_while_its_backend_was_away_is_news() -> Result<()> {
     let host = Host::start(Programs::beside_us()?)?;
@@ -158,7 +158,7 @@ fn a_disk_is_gone_with_its_driver_domain() -> Result<()> {
     Ok(())
 }
 
-/// One that is detached has nothing to complain of.
+/// A disk that is detached reports no error.
 #[test]
 fn a_disk_is_gone_when_it_is_detached() -> Result<()> {
     let host = Host::start(Programs::beside_us()?)?;
@@ -171,7 +171,7 @@ fn a_disk_is_gone_when_it_is_detached() -> Result<()> {
     Ok(())
 }
 
-/// Writes that wait are meant for the disk that they were made for, not for the next of its name.
+/// Writes that wait are meant for the disk that they were made for, not for the next one of its name.
 #[test]
 fn another_disk_in_the_place_of_one_in_use_is_not_written_to() -> Result<()> {
     let host = Host::start(Programs::beside_us()?)?;
@@ -184,7 +184,7 @@ fn another_disk_in_the_place_of_one_in_use_is_not_written_to() -> Result<()> {
     load.args(["xvda", "--rw=randwrite", "--bs=4k", "--iodepth=32", "--runtime=60s"]);
     let mut load = Process::start("load", host.dir(), &load)?;
     wait_until("some writes", || Ok(requests(&host, guest)? > 100))?;
-    // It looks away while the toolstack changes the disk.
+    // It does not look while the toolstack changes the disk.
     load.signal(Signal::SIGSTOP)?;
     run(host.toolstack().args(["detach", "guest", "xvda", "--force"]))?;
     run(host
@@ -198,7 +198,7 @@ fn another_disk_in_the_place_of_one_in_use_is_not_written_to() -> Result<()> {
     Ok(())
 }
 
-/// What a backend comes back with may not do for a disk that is in use: I/O waits for one that does.
+/// A backend may come back with less than a disk in use needs: I/O waits for one that has it.
 #[test]
 fn a_disk_waits_for_a_backend_that_can_serve_it() -> Result<()> {
     let host = Host::start(Programs::beside_us()?)?;
@@ -208,7 +208,7 @@ fn a_disk_waits_for_a_backend_that_can_serve_it() -> Result<()> {
     queue.read_at(0, &mut [0; 512])?;
     backend.kill()?;
     let mut backend = host.backend(&["--max-queues", "1"])?;
-    // It was offered one ring, and closed.
+    // The frontend was offered one ring, and closed.
     backend.wait_for("Closed")?;
     std::thread::scope(|scope| {
         let reader = scope.spawn(move || queue.read_at(0, &mut [0; 512]));
@@ -229,8 +229,8 @@ fn backend_killed_under_fio() -> Result<()> {
     killed_under_fio(&[]).map(drop)
 }
 
-/// The same with a frontend that leaves it to the backend, as Linux's does: each new backend goes on
-/// with the rings that are there, by their records.
+/// The same with a frontend that leaves it to the backend, as Linux's does: each new backend takes over the
+/// existing rings, by their records.
 #[test]
 fn backend_killed_under_fio_takes_its_rings_up() -> Result<()> {
     let log = killed_under_fio(&["--no-reissue"])?;

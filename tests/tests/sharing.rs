@@ -16,7 +16,7 @@ fn guest(host: &Host, name: &str, target: &str) -> Result<u16> {
     Ok(domain)
 }
 
-/// What the backend's threads are called: with the number of their rings, or with the only ring's name.
+/// The names of the backend's threads: the number of their rings, or the name of their only ring.
 fn threads(backend: &Process) -> Result<Vec<String>> {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", backend.pid()))?;
     // One that has ended meanwhile has no name.
@@ -87,11 +87,11 @@ fn a_ring_that_drains_is_not_in_the_way() -> Result<()> {
         let maps = std::fs::read_to_string(format!("/proc/{}/maps", backend.pid()))?;
         Ok(maps.contains("/memfd:slow "))
     };
-    // Little enough to be done long before that, on a busy machine, too.
+    // Little enough to be done long before that, even on a busy machine.
     run(&mut load("neighbour", "4m"))?;
     ensure!(held()?, "the neighbour was served only when the slow disk had answered");
     wait_until("what the slow disk's ring held is let go of", || Ok(!held()?))?;
-    // Alone again.
+    // Alone on the thread again.
     let mut last = Process::start(
         "last",
         host.dir(),

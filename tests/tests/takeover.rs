@@ -1,5 +1,5 @@
-//! A backend that is killed while a frontend waits for answers that it cannot ask for again, and the
-//! one that comes after it.
+//! A backend that is killed while a frontend that cannot reissue requests waits for answers, and the
+//! backend's successor.
 
 #[path = "hostile/guest.rs"]
 #[allow(dead_code, reason = "each test uses a part of it")]
@@ -25,9 +25,9 @@ const PLAIN: Transport =
     Transport { layout: RingLayout::Union(Abi::X86_64), order: 0, persistent: false };
 /// Bytes of the disk.
 const DISK: u64 = 1 << 20;
-/// Requests that the disk is slow to do; before each stands one that is refused at once.
+/// Requests that the disk is slow to do; each follows one that is refused at once.
 const SLOW: u64 = 12;
-/// Its number on the ring, and what comes after it.
+/// The barrier's id, and those of the requests after it.
 const BARRIER: u64 = 2 * SLOW;
 const LATER: std::ops::Range<u64> = BARRIER + 1..BARRIER + 7;
 
@@ -81,8 +81,8 @@ impl Disk {
     }
 }
 
-/// Asks for slow and refused writes by turns, then for a barrier; when the refused ones are answered,
-/// over the slots of slow ones, the backend is killed.
+/// Asks for refused and slow writes by turns, then for a barrier; when the refused ones are answered, over
+/// the slots of slow ones, the backend is killed.
 fn killed_half_way(host: &Host, guest: &Guest, device: &Device) -> Result<Disk> {
     let mut daemon = host.backend(&[])?;
     let mut disk = Disk::connect(guest, device)?;
@@ -113,8 +113,8 @@ fn record(host: &Host) -> Result<Option<PathBuf>> {
     Ok(first)
 }
 
-/// The file that the daemon's only io_uring is. A limit bounds the numbers and not how many files
-/// there are: what the daemon was born with has any.
+/// The descriptor number of the daemon's only io_uring. A limit bounds these numbers, not how many there
+/// are: inherited ones may have any.
 fn number_of_the_queue(pid: u32) -> Result<usize> {
     for file in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
         let file = file?.path();
@@ -180,7 +180,7 @@ fn what_was_in_flight_is_answered_once_and_in_its_order() -> Result<()> {
     Ok(())
 }
 
-/// A disk that the next backend cannot open is waited for: its guest has lost nothing when it can.
+/// The next backend waits for a disk that it cannot open: once it can, the guest has lost nothing.
 #[test]
 fn a_disk_in_use_that_cannot_be_opened_is_waited_for() -> Result<()> {
     let (host, guest, image) = setup()?;
@@ -202,13 +202,13 @@ fn a_disk_in_use_that_cannot_be_opened_is_waited_for() -> Result<()> {
     Ok(())
 }
 
-/// A frontend that is connected has made its rings by what the last backend offered, and does not look again.
+/// A connected frontend has made its rings by the last backend's offer, and does not look again.
 #[test]
 fn an_offer_stands_until_the_frontend_starts_over() -> Result<()> {
     let (host, guest, image) = setup()?;
     let mut daemon = host.backend(&["--persistent-grants", "false"])?;
     let device = guest.attach(&host, &format!("vdev=xvda,target={}", image.display()))?;
-    // As Linux's, it says that its grants are persistent whatever it is offered.
+    // Like Linux's, it says that its grants are persistent whatever it is offered.
     let persistent = Transport { persistent: true, ..PLAIN };
     let mut disk = WellBehaved::connect(&guest, &device, Transport { order: 1, ..persistent })?;
     disk.round_trip(0)?;
@@ -226,7 +226,7 @@ fn an_offer_stands_until_the_frontend_starts_over() -> Result<()> {
     Ok(())
 }
 
-/// A record that is not one is refused. What was in flight is lost then, and nothing else is.
+/// A record that makes no sense is refused. What was in flight is lost then, and nothing else is.
 #[test]
 fn a_damaged_record_is_refused() -> Result<()> {
     let (host, guest, image) = setup()?;

@@ -12,14 +12,14 @@ use xen_blk_tests::host::{DRIVER_DOMAIN, Host, Programs};
 use xen_blk_tests::process::{HUNG, Process, run, skip, wait_until};
 use xen_platform::{Choice, End};
 
-/// Each wants the CPUs for itself.
+/// Each test wants the CPUs for itself.
 static ALONE: Mutex<()> = Mutex::new(());
 
-/// A small ext4 of its own, which can be frozen: the kernel's threads that write to it wait.
+/// A small ext4 file system that can be frozen: kernel threads that write to it wait.
 struct FileSystem(PathBuf);
 
 impl FileSystem {
-    /// `None` where nothing can be mounted, and need not be.
+    /// `None` if nothing can be mounted, and the test may be skipped.
     fn new(dir: &Path) -> Result<Option<Self>> {
         let (image, mountpoint) = (dir.join("ext4.img"), dir.join("ext4"));
         File::create(&image)?.set_len(64 << 20)?;
@@ -44,7 +44,7 @@ impl Drop for FileSystem {
     }
 }
 
-/// Until this is dropped. Before the processes that use it: they cannot even be killed.
+/// Frozen until this is dropped: before the processes that use it, which cannot even be killed.
 struct Frozen<'a>(&'a FileSystem);
 
 impl Drop for Frozen<'_> {
@@ -53,7 +53,7 @@ impl Drop for Frozen<'_> {
     }
 }
 
-/// A write to the page cache is done by a thread of the kernel, which may want the CPU that ours spins on.
+/// A write to the page cache is done by a kernel thread, which may want the CPU that ours spins on.
 #[test]
 fn nobody_spins_while_a_thread_of_the_kernel_writes() -> Result<()> {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -61,7 +61,7 @@ fn nobody_spins_while_a_thread_of_the_kernel_writes() -> Result<()> {
     let Some(files) = FileSystem::new(host.dir())? else { return Ok(()) };
     let image = files.0.join("disk.img");
     File::create(&image)?.set_len(16 << 20)?;
-    // For longer than is looked at, if it spins.
+    // If it spins, then for longer than the test looks.
     let spin = ["--wait", "adaptive", "--spin-us", "20000000", "--direct", "off"];
     let mut backend = host.backend(&spin)?;
     host.create_domain("guest", &[])?;
@@ -72,7 +72,7 @@ fn nobody_spins_while_a_thread_of_the_kernel_writes() -> Result<()> {
     )?;
     let mut writes = host.frontend("guest", "bench");
     writes.args(["xvda", "--rw=randwrite", "--bs=4k", "--size=16m", "--iodepth=4"]);
-    // Ends later than the frost, whatever happens.
+    // Dropped after the unfreezing, whatever happens.
     let mut load;
     let frozen = files.freeze()?;
     load = Process::start("load", host.dir(), &writes)?;
@@ -91,7 +91,7 @@ fn nobody_spins_while_a_thread_of_the_kernel_writes() -> Result<()> {
     Ok(())
 }
 
-/// The kernel's threads that do what a disk is asked for may have no other CPU than the one that ours polls on.
+/// Kernel threads that do what a disk is asked for may have no CPU but the one that our thread polls on.
 #[test]
 fn a_thread_that_polls_gives_way_while_its_disk_is_busy() -> Result<()> {
     const CPU: &str = "0";
@@ -99,7 +99,7 @@ fn a_thread_that_polls_gives_way_while_its_disk_is_busy() -> Result<()> {
     let host = Host::start(Programs::beside_us()?)?;
     let mut backend = host.backend_on(CPU, &["--wait", "poll"])?;
     host.create_domain("guest", &[])?;
-    // For longer than is looked at.
+    // For longer than the test looks.
     let disk = format!("vdev=xvda,backend={DRIVER_DOMAIN},target=delay:20s,null:1G");
     host.attach("guest", &disk)?;
     let mut reads = host.frontend("guest", "bench");
@@ -116,7 +116,7 @@ fn a_thread_that_polls_gives_way_while_its_disk_is_busy() -> Result<()> {
     std::thread::sleep(Duration::from_secs(1));
     let after = now()?;
     let (ours, others) = (after.0 - before.0, after.1 - before.1);
-    // The scheduler by itself would let both have the same.
+    // The scheduler alone would give both the same.
     ensure!(ours < others / 2, "we had the CPU for {ours:?}, the other for {others:?}");
     other.kill()?;
     ensure!(load.wait(HUNG)?.success(), "{}", load.describe());
@@ -124,7 +124,7 @@ fn a_thread_that_polls_gives_way_while_its_disk_is_busy() -> Result<()> {
     Ok(())
 }
 
-/// How long a disk takes says nothing of how soon a frontend comes back that was answered.
+/// How long a disk takes says nothing about how soon a frontend comes back after an answer.
 #[test]
 fn a_slow_disk_does_not_keep_a_thread_from_waiting_for_a_quick_frontend() -> Result<()> {
     const READS: u64 = 100;
@@ -138,7 +138,7 @@ fn a_slow_disk_does_not_keep_a_thread_from_waiting_for_a_quick_frontend() -> Res
     host.attach("guest", &disk)?;
     let mut reads = host.frontend("guest", "bench");
     reads.args(["xvda", "--rw=read", "--bs=4k", "--wait=event"]);
-    // Its statistics go with the frontend: they are taken before the end.
+    // Its statistics go with the frontend, so they are read before the end.
     reads.arg(format!("--size={}k", 4 * 2 * READS));
     let mut load = Process::start("load", host.dir(), &reads)?;
     let mut counts = (0, 0);
@@ -148,7 +148,7 @@ fn a_slow_disk_does_not_keep_a_thread_from_waiting_for_a_quick_frontend() -> Res
         counts = (of("rd_req"), of("sleeps"));
         Ok(counts.0 >= READS)
     })?;
-    // One a read for the disk; with a common history there is another for the frontend.
+    // One per read for the disk; with a common history there is another for the frontend.
     let (done, sleeps) = counts;
     ensure!(sleeps < done * 3 / 2, "{sleeps} sleeps for {done} reads");
     ensure!(load.wait(HUNG)?.success(), "{}", load.describe());

@@ -98,15 +98,15 @@ fn disks_outlive_restarts_of_xenstore() -> Result<()> {
     ensure!(nbd.terminate()?.success(), "{}", nbd.log());
     host.detach("guest", "xvda")?;
     let left = run(host.xenstore("ls").args(["-f", "/"]))?;
-    // The number of xvda, which both ends' directories are called by.
+    // The number of xvda, which is in the paths of both ends' directories.
     ensure!(!left.contains("/51712"), "{left}");
     ensure!(backend.terminate()?.success(), "{}", backend.log());
     ensure!(!backend.log().contains("given up"), "{}", backend.log());
     Ok(())
 }
 
-/// Xenstore goes away for good, and both ends have something to say there. Whoever stops them does
-/// not wait for it, and what was in flight is answered.
+/// Xenstore goes away for good while both ends have something to write there. Stopping them does not wait
+/// for it, and what was in flight is answered.
 #[test]
 fn both_ends_stop_without_xenstore() -> Result<()> {
     let mut host = Host::start(Programs::beside_us()?)?;
@@ -119,7 +119,7 @@ fn both_ends_stop_without_xenstore() -> Result<()> {
 
     host.broker().kill()?;
     File::options().write(true).open(&file)?.set_len(32 << 20)?;
-    // The new size is to be written there, unless something else waits for an answer already.
+    // The backend is to write the new size there, unless it already waits for another answer.
     backend.signal(Signal::SIGHUP)?;
     // The rings need no xenstore.
     run(Command::new("qemu-io").args(["-f", "raw", "-c", "write -P 9 0 1M", &uri]))?;

@@ -1,4 +1,4 @@
-//! Which hypervisor a program is to use, as its user says it.
+//! The user's choice of a hypervisor.
 
 use crate::embedded::EmbeddedPlatform;
 use crate::xen::{self, XenPlatform};
@@ -15,14 +15,14 @@ pub enum Choice {
     Xen,
     /// The embedded platform in a directory, and a domain of it.
     Embedded {
-        /// Where `xen-embedded serve` was told to be.
+        /// The directory that `xen-embedded serve` was given.
         dir: PathBuf,
         /// Name or number.
         domain: String,
     },
 }
 
-/// Which end of split drivers a program is: it needs other devices of Xen's.
+/// Which end of a split driver a program is: each needs other devices of Xen's.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum End {
     /// Grants.
@@ -31,26 +31,26 @@ pub enum End {
     Backend,
 }
 
-/// What a user said makes no choice.
+/// What the user asked for is incomplete or contradictory.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum ChoiceError {
-    /// Nothing was said, and this is not Xen.
+    /// No platform was named, and this is not Xen.
     #[error("which hypervisor? This machine does not run on Xen: say --platform embedded:DIR")]
     NotXen,
-    /// No platform is called that.
+    /// There is no such platform.
     #[error("platform {0:?} is not known: say xen or embedded:DIR")]
     Unknown(String),
-    /// On Xen a domain was named.
+    /// On Xen, a domain was named.
     #[error("domain {0:?} cannot be chosen on Xen: it is the one that this runs in")]
     DomainOnXen(String),
-    /// On the embedded platform none was.
+    /// On the embedded platform, no domain was named.
     #[error("which domain of {0:?}? Say --domain NAME")]
     NoDomain(PathBuf),
 }
 
 impl Choice {
-    /// Understands `xen` or `embedded:DIR`, and a domain's name or number. Without a platform it is
-    /// Xen, on a machine that runs on it.
+    /// Understands `xen` or `embedded:DIR`, and a domain's name or number. Without a platform, a machine
+    /// that runs on Xen uses that.
     ///
     /// # Errors
     /// What to say instead.
@@ -76,7 +76,7 @@ impl Choice {
         }
     }
 
-    /// Becomes the domain, and says where its xenstore is. Blocks.
+    /// Becomes the domain, and returns its xenstore's endpoint. Blocks.
     ///
     /// # Errors
     /// As [`XenPlatform::for_frontend`] or [`XenPlatform::for_backend`], or

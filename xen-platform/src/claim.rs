@@ -1,4 +1,4 @@
-//! One user a device, among the processes of a domain.
+//! One user per device, among the processes of a domain.
 
 use crate::{Error, Result};
 use nix::Error as Errno;
@@ -6,9 +6,9 @@ use nix::fcntl::{FcntlArg, fcntl};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
-/// Locks the byte `device` of a file that every process of the domain has: of all locks this one ends
-/// with its holder, however that ends, and leaves nothing behind. It belongs to the open file, so
-/// `file` must have been opened for this alone.
+/// Locks the byte `device` of a file that all processes of the domain can open. Such a lock goes with its
+/// holder, however that ends, and leaves nothing behind. It belongs to the open file, so `file` must have
+/// been opened for this alone.
 pub(crate) fn claim(file: File, device: u32) -> Result<Option<OwnedFd>> {
     let lock = libc::flock {
         l_type: libc::F_WRLCK as libc::c_short,

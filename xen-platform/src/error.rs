@@ -4,7 +4,7 @@ use crate::GrantStatus;
 use ring_proto::{DomId, GrantRef, Port};
 use std::io;
 
-/// What a grant or event channel operation failed on.
+/// Why a grant or event channel operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A grant was refused.
@@ -88,7 +88,7 @@ impl Error {
     }
 }
 
-/// An error and its causes, without those that the one before has told already, for a person to read.
+/// An error and its causes, for people to read, without those that were mentioned already.
 pub fn in_one_line(error: &dyn std::error::Error) -> String {
     let mut line = String::new();
     let mut next = Some(error);

@@ -40,34 +40,34 @@ pub trait Platform: Send + Sync + Debug {
     /// The domain this process runs in.
     fn domid(&self) -> DomId;
 
-    /// Takes one of this domain's virtual devices for ourselves until the descriptor is closed; `None`
-    /// where somebody else in the domain has it. Xenstore cannot tell: there, a frontend that lives looks
-    /// like one that was killed.
+    /// Claims one of this domain's virtual devices until the descriptor is closed; `None` if somebody else
+    /// in the domain has it. Xenstore cannot tell: there, a live frontend looks like one that was killed.
     fn claim(&self, device: u32) -> Result<Option<OwnedFd>>;
 
-    /// Maps pages that `peer` granted to us, one after the other in our address space.
+    /// Maps pages that `peer` granted to us, contiguously in our address space.
     ///
     /// # Errors
     /// All pages or none: the error names the first grant that was refused and why.
     fn map(&self, peer: DomId, refs: &[GrantRef], access: Access) -> Result<Arc<dyn MappedGrants>>;
 
-    /// Whether the kernel may be given mapped pages to work on by itself (O_DIRECT), which pins them.
+    /// Whether mapped pages may be used for I/O that pins them (O_DIRECT).
     ///
-    /// Not in a PV domain. There a process that is killed while pages are pinned leaves the kernel's
-    /// counts of them wrong, and I/O of whoever maps others in their place fails: the process's memory is
-    /// taken apart while gntdev, since Linux 5.19, waits with the unmap for the last pin.
+    /// Not in a PV domain. If a process is killed there while pages are pinned, the kernel's counts of them
+    /// are left wrong, and the I/O of whoever maps others in their place fails: the process's memory is
+    /// torn down while gntdev, since Linux 5.19, defers the unmap until the last pin is gone.
     fn may_pin(&self) -> bool;
 
     /// A handle for grant copies from and to `peer`. Each thread that copies takes its own.
     fn copier(&self, peer: DomId) -> Result<Box<dyn GrantCopier>>;
 
-    /// Allocates `pages` zeroed pages (XSA-396: never grant what was somebody else's) and grants each to `peer`.
+    /// Allocates `pages` zeroed pages and grants each to `peer` (XSA-396: never grant what was somebody
+    /// else's).
     fn grant(&self, peer: DomId, pages: usize, access: Access) -> Result<Box<dyn GrantedPages>>;
 
     /// An event channel that waits for `peer` to bind the other end.
     fn alloc_unbound(&self, peer: DomId) -> Result<Box<dyn EventChannel>>;
 
-    /// Our end of the event channel that `peer` holds under `port`.
+    /// Binds our end of the channel whose other end is `peer`'s `port`.
     fn bind_interdomain(&self, peer: DomId, port: Port) -> Result<Box<dyn EventChannel>>;
 }
 
@@ -79,13 +79,13 @@ pub trait GrantedPages: Send + Sync + Debug {
     /// The pages, to be shared with the ring or with I/O.
     fn memory(&self) -> Arc<dyn SharedMemory>;
 
-    /// A grant reference a page, in the order of the pages.
+    /// One grant reference per page, in the order of the pages.
     fn refs(&self) -> &[GrantRef];
 
     /// Takes the grants back and frees the pages.
     ///
-    /// Dropping the value does the same, and leaves what the peer still holds to be freed when the
-    /// peer lets go of it: such a page is never handed out again before (XSA-396, XSA-403).
+    /// Dropping the value does the same, but leaves pages that the peer still holds to be freed when it
+    /// lets go of them: such a page is never handed out again before that (XSA-396, XSA-403).
     ///
     /// # Errors
     /// [`Error::StillMapped`] gives the value back unchanged when the peer holds any page.
@@ -114,7 +114,7 @@ pub struct CopySegment {
     pub local: usize,
     /// Which way.
     pub direction: CopyDirection,
-    /// What became of it: `Ok` only once it was copied. The call succeeding says nothing (XSA-361).
+    /// The outcome: `Ok` only once it was copied. That the call succeeds says nothing (XSA-361).
     pub status: std::result::Result<(), GrantStatus>,
 }
 
@@ -146,15 +146,15 @@ pub trait GrantCopier: Send + Debug {
     /// Tries every segment and sets its `status`.
     ///
     /// # Errors
-    /// Only where the operation as a whole could not be made; then no status is to be believed.
+    /// Only if the operation failed as a whole; then no status is valid.
     fn copy(&mut self, local: &LocalRegion, segments: &mut [CopySegment]) -> Result<()>;
 }
 
 /// One end of an event channel, owned by the thread that waits on it. Closed when dropped.
 ///
-/// The descriptor is readable while an event waits and the channel is unmasked. To be waited for
-/// level-triggered, unless each event is taken before the channel is unmasked: otherwise there may be
-/// two, and the kernel does not signal a further one before both are taken.
+/// The descriptor is readable while an event is pending and the channel is unmasked. Wait for it
+/// level-triggered, unless each event is taken before the channel is unmasked: otherwise two may be
+/// pending, and the kernel does not signal a further one before both are taken.
 pub trait EventChannel: Send + AsFd + Debug {
     /// Our port, which the peer learns through xenstore.
     fn port(&self) -> Port;
@@ -162,18 +162,19 @@ pub trait EventChannel: Send + AsFd + Debug {
     /// Raises an event at the other end. Nothing happens if nobody is bound there.
     fn notify(&self) -> Result<()>;
 
-    /// Takes a waiting event, without blocking: whether there was one. The channel is masked from then until [`EventChannel::unmask`].
+    /// Takes a pending event, without blocking; returns whether there was one. The channel is then masked
+    /// until [`EventChannel::unmask`].
     fn take(&mut self) -> Result<bool>;
 
-    /// The file behind it, for a thread that takes events by reading that itself, as it can together
-    /// with other work through io_uring.
+    /// The file behind the channel, for a thread that takes events by reading that itself, as it can do
+    /// along with other work through io_uring.
     ///
     /// # Errors
     /// When no descriptor is left.
     fn file(&self) -> Result<EventFile>;
 
-    /// Lets the next event through. Called when the work that the last one asked for is done, so
-    /// that a peer cannot make us run faster than we work (XSA-332, XSA-391). Returns whether that took a
+    /// Lets the next event through. To be called when the work that the last one asked for is done, so that
+    /// a peer cannot make us run faster than we work (XSA-332, XSA-391). Returns whether that took a
     /// system call, for statistics.
     fn unmask(&mut self) -> Result<bool>;
 }
@@ -181,11 +182,11 @@ pub trait EventChannel: Send + AsFd + Debug {
 /// The file of an event channel.
 #[derive(Debug)]
 pub struct EventFile {
-    /// Non-blocking, and readable while an event waits and the channel is unmasked. Another
-    /// descriptor of the channel's, which must not be waited for once the channel is closed.
+    /// Another descriptor of the channel, non-blocking, and readable while an event is pending and the
+    /// channel is unmasked. It must not be waited for once the channel is closed.
     pub descriptor: OwnedFd,
     /// Bytes of one event. Reading them is [`EventChannel::take`].
     pub event_bytes: u32,
-    /// Whether the channel is masked by that, and writing the same bytes is [`EventChannel::unmask`].
+    /// Whether reading masks the channel, and writing the same bytes is [`EventChannel::unmask`].
     pub unmask: bool,
 }

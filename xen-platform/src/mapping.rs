@@ -1,4 +1,4 @@
-//! Memory that the kernel maps for us, all of which is mapped and unmapped here.
+//! Memory that the kernel maps for us. All of it is mapped and unmapped here.
 
 use crate::{Access, MappedGrants};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
@@ -11,11 +11,11 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
 
-/// Pages in our address space, until this is dropped. Where they are a file's, they are shared: what is
-/// stored in them is there for whoever maps the file next, however this process ends.
+/// Pages mapped into our address space until this is dropped. Those of a file are shared: what is stored in
+/// them is there for whoever maps the file next, however this process ends.
 ///
-/// Whoever makes such a file shorter kills, by SIGBUS, all who use it: it must be out of others' reach.
-/// What may only be read faults when it is written: it never corrupts.
+/// Truncating such a file kills all its users by SIGBUS, so it must be out of others' reach. A write to a
+/// read-only mapping faults, and corrupts nothing.
 #[derive(Debug)]
 pub struct Mapping {
     base: NonNull<u8>,
@@ -65,7 +65,7 @@ impl Mapping {
         Ok(Self { base: base.cast(), len })
     }
 
-    /// `pages` pages of nobody else's, zeroed, which take memory when they are touched.
+    /// `pages` private, zeroed pages, which take memory only when they are touched.
     pub(crate) fn anonymous(pages: usize) -> io::Result<Self> {
         let len = bytes(pages)?;
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
@@ -74,7 +74,7 @@ impl Mapping {
         Ok(Self { base: base.cast(), len })
     }
 
-    /// Puts a file's pages, from byte `offset` on, in the place of `pages`.
+    /// Maps a file's pages, from byte `offset` on, in place of `pages`.
     pub(crate) fn replace(
         &mut self,
         pages: Range<usize>,
@@ -117,7 +117,7 @@ fn protection(access: Access) -> ProtFlags {
     }
 }
 
-/// A mapping, and what must be there for as long as it is.
+/// A mapping, and what must live as long.
 #[derive(Debug)]
 pub(crate) struct Kept<T> {
     // Dropped in this order.
@@ -131,7 +131,7 @@ impl<T> Kept<T> {
     }
 }
 
-// SAFETY: the mapping keeps the promises, that of read-only pages too.
+// SAFETY: the mapping keeps the promises, also for read-only pages.
 unsafe impl<T: Send + Sync> SharedMemory for Kept<T> {
     fn base(&self) -> NonNull<u8> {
         self.mapping.base()

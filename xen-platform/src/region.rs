@@ -51,13 +51,14 @@ impl LocalRegion {
         unsafe { madvise(at.cast(), len, MmapAdvise::MADV_DONTNEED) }.map_err(failed)
     }
 
-    /// Makes `len` bytes from `offset` read as zeroes and gives the pages that lie wholly in them back to the kernel.
+    /// Makes `len` bytes from `offset` read as zeroes; pages that lie wholly in them are given back to the
+    /// kernel.
     ///
     /// # Errors
     /// When the kernel does not take them.
     ///
     /// # Panics
-    /// If the region does not reach so far.
+    /// If the region ends before the range does.
     pub fn clear(&self, offset: usize, len: usize) -> Result<()> {
         static ZEROES: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
         assert!(offset <= self.len() && len <= self.len() - offset, "clear within the region");

@@ -2,20 +2,21 @@
 
 use std::time::{Duration, Instant};
 
-/// The longest that [`Waiting::default`] spins: some five times what a sleep and its wake-up cost, twice that in a
-/// virtual machine. Longer ones take CPUs from kernel threads that disks are waiting for, a loop device's.
+/// The longest spin of [`Waiting::default`]: some five times what a sleep and its wake-up cost, and twice
+/// that cost in a virtual machine. Longer spins take CPUs from kernel threads that disks wait for, such as
+/// a loop device's.
 pub const DEFAULT_SPIN: Duration = Duration::from_micros(50);
 
-/// Looks at the clock, or gives the CPU up, only once in this many rounds: a round takes tens of nanoseconds,
-/// as does a look, or in a domain whose clock user space cannot read a system call.
+/// Rounds between two looks at the clock, or two yields: a round takes tens of nanoseconds, and so does a
+/// look, unless user space cannot read the domain's clock and makes a system call.
 const ROUNDS_PER_LOOK: u32 = 32;
-/// While spinning does not pay, one wait in this many is spun through, to see whether it would. (How long a sleep
-/// took says less: a wait of 45 µs and the wake-up are 70.)
+/// While spinning does not pay, one wait in this many is spun through, to see whether it would. (The length
+/// of a sleep says less: a wait of 45 µs takes 70 with the wake-up.)
 const SLEEPS_PER_TRIAL: u32 = 32;
-/// A budget that is less than this is none.
+/// A budget below this counts as none.
 const LEAST_BUDGET: Duration = Duration::from_micros(1);
 
-/// So many events in a row that brought nothing are a storm (XSA-332, XSA-391)...
+/// This many events in a row that brought nothing are a storm (XSA-332, XSA-391)...
 pub const STORM_EVENTS: u32 = 16;
 /// ...and from then on events are taken no faster than this, until one brings something.
 pub const STORM_PAUSE: Duration = Duration::from_millis(1);
@@ -37,7 +38,7 @@ impl Default for Waiting {
     }
 }
 
-/// Decides between spinning and sleeping. One thread's.
+/// Decides between spinning and sleeping, for one thread.
 ///
 /// The budget for spinning grows and shrinks as that of KVM's halt polling: what matters is whether
 /// the wait, spinning and sleeping together, was short enough for spinning alone.
@@ -71,11 +72,12 @@ impl Spin {
         self.waiting != Waiting::Poll
     }
 
-    /// There was nothing to do: whether to look again rather than sleep. Pauses before it says so.
+    /// To be called when there was nothing to do: pauses, and returns whether to look again rather than
+    /// sleep.
     ///
-    /// What is waited for may be `left_to_others`, who may have no other CPU than this. Who polls gives it up
-    /// from time to time then. Who sleeps does not: a sleeper is woken at once, where one who gave the CPU up
-    /// waits until the scheduler takes it from the other.
+    /// The work waited for may be `left_to_others`, which may have no other CPU. A thread that polls then
+    /// yields from time to time. One that sleeps does not: a sleeper is woken at once, while one that
+    /// yielded waits until the scheduler takes the CPU from the other.
     pub fn again(&mut self, left_to_others: impl FnOnce() -> bool) -> bool {
         if self.is_off() {
             let Waiting::Adaptive(most) = self.waiting else { return false };
@@ -112,7 +114,7 @@ impl Spin {
     pub fn woken(&mut self) {
         if let (Waiting::Adaptive(most), Some(since)) = (self.waiting, self.since) {
             if since.elapsed() > most {
-                // Halving, not zero: one long pause says little about the next.
+                // Halved, not dropped: one long wait says little about the next.
                 self.budget /= 2;
                 if self.budget < LEAST_BUDGET {
                     self.budget = Duration::ZERO;
@@ -154,7 +156,7 @@ mod tests {
         });
         assert!(waits.count() < 10, "halved until it is off");
         assert!(!spin.again(|| false), "sleeps at once");
-        // Now it would pay. More tries than one, for a busy machine.
+        // Now spinning would pay. Several tries, as the machine may be busy.
         let tries = (0..100 * SLEEPS_PER_TRIAL).take_while(|_| {
             wait_for(&mut spin, MOST / 2);
             spin.is_off()

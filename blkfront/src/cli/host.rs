@@ -20,7 +20,7 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    /// Becomes the domain.
+    /// Attaches as the domain.
     fn attach(&self) -> anyhow::Result<(Arc<dyn Platform>, Endpoint)> {
         let choice = Choice::new(self.platform.as_deref(), self.domain.as_deref())?;
         choice.open(End::Frontend).with_context(|| format!("become {choice}"))

@@ -66,7 +66,7 @@ fn listed(items: &[(bool, &str)]) -> Option<String> {
     (!items.is_empty()).then(|| items.join(", "))
 }
 
-/// What was agreed, in a line.
+/// The negotiated features, on one line.
 pub(crate) fn features(features: &Features) -> String {
     let indirect = format!("indirect ({} segments)", features.max_indirect_segments);
     let items = [

@@ -18,6 +18,6 @@ use std::io::Write;
 /// Writes lines to stdout.
 fn say(lines: &impl Display) {
     let mut out = std::io::stdout();
-    // Nobody reads it: no matter.
+    // It does not matter if nobody reads it.
     let _ = writeln!(out, "{}", lines.to_string().trim_end()).and_then(|()| out.flush());
 }

@@ -1,4 +1,4 @@
-//! A disk that is given to others, until a signal comes.
+//! A disk that is exported to others, until a signal arrives.
 
 use super::{Host, Rings, Wait, say};
 use anyhow::{Context, anyhow, ensure};
@@ -30,22 +30,22 @@ pub(crate) struct Served {
 }
 
 impl Served {
-    /// Opens the disk, with what `suited` makes of its configuration. Ends the program if it is told to stop
-    /// before the backend has answered, who may take its time.
+    /// Opens the disk, its configuration adapted by `suited`. Exits if told to stop before the backend,
+    /// which may take its time, has answered.
     pub(crate) fn open(
         &self,
         host: &Host,
         stop: &SignalFd,
         suited: impl FnOnce(Config) -> Config,
     ) -> anyhow::Result<Disk> {
-        // They would sleep all the same: there is more than the ring to wait for.
+        // The threads would sleep anyway: the ring is not all they wait for.
         ensure!(self.rings.wait() != Wait::Poll, "--wait=poll is for bench alone");
         let config = suited(self.rings.config(self.vcpus));
         let (opening, opened) = UnixStream::pair().context("make a socket")?;
         std::thread::scope(|scope| {
             let disk = scope.spawn(move || {
                 let disk = host.open(&self.disk, config);
-                // Its end tells that the other is readable.
+                // Makes the other end readable.
                 drop(opening);
                 disk
             });
@@ -60,7 +60,7 @@ impl Served {
         })
     }
 
-    /// Closes it.
+    /// Closes the disk.
     pub(crate) fn close(&self, disk: Disk) -> anyhow::Result<ExitCode> {
         if self.stats {
             say(&serde_json::to_string_pretty(&disk.info())?);
@@ -70,8 +70,8 @@ impl Served {
     }
 }
 
-/// A descriptor that is readable when the program is to end. Called before there are any threads, which
-/// inherit that the signals are blocked: they wait for the descriptor.
+/// A descriptor that is readable when the program is to end. To be called before threads are started: they
+/// inherit the blocked signals, which go to the descriptor.
 pub(crate) fn stop_signals() -> anyhow::Result<SignalFd> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
@@ -80,7 +80,7 @@ pub(crate) fn stop_signals() -> anyhow::Result<SignalFd> {
     SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).context("make a signalfd")
 }
 
-/// For a block device of this machine's own.
+/// For serving a block device of this very machine.
 pub(crate) fn prepare() {
     if let Err(error) = prepare_process() {
         tracing::warn!(

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-/// Reads a size: a number with `k`, `m`, `g`, `t` or `p`, each 1024 of the one before, with or without `b` or
-/// `ib` behind it; in upper or lower case.
+/// Reads a size: a number with `k`, `m`, `g`, `t` or `p`, each 1024 times the one before, optionally
+/// followed by `b` or `ib`; in upper or lower case.
 pub(crate) fn size<T: TryFrom<u64>>(text: &str) -> Result<T, String> {
     let lower = text.to_ascii_lowercase();
     let digits = lower.trim_end_matches(|c: char| c.is_ascii_alphabetic());

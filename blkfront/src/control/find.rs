@@ -1,4 +1,4 @@
-//! From a device's name to its directories in xenstore, and to having it for us alone.
+//! Finds a device's xenstore directories by its name, and claims the device.
 
 use super::overdue::no_answer;
 use super::{Control, Start, xenstore};
@@ -14,9 +14,9 @@ use xenstore_glue::client::Client;
 use xenstore_glue::vbd::{DevicePaths, VirtualDevice};
 use xenstore_glue::xenbus::{FrontendMachine, XenbusState};
 
-/// How long a frontend that was killed may take to be gone: its successor may come first.
+/// How long a killed frontend may take to disappear: its successor may be started before that.
 const LET_GO: Duration = Duration::from_secs(1);
-/// How often that is looked at.
+/// How often to check.
 const CLAIM_LOOK: Duration = Duration::from_millis(10);
 
 impl Start {
@@ -51,7 +51,7 @@ impl Start {
             client.read_optional(&path).await.map_err(xenstore(format!("read {path}")))
         };
         let own = optional("state").await?.and_then(|value| XenbusState::parse(&value));
-        // Toolstacks before Xen 4.17 do not say.
+        // Toolstacks before Xen 4.17 do not write it.
         let trusted = optional("trusted").await?.is_none_or(|value| value != b"0");
         let state = State::new(devid, frontend.clone(), backend.clone(), trusted);
         let control = Control {
@@ -80,7 +80,7 @@ impl Start {
         Ok((control, self.commands))
     }
 
-    /// Takes the device for us alone, before anything of a frontend that lives is touched.
+    /// Claims the device, before touching anything that a live frontend may be using.
     async fn claim(&self, devid: u32, frontend: &str) -> Result<OwnedFd, Cause> {
         let end = Instant::now() + LET_GO;
         loop {

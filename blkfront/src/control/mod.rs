@@ -23,14 +23,14 @@ use xenstore_glue::vbd::FrontendRequest;
 use xenstore_glue::wire::Errno;
 use xenstore_glue::xenbus::{FrontendAction, FrontendEvent, FrontendMachine, XenbusState};
 
-/// How long a backend that is closing is given to answer what is in flight: a slow disk's worst
-/// seconds, and less than the ten that a toolstack gives it.
+/// How long a closing backend may take to answer what is in flight: enough for a slow disk at its worst,
+/// and less than the ten seconds that a toolstack allows it.
 const DRAIN: Duration = Duration::from_secs(5);
-/// How often it is looked at meanwhile.
+/// How often to check for that.
 const DRAIN_LOOK: Duration = Duration::from_millis(5);
-/// Before a backend is asked again that did not connect a disk in use: the reason may last.
+/// Pause before asking a backend again that did not connect a disk in use: the reason may persist.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
-/// What it means that a disk in use is not connected.
+/// The consequence when a disk in use is not connected.
 const WAITS: &str = "I/O waits";
 
 /// What [`crate::Disk::open`] gets when the disk is connected.
@@ -41,7 +41,7 @@ pub(crate) struct Opened {
     pub(crate) state: Arc<Mutex<State>>,
 }
 
-/// Where to tell that the disk is connected, or will not be.
+/// Tells that the disk is connected, or will not be.
 pub(crate) type Ready = std::sync::mpsc::Sender<Result<Opened, Cause>>;
 
 /// What the control thread starts from.
@@ -59,7 +59,7 @@ pub(crate) struct Start {
     pub(crate) ready: Ready,
 }
 
-/// Runs until the device is closed or gone; says why, if not because it was asked to.
+/// Runs until the device is closed or gone; returns why, unless it was asked to close.
 pub(crate) fn run(start: Start) -> Result<(), Cause> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
     let ready = start.ready.clone();
@@ -67,7 +67,7 @@ pub(crate) fn run(start: Start) -> Result<(), Cause> {
         Ok(runtime) => runtime.block_on(start.run()),
         Err(source) => Err(Cause::System { doing: "start a tokio runtime", source }),
     };
-    // Whoever waits for the disk is told once: of this, or of the disk before.
+    // An error goes to `Disk::open` while that waits, later to whoever joins the thread.
     match result {
         Err(cause) => ready.send(Err(cause)).map_or_else(|unsent| unsent.0.map(drop), |()| Ok(())),
         Ok(()) => Ok(()),
@@ -100,22 +100,22 @@ struct Control {
     client: Client,
     platform: Arc<dyn Platform>,
     config: Config,
-    /// Until it is connected for the first time.
+    /// `Some` until the first connection.
     ready: Option<Ready>,
     control: UnboundedSender<Command>,
     news: Arc<Bell>,
     frontend: String,
     backend: String,
     backend_domain: DomId,
-    /// The last that was seen.
+    /// The last one seen.
     backend_state: Option<XenbusState>,
     fabric: Option<Arc<Fabric>>,
     offered: Option<Offered>,
-    /// An offer was made since the last connection, and nothing came of it yet.
+    /// An offer was made since the last connection, and has not led to another one yet.
     asked: bool,
-    /// When it was last connected, or of another size.
+    /// When the disk was last connected or resized.
     changed_at: Option<Instant>,
-    /// What the log has last of why nothing came of it.
+    /// The last complaint in the log, so as not to repeat it.
     complaint: String,
     connection: u32,
     state: Arc<Mutex<State>>,
@@ -141,7 +141,7 @@ impl Control {
             }
         };
         if ended.is_err() {
-            // Nobody would tell the queues of a backend that goes away from now on.
+            // From now on nobody would tell the queues when the backend goes away.
             self.start_closing();
             self.disconnect();
         }
@@ -151,12 +151,12 @@ impl Control {
         }
     }
 
-    /// Until the machine ends. May be dropped at any point.
+    /// Runs until the state machine ends. May be dropped at any point.
     async fn attend(&mut self, mut commands: UnboundedReceiver<Command>) -> Result<(), Cause> {
         let watch = async |client: &Client, path: String| {
             client.watch(&path).await.map_err(xenstore(format!("watch {path}")))
         };
-        // A node that is removed with all above it fires, too.
+        // A watch also fires when a node above is removed.
         let mut theirs = watch(&self.client, format!("{}/state", self.backend)).await?;
         let mut ours = watch(&self.client, format!("{}/backend", self.frontend)).await?;
         let limit = self.config.connect_timeout;
@@ -201,7 +201,7 @@ impl Control {
                     Some(FrontendEvent::Backend(state))
                 }
             },
-            // Gone with its domain: what is left above is not ours to read.
+            // Gone with its domain: what is left above the node is not ours to read.
             Err(e) if e.errno() == Some(Errno::Eacces) => {
                 Some(self.removed(FrontendEvent::Backend(None)))
             }
@@ -217,7 +217,7 @@ impl Control {
         matches!(self.backend_state, Some(XenbusState::Closing | XenbusState::Closed))
     }
 
-    /// What is removed in good order was closed before.
+    /// A device removed in good order was closed before.
     fn removed(&mut self, event: FrontendEvent) -> FrontendEvent {
         let ours = matches!(self.deadline, Some(Until::Closed(_)));
         if self.connection > 0 && !ours && !self.is_closed() {
@@ -234,7 +234,7 @@ impl Control {
         FrontendEvent::Close
     }
 
-    /// Nothing is in use any more: what is in flight fails, what comes is refused.
+    /// Ends the use of the disk: what is in flight fails, new I/O is refused.
     fn start_closing(&mut self) {
         self.deadline = Some(Until::Closed(Instant::now() + self.config.connect_timeout));
         self.gone();
@@ -330,11 +330,11 @@ impl Control {
         }
     }
 
-    /// Whether a disk that is in use may still be connected some other time: I/O waits for that.
+    /// Whether a disk in use may still be connected at a later attempt; I/O waits for that.
     fn may_pass(&self, action: FrontendAction, cause: &Cause) -> bool {
         let connects = matches!(action, FrontendAction::Offer | FrontendAction::Connect);
         let passes = match cause {
-            // What is used up, or changed too often, by others of this domain too.
+            // Quotas and conflicts depend on others in this domain, too.
             Cause::Xenstore { source, .. } => {
                 source.downcast_ref().is_some_and(|e: &client::Error| {
                     e.is_quota() || matches!(e, client::Error::Conflict)
@@ -346,7 +346,7 @@ impl Control {
         connects && self.connection > 0 && passes
     }
 
-    /// Says, once, what is wrong with a disk that is in use, and what that means.
+    /// Logs, once, what is wrong with a disk in use, and the consequence.
     fn complain(&mut self, cause: &Cause, so: &str) {
         let complaint = cause.to_string();
         if self.complaint != complaint {
@@ -355,17 +355,17 @@ impl Control {
         }
     }
 
-    /// Whether the directory is that of the disk in use, and not one that the toolstack has made in its place: it
-    /// would have another disk's data.
+    /// Whether the directory is still that of the disk in use, and not one that the toolstack has made in
+    /// its place, for a disk with other data.
     async fn is_ours(&self, store: &client::Nodes) -> Result<bool, client::Error> {
         let frontend = &self.frontend;
-        // We write the latter with every offer; the toolstack does not.
+        // We write the reissue key with every offer; the toolstack does not.
         Ok(store.exists(&format!("{frontend}/backend")).await?
             && (self.connection == 0
                 || store.exists(&format!("{frontend}/{}", FrontendRequest::REISSUE_KEY)).await?))
     }
 
-    /// Nobody makes us connect or resize the disk, and say so, as often as they like.
+    /// Limits how often a backend can make us connect or resize the disk, and log that.
     async fn pace(&self) {
         if let Some(at) = self.changed_at {
             sleep_until(at + RETRY_PAUSE).await;
@@ -408,7 +408,7 @@ impl Control {
         let Some(fabric) = &self.fabric else { return };
         fabric.post(|| Notice::Down);
         let mut state = locked(&self.state);
-        // Unless it is we who close.
+        // Unless we close it ourselves.
         let closes = matches!(self.deadline, Some(Until::Closed(_)));
         if std::mem::take(&mut state.connected) && !closes {
             drop(state);
@@ -421,7 +421,7 @@ impl Control {
         }
     }
 
-    /// From now on I/O is held; not for longer than it may be.
+    /// I/O is held from now on, for no longer than the reconnect timeout.
     fn expect_return(&mut self) {
         if self.deadline.is_none() {
             self.deadline =
@@ -429,12 +429,12 @@ impl Control {
         }
     }
 
-    /// The backend closed a device that it was to connect.
+    /// The backend closed a device that it should have connected.
     async fn refused(&self) -> Cause {
         Cause::Closed { backend: self.backend.clone(), error: self.told().await }
     }
 
-    /// What the backend says is wrong, after a colon, or nothing.
+    /// The error that the backend reports, after a colon, or nothing.
     async fn told(&self) -> String {
         let domain = format!("/local/domain/{}", self.backend_domain.0);
         let below = self.backend.strip_prefix(&domain).unwrap_or_default();

@@ -1,5 +1,5 @@
-//! What the two ends tell each other in xenstore: what the backend can do, the rings it is offered, what
-//! the disk is, and its size when that changes.
+//! The negotiation in xenstore: what the backend can do, the rings it is offered, the properties of the
+//! disk, and its size when that changes.
 
 use super::{Control, Opened, xenstore};
 use crate::fabric::Fabric;
@@ -26,7 +26,7 @@ impl Control {
         Cause::Negotiation { backend: self.backend.clone(), reason: reason.to_string() }
     }
 
-    /// Values of the backend's keys, as they are together at one moment.
+    /// Values of the backend's keys, read in one transaction.
     async fn read_backend(&self, keys: &[&str]) -> Result<HashMap<String, Vec<u8>>, Cause> {
         let values = self.client.transact(async |nodes: &client::Transaction| {
             let mut values = HashMap::new();
@@ -86,7 +86,7 @@ impl Control {
         Ok(())
     }
 
-    /// Replaces the keys of an earlier connection, and says that they are there, at one stroke.
+    /// Replaces the keys of an earlier connection and sets the state, in one transaction.
     async fn write_request(&self, request: &FrontendRequest) -> Result<(), Cause> {
         const STALE: [&str; 4] = ["queue-", "ring-ref", "response-ring-ref", "event-channel"];
         let frontend = &self.frontend;
@@ -125,7 +125,7 @@ impl Control {
         let device = DeviceProperties::from_keys(&|key: &str| keys.get(key).cloned())
             .map_err(|refusal| self.refuse(refusal))?;
         if device.sector_size as usize > PAGE_SIZE {
-            // Segments address sectors of a page.
+            // A segment addresses sectors within a page.
             return Err(self.refuse(format!("sectors of {} bytes", device.sector_size)));
         }
         let used = locked(&self.state).geometry.sector_size;
@@ -147,7 +147,7 @@ impl Control {
         self.changed_at = Some(tokio::time::Instant::now());
         self.complaint.clear();
         self.deadline = None;
-        // Before any I/O is done on this connection: whoever asks then is to be told of it.
+        // Before any I/O on this connection, so that its users see the state that goes with it.
         {
             let mut state = locked(&self.state);
             state.connected = true;
@@ -161,7 +161,7 @@ impl Control {
             self.news.ring();
         }
         if self.connection > 1 {
-            // As loud as what it puts an end to.
+            // At the level of the warning that it resolves.
             tracing::warn!(device = self.frontend, "connected again");
         } else {
             tracing::info!(device = self.frontend, backend = self.backend, "connected");
@@ -181,7 +181,7 @@ impl Control {
         let device = match DeviceProperties::from_keys(&|key: &str| keys.get(key).cloned()) {
             Ok(device) => device,
             Err(refusal) => {
-                // As often as a backend likes: not for everybody to read.
+                // Not a warning: a backend can cause this as often as it likes.
                 tracing::debug!(device = self.frontend, "resize ignored: {refusal}");
                 return Ok(());
             }

@@ -8,8 +8,8 @@ use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio::time::{sleep, timeout};
 
-/// How much longer than a timeout a xenstore is waited for that does not answer: with one that does,
-/// the timeout is for the backend, and the states are walked to their end.
+/// How long beyond a timeout to wait for a xenstore that does not answer. If it does answer, the timeout is
+/// for the backend, and the state machine runs to its end.
 pub(super) const XENSTORE_GRACE: Duration = Duration::from_secs(1);
 
 /// Xenstore is away, or hangs.
@@ -18,8 +18,8 @@ pub(super) fn no_answer(waited: Duration) -> Cause {
     Cause::Xenstore { doing: format!("no answer in {} s", waited.as_secs()), source: source.into() }
 }
 
-/// Passes commands on. Ends when xenstore has kept the disk from being opened, or closed, for longer
-/// than `limit` allows: whoever waits for that is not to wait for xenstore.
+/// Passes commands on. Returns when xenstore has kept the disk from being opened, or closed, for longer
+/// than `limit` allows: nobody should have to wait for xenstore.
 pub(super) async fn overdue(
     mut commands: UnboundedReceiver<Command>,
     control: UnboundedSender<Command>,
@@ -27,7 +27,7 @@ pub(super) async fn overdue(
     limit: Duration,
 ) {
     let patience = limit + XENSTORE_GRACE;
-    // As long to find the disk as to connect it. One that is open by then was slow, no more.
+    // Finding the disk may take as long as connecting it. If it is open by then, it was just slow.
     let never_opened = async {
         sleep(limit + patience).await;
         if locked(&state).connections > 0 {
@@ -35,7 +35,7 @@ pub(super) async fn overdue(
         }
     };
     tokio::select! {
-        // The fabric's sender lives as long as the control thread: this does not end.
+        // The fabric's sender lives as long as the control thread: `recv` never yields `None`.
         Some(command) = commands.recv() => { let _ = control.send(command); }
         () = never_opened => return,
     }

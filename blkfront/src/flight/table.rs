@@ -1,8 +1,8 @@
 //! I/Os and the pieces that they were cut into.
 //!
-//! Values here are written and read in one piece, or field by field, but not the one and then soon the
-//! other: a load that several recent stores add up to waits until they have reached the cache, for as
-//! long as the rest of an I/O takes.
+//! Values here are written and read whole, or field by field, but never one way shortly after the other: a
+//! load that covers several recent stores must wait until they have reached the cache, for as long as the
+//! rest of an I/O takes.
 
 use crate::slab::{NONE, Slab};
 use crate::{Completed, IoBuffer};
@@ -29,7 +29,7 @@ pub(super) struct Range {
     pub(super) kind: Kind,
     pub(super) sector: u64,
     pub(super) sectors: u64,
-    /// That its data begins with, if it has any.
+    /// The first page of its data, if it has any.
     pub(super) page: u32,
 }
 
@@ -40,11 +40,11 @@ pub(super) struct Flying {
     pub(super) completed: Completed,
     /// Pieces not answered.
     pub(super) left: u32,
-    /// It is to be durable when it is complete.
+    /// Must be durable on completion.
     pub(super) fua: bool,
     /// A flush is to follow.
     pub(super) flush_after: bool,
-    /// The only piece of most, which goes by the I/O's number; of no I/O once it is answered.
+    /// The only piece of most I/Os, which goes by the I/O's number; of no I/O (`NONE`) once taken out.
     own: Piece,
 }
 
@@ -54,9 +54,9 @@ pub(super) struct Piece {
     pub(super) io: u32,
     pub(super) page: u32,
     pub(super) sectors: u64,
-    /// The piece behind it in its request.
+    /// The next piece of the same request.
     pub(super) next: u32,
-    /// Of the first piece of a request, which goes by that piece's number.
+    /// Used in the first piece of a request, which goes by that piece's number.
     pub(super) request: Request,
 }
 
@@ -66,14 +66,14 @@ pub(super) struct Request {
     pub(super) sector: u64,
     pub(super) sectors: u64,
     pub(super) segments: u32,
-    /// Its last piece, if there are several.
+    /// Its last piece, if it has several.
     pub(super) last: u32,
     /// Counted as waiting for a slot.
     pub(super) waited: bool,
 }
 
 impl Piece {
-    /// A request by itself, of no other's data than `range`'s.
+    /// A request by itself, for `range` alone.
     #[inline]
     fn new(io: u32, range: Range) -> Self {
         let Range { kind, sector, sectors, page } = range;
@@ -98,22 +98,22 @@ impl Range {
     }
 }
 
-/// All of them, by number.
+/// All I/Os and pieces, by number.
 #[derive(Debug)]
 pub(super) struct Table {
     ios: Slab<Flying>,
-    /// Pieces beside the I/Os' own, whose numbers follow on those.
+    /// Pieces other than the I/Os' own; their numbers follow those.
     more: Slab<Piece>,
     depth: u32,
 }
 
 impl Table {
-    /// For `depth` I/Os and `pages` pages: a piece beside an I/O's own has one at least.
+    /// For `depth` I/Os and `pages` pages: a piece other than an I/O's own holds at least one.
     pub(super) fn new(depth: usize, pages: usize) -> Self {
         Self { ios: Slab::new(depth), more: Slab::new(pages), depth: depth as u32 }
     }
 
-    /// Numbers that pieces go by.
+    /// How many numbers pieces may have.
     pub(super) const fn numbers(depth: usize, pages: usize) -> usize {
         depth + pages
     }
@@ -126,7 +126,7 @@ impl Table {
         self.depth as usize
     }
 
-    /// Takes in an I/O, there being fewer than `depth`, of which `range` is the first piece.
+    /// Adds an I/O whose first piece is `range`, while there are fewer than `depth`.
     #[inline(always)]
     pub(super) fn admit(
         &mut self,
@@ -143,7 +143,7 @@ impl Table {
         })
     }
 
-    /// Takes in another piece of an I/O.
+    /// Adds another piece of an I/O.
     pub(super) fn add(&mut self, io: u32, range: Range) -> Option<u32> {
         let flying = self.ios.get_mut(io)?;
         let key = if flying.has_own() {

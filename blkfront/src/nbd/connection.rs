@@ -11,10 +11,10 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::unix::net::UnixStream;
 
-/// Requests a client may have that were not answered yet; then no more are read from it. Twice
-/// what `nbdcopy` or a Linux client use.
+/// The most unanswered requests of a client; with that many, no more are read from it. Twice what `nbdcopy`
+/// or a Linux client use.
 pub(super) const MAX_REQUESTS: usize = 128;
-/// Bytes of requests received at once, and what the longest option takes.
+/// Bytes of requests to receive at once; also enough for the longest option.
 const INPUT_BYTES: usize = 8192;
 const _: () = assert!(INPUT_BYTES >= handshake::MAX_INPUT_BYTES);
 
@@ -29,16 +29,16 @@ enum Phase {
 enum Input {
     /// An option or a request.
     Message,
-    /// The data of a write, of which so many bytes are there.
+    /// The data of a write, of which `filled` bytes have come.
     Payload { origin: Origin, command: Command, buffer: IoBuffer, filled: usize },
-    /// Nothing we want; then an error is to be answered.
+    /// Bytes to skip; `error`, if any, is answered after them.
     Unwanted { left: u64, error: Option<(u64, Errno)> },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum State {
     Open,
-    /// Takes nothing in any more, and closes when all is answered.
+    /// Takes no more input, and closes when everything is answered.
     Draining,
     Closed,
 }
@@ -54,22 +54,22 @@ pub(super) struct Connection {
     phase: Phase,
     input: Input,
     bytes: Box<[u8; INPUT_BYTES]>,
-    /// Of `bytes`, what was received and not dealt with.
+    /// What was received in `bytes` and not processed yet.
     start: usize,
     end: usize,
-    /// The handshake's output, of which so many bytes were sent.
+    /// Output of the handshake that was not sent in full yet.
     greeting: Vec<u8>,
     replies: VecDeque<Reply>,
     /// Bytes sent of the greeting, or else of the first reply.
     sent: usize,
-    /// Requests that were read and not answered.
+    /// Requests that were read and not answered yet.
     open: usize,
     /// Of these, how many are in the queue.
     inside: usize,
-    /// Pages its buffers take, and may take.
+    /// Pages its buffers take, and may take at most.
     pages: usize,
     max_pages: usize,
-    /// The last request was a write: more may follow, whose data should not be read as messages.
+    /// The last request was a write: more may follow, and their data should not end up in `bytes`.
     writes: bool,
     /// A request waits for others to be answered.
     blocked: bool,
@@ -131,7 +131,7 @@ impl Connection {
         receives || (self.writable && self.has_output())
     }
 
-    /// Whether it is closed, though requests of it may still be in the queue.
+    /// Whether it is closed; requests of it may still be in the queue.
     pub(super) fn is_closed(&self) -> bool {
         self.state == State::Closed
     }
@@ -149,7 +149,7 @@ impl Connection {
     pub(super) fn drain(&mut self) {
         if self.state == State::Open {
             self.state = State::Draining;
-            // A request that has not come in whole is not to be answered.
+            // A request that has not come in whole gets no answer.
             match std::mem::replace(&mut self.input, Input::Message) {
                 Input::Payload { buffer, .. } => {
                     self.free(Some(buffer));
@@ -180,7 +180,7 @@ impl Connection {
 
     /// Receives and starts requests.
     pub(super) fn receive(&mut self, requests: &mut Requests, name: &str) {
-        // Until here, something may have been answered.
+        // Something may have been answered since it was blocked.
         self.digest(requests, name);
         if self.state == State::Open && self.readable && !self.blocked {
             self.fill();
@@ -188,8 +188,8 @@ impl Connection {
         }
     }
 
-    /// One system call's worth of input: into the buffer of the write that is being received, and what
-    /// follows into `bytes`.
+    /// Receives by one system call: into the buffer of the write that is coming in, and what follows into
+    /// `bytes`.
     fn fill(&mut self) {
         let Some(socket) = &self.socket else { return };
         self.bytes.copy_within(self.start..self.end, 0);
@@ -202,7 +202,7 @@ impl Connection {
             all = receive.fill_buffer(buffer, *filled);
             payload = receive.len();
         }
-        // After a write comes another one, more often than not: its data should not end up here.
+        // A write is mostly followed by another one, whose data should not end up here.
         let room = if writes { HEADER_BYTES } else { INPUT_BYTES };
         if let Some(bytes) = self.bytes.get_mut(self.end..room.max(self.end)).filter(|_| all) {
             receive.fill_slice(bytes);
@@ -215,7 +215,7 @@ impl Connection {
                     *filled += n.min(payload);
                 }
                 self.end += n.saturating_sub(payload);
-                // Fewer than asked for: there are no more, unless the end was to be seen as well.
+                // Fewer bytes than asked for: there are no more, unless a hang-up is still to be read.
                 self.readable = n == asked || self.hung_up;
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.readable = false,
@@ -224,7 +224,7 @@ impl Connection {
         }
     }
 
-    /// Deals with what was received, as far as it goes.
+    /// Processes what was received, as far as possible.
     fn digest(&mut self, requests: &mut Requests, name: &str) {
         self.blocked = false;
         while self.state == State::Open {
@@ -268,10 +268,10 @@ impl Connection {
         }
     }
 
-    /// Deals with one option; says whether to go on.
+    /// Processes one option; returns whether to go on.
     fn haggle(&mut self, name: &str) -> bool {
         if !self.greeting.is_empty() {
-            // One answer at a time: a client that does not read them makes us keep no more.
+            // One answer at a time, so that a client that reads none makes us keep no more.
             self.blocked = true;
             return false;
         }
@@ -296,7 +296,7 @@ impl Connection {
         true
     }
 
-    /// Takes one request; says whether to go on.
+    /// Processes one request; returns whether to go on.
     fn take_request(&mut self, requests: &mut Requests) -> bool {
         let Phase::Transmission { max_payload, .. } = self.phase else { return true };
         let bytes = self.bytes.get(self.start..self.end).unwrap_or_default();
@@ -330,7 +330,7 @@ impl Connection {
         self.writes = header.payload() > 0;
         let origin = Origin { connection: self.place, cookie, offset, read: header.is_read() };
         let admitted = command.and_then(|(command, data)| {
-            // The pool has the pages: the shares of all connections together are no larger.
+            // The pool has the pages: the connections' shares together are no larger.
             let buffer = data.then(|| requests.queue().alloc(len as usize).ok_or(Errno::NoMem));
             Ok((command, buffer.transpose()?))
         });

@@ -1,4 +1,4 @@
-//! The threads of a disk's vCPUs, and who gives them connections.
+//! The threads of a disk's vCPUs, and how they share the connections.
 
 use super::connection::MAX_REQUESTS;
 use super::proto::Export;
@@ -55,7 +55,7 @@ impl<'a> Crew<'a> {
             };
             workers.push((worker, shared, sender));
         }
-        // Connections go to workers in turn: to another ring first, then to another vCPU of a ring.
+        // Workers get connections in this order: each ring's first vCPU, then its others.
         let mut on_ring = vec![0; disk.rings() as usize];
         workers.sort_by_cached_key(|(worker, ..)| {
             let ring = worker.requests.ring();
@@ -79,8 +79,8 @@ impl<'a> Crew<'a> {
         &self.options
     }
 
-    /// Has the threads work while `lead` lets connections in. Then requests that have come in are
-    /// answered and all connections are closed, a client being given 5 seconds to take its answers.
+    /// Runs the threads while `lead` lets connections in. After that, requests that have come in are
+    /// answered and all connections are closed; a client has 5 seconds to take its answers.
     ///
     /// # Errors
     /// As `lead`; when threads cannot be made, or one of them fails.
@@ -131,8 +131,8 @@ pub(super) struct Desks<'a> {
 }
 
 impl Desks<'_> {
-    /// Gives a client to the vCPU that has fewest, and among equals to the next in turn. One that has
-    /// `negotiated` sends requests at once.
+    /// Gives a client to the vCPU that has the fewest, and among equals to the next in turn. A client that
+    /// has `negotiated` sends requests at once.
     pub(super) fn let_in(&mut self, socket: UnixStream, negotiated: bool) {
         let load = |desk: &Desk| desk.shared.connections.load(Ordering::Acquire);
         let max_connections = self.options.max_connections;
@@ -157,7 +157,7 @@ impl Desks<'_> {
     /// Whether all threads are still at work.
     ///
     /// # Errors
-    /// Which one is not; why, [`Crew::run`] tells.
+    /// Which one is not; [`Crew::run`] returns why.
     pub(super) fn check(&self) -> Result<(), Error> {
         let Some(desk) = self.desks.iter().find(|desk| desk.thread.is_finished()) else {
             return Ok(());

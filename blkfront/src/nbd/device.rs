@@ -1,4 +1,4 @@
-//! A block device of the kernel's: its NBD client, on sockets that we made for it.
+//! A block device of the kernel: its NBD client, on sockets that we make for it.
 
 use super::crew::{Crew, Desks};
 use super::ioctl::{MAJOR, Request, ask};
@@ -16,13 +16,13 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-/// With several connections, the kernel drops one that does not answer in 30 seconds, and when it has
-/// none left, it fails. A backend may be away for longer; that is not the connection's fault.
+/// With several connections, the kernel drops one that does not answer in 30 seconds, and the device fails
+/// when none is left. A backend may be away for longer; that is not the connection's fault.
 const PATIENCE_SECONDS: u64 = 7 * 24 * 3600;
-/// How often it is looked at whether the device is there: it takes the kernel milliseconds.
+/// How often to check whether the device is ready: that takes the kernel milliseconds.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// A disk as the kernel's `/dev/nbdN`, with a connection, and so a hardware queue, a vCPU.
+/// A disk as the kernel's `/dev/nbdN`, with a connection, and so a hardware queue, per vCPU.
 #[derive(Debug)]
 pub struct BlockDevice<'a> {
     crew: Crew<'a>,
@@ -32,8 +32,8 @@ pub struct BlockDevice<'a> {
 }
 
 impl<'a> BlockDevice<'a> {
-    /// Takes the device `path` and all queues of `disk`, which is to be opened with
-    /// [`Options::config`] and [`Options::max_connections`] as many as it has vCPUs.
+    /// Takes the device `path` and all queues of `disk`, which must have been opened with
+    /// [`Options::config`] and as many [`Options::max_connections`] as it has vCPUs.
     ///
     /// # Errors
     /// When the device is not there or not free, an option is out of range, a queue is taken, or its
@@ -47,7 +47,7 @@ impl<'a> BlockDevice<'a> {
         let mut sockets = Vec::new();
         let set = |request, argument| {
             ask(&file, request, argument).map_err(|e| {
-                // What is attached already, by ioctl or by netlink.
+                // Attached already, by ioctl or by netlink.
                 let busy = matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EINVAL));
                 let remedy = if busy && request == Request::SetSocket {
                     ": it is in use: take another one, or free it: nbd-client -d"
@@ -63,7 +63,7 @@ impl<'a> BlockDevice<'a> {
             set(Request::SetSocket, theirs.as_raw_fd() as u64)?;
             sockets.push(ours);
         }
-        // Not before: now it is ours.
+        // Only now is the device ours.
         limit_requests(&path, &file, in_flight)?;
         let export = crew.export();
         set(Request::SetBlockSize, export.min_block.into())?;
@@ -75,9 +75,9 @@ impl<'a> BlockDevice<'a> {
         Ok(Self { crew, path, file, sockets })
     }
 
-    /// Serves until `stop` becomes readable, the disk is gone, or somebody detaches the device. It
-    /// calls `ready` when the device can be used. At the end what the kernel has cached is written,
-    /// for at most five seconds, requests are answered, and the device detached.
+    /// Serves until `stop` becomes readable, the disk is gone, or somebody detaches the device. Calls
+    /// `ready` when the device can be used. At the end, what the kernel has cached is written back, for at
+    /// most five seconds, requests are answered, and the device is detached.
     ///
     /// # Errors
     /// When threads cannot be made or one of them fails, or the kernel does not attach the device.
@@ -94,7 +94,7 @@ impl<'a> BlockDevice<'a> {
             let kernel = &*attached.insert(kernel);
             while size(&file).map_err(failed)? == 0 && disk.geometry().size > 0 {
                 if kernel.is_finished() {
-                    // Why, it tells when it is joined.
+                    // Joining it tells why.
                     return Ok(());
                 }
                 thread::sleep(LOOK);
@@ -107,12 +107,12 @@ impl<'a> BlockDevice<'a> {
                 let resize = resize.spawn_scoped(scope, move || resize_at(news, disk, file));
                 resize.map_err(system("start a thread"))?;
                 serve(disk, desks, &resized, [stop.as_fd(), ended.as_fd()])?;
-                // A resize and a disconnect wait for requests, and they perhaps for a backend that is away:
-                // those that are left now fail.
+                // A resize and a disconnect wait for requests, which may wait for a backend that is away:
+                // fail those that are left.
                 if disk.take_news() && !sync(file) {
                     disk.give_up();
                 }
-                // Refused where somebody else has detached it.
+                // Fails if somebody else has detached the device.
                 let _ = ask(file, Request::Disconnect, 0);
                 Ok(())
             })
@@ -124,7 +124,7 @@ impl<'a> BlockDevice<'a> {
     }
 }
 
-/// Until any of `ends` is readable, or the disk is gone; has the device resized meanwhile.
+/// Waits until any of `ends` is readable or the disk is gone; has the device resized meanwhile.
 fn serve(
     disk: &Disk,
     desks: &Desks<'_>,
@@ -133,14 +133,15 @@ fn serve(
 ) -> Result<(), Error> {
     while wait_for_news(disk, &ends).map_err(system("wait for the disk"))? == News::Resized {
         desks.check()?;
-        // Full: the size is looked at after this.
+        // If full, a look at the size is still to come.
         let _ = resized.try_send(());
     }
     Ok(())
 }
 
-/// Tells the kernel the disk's size whenever there is news of it. A newer kernel first waits until nothing is
-/// in flight (`blk_mq_freeze_queue` in `nbd_set_size`): not for the thread that is to hear of the end.
+/// Tells the kernel the disk's size whenever there is news of it. Newer kernels first wait until nothing is
+/// in flight (`blk_mq_freeze_queue` in `nbd_set_size`), so the thread that is to notice the end cannot do
+/// this.
 fn resize_at(news: Receiver<()>, disk: &Disk, file: &File) {
     for () in news {
         if let Err(e) = ask(file, Request::SetSize, disk.geometry().size) {
@@ -149,8 +150,8 @@ fn resize_at(news: Receiver<()>, disk: &Disk, file: &File) {
     }
 }
 
-/// Has the kernel make no longer requests than fit into what may be in flight: it does not ask. They
-/// are up to 128 KiB long, or with newer kernels up to 4 MiB (`BLK_DEF_MAX_SECTORS_CAP`).
+/// Limits the kernel's requests to what may be in flight, which it does not ask for. By default they are up
+/// to 128 KiB long, or with newer kernels up to 4 MiB (`BLK_DEF_MAX_SECTORS_CAP`).
 fn limit_requests(path: &Path, file: &File, in_flight: usize) -> Result<(), Error> {
     let number = file.metadata().map_err(|e| device("look at", "")(path, e))?.rdev();
     let (major, minor) = (major(number), minor(number));
@@ -158,7 +159,7 @@ fn limit_requests(path: &Path, file: &File, in_flight: usize) -> Result<(), Erro
     lower(limit.as_ref(), in_flight)
 }
 
-/// Makes a limit in KiB no larger than so many bytes.
+/// Lowers `limit`, a file with KiB in it, to `bytes` at most.
 fn lower(limit: &Path, bytes: usize) -> Result<(), Error> {
     let failed = |doing| move |e| device(doing, "")(limit, e);
     let now = fs::read_to_string(limit).map_err(failed("read the longest request"))?;
@@ -174,7 +175,7 @@ fn lower(limit: &Path, bytes: usize) -> Result<(), Error> {
     })?)
 }
 
-/// Has the kernel use the device, and says by the end of a socket when it does so no more.
+/// Has a thread run the device in the kernel. The socket reads end of file when that is over.
 fn start(file: &File) -> io::Result<(UnixStream, JoinHandle<io::Result<()>>)> {
     let (ended, at_work) = UnixStream::pair()?;
     let file = file.try_clone()?;
@@ -226,7 +227,7 @@ mod tests {
             assert_eq!(fs::read_to_string(&limit).unwrap(), after);
         }
         fs::remove_file(&limit).unwrap();
-        // Of the kernel's own, one that nobody can write.
+        // A file of the kernel's that nobody can write.
         let fixed = Path::new("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size");
         if fixed.exists() {
             let refused = lower(fixed, 512 << 10).unwrap_err().to_string();

@@ -1,4 +1,4 @@
-//! The fixed newstyle handshake, as a machine that is fed bytes and makes bytes.
+//! The fixed newstyle handshake, as a state machine that takes bytes and produces bytes.
 
 use super::proto::{self, Export, Reader};
 
@@ -15,13 +15,13 @@ pub(super) const MAX_INPUT_BYTES: usize = OPTION_HEAD_BYTES + MAX_OPTION_BYTES;
 pub(super) enum Next {
     /// Come again with more bytes.
     More,
-    /// So many bytes are dealt with.
+    /// This many bytes are processed.
     Consumed(usize),
-    /// So many bytes are dealt with, of which some may not have come yet.
+    /// This many bytes are to be skipped, some of which may not have come yet.
     Skip(u64),
     /// The handshake is over: requests follow these bytes.
     Transmit(usize),
-    /// Send what is to be sent, then close: for this reason, or because the client wants it.
+    /// Send what is to be sent, then close: for this reason, or because the client asked to.
     Close(Option<&'static str>),
 }
 
@@ -52,8 +52,7 @@ impl Handshake {
         self.export.max_payload
     }
 
-    /// Deals with the client's flags or with one option, as far as `input` has it. `name` is the
-    /// export's.
+    /// Processes the client's flags or one option, once `input` has all of it. `name` is the export's.
     pub(super) fn step(&mut self, name: &str, input: &[u8], out: &mut Vec<u8>) -> Next {
         let mut reader = Reader(input);
         if !self.greeted {
@@ -103,7 +102,7 @@ impl Handshake {
                 Ok(()) => proto::REP_ACK,
                 Err(error) => error,
             },
-            // Also STARTTLS, for a server that has none, and meta contexts: blkif cannot tell what is
+            // Including STARTTLS, which we do not have, and meta contexts: blkif cannot tell what is
             // allocated.
             _ => proto::REP_ERR_UNSUP,
         };
@@ -113,7 +112,7 @@ impl Handshake {
 
     /// The one option without a reply to refuse it with.
     fn export_name(&self, name: &str, data: &[u8], out: &mut Vec<u8>) -> Next {
-        /// Bytes that follow for clients that did not ask to be spared them.
+        /// Bytes that follow unless the client asked to be spared them.
         const ZEROES: usize = 124;
         if !names(data, name) {
             return Next::Close(Some("it asked for an export we do not have"));
@@ -126,7 +125,7 @@ impl Handshake {
         Next::Transmit(OPTION_HEAD_BYTES + data.len())
     }
 
-    /// `OPT_INFO` and `OPT_GO`: writes what there is to know, or says which error it is.
+    /// `OPT_INFO` and `OPT_GO`: writes the information, or returns the error to reply with.
     fn info(&self, name: &str, option: u32, data: &[u8], out: &mut Vec<u8>) -> Result<(), u32> {
         let (asked, infos) = parse_info(data).ok_or(proto::REP_ERR_INVALID)?;
         if !names(asked, name) {
@@ -139,7 +138,7 @@ impl Handshake {
         let Export { size, min_block, preferred_block, max_payload, .. } = self.export;
         let flags = self.export.flags(self.structured);
         info(proto::INFO_EXPORT, &[&size.to_be_bytes(), &flags.to_be_bytes()]);
-        // To clients that did not ask, too: it does no harm, and the limits hold for them as well.
+        // Also to clients that did not ask: it does no harm, and the limits hold for them, too.
         let blocks = [min_block, preferred_block, max_payload].map(u32::to_be_bytes);
         info(proto::INFO_BLOCK_SIZE, &[blocks.as_flattened()]);
         if infos.as_chunks().0.contains(&proto::INFO_NAME.to_be_bytes()) {

@@ -1,6 +1,6 @@
-//! What Linux's NBD client is told: the ioctls of `/dev/nbdN` (`linux/nbd.h`).
+//! The control of Linux's NBD client: the ioctls of `/dev/nbdN` (`linux/nbd.h`).
 //!
-//! There is netlink, too; but what was attached by ioctl the kernel detaches when the process dies.
+//! Not netlink: a device that was attached by ioctl is detached by the kernel when the process dies.
 
 use std::fs::File;
 use std::io;
@@ -13,11 +13,11 @@ pub(super) const MAJOR: u64 = 43;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub(super) enum Request {
-    /// A descriptor: one more connection. All from one thread.
+    /// A descriptor: adds a connection. All must come from one thread.
     SetSocket = 0,
     /// Bytes.
     SetBlockSize = 1,
-    /// Bytes, also of a device at work.
+    /// Bytes; also while the device is in use.
     SetSize = 2,
     /// Returns when the device is detached.
     DoIt = 3,
@@ -33,10 +33,10 @@ pub(super) enum Request {
 
 /// Asks the driver for something. The device must be of [`MAJOR`].
 pub(super) fn ask(device: &File, request: Request, argument: u64) -> io::Result<()> {
-    // `_IO(0xab, n)`, where Xen runs.
+    // `_IO(0xab, n)` wherever Xen runs.
     let number = 0xab00 | libc::Ioctl::from(request as u8);
-    // SAFETY: these requests take an integer, no pointer. A descriptor among them is taken a reference
-    // to.
+    // SAFETY: these requests take an integer, no pointer. If it is a descriptor, the kernel takes a
+    // reference.
     let result = unsafe { libc::ioctl(device.as_raw_fd(), number, argument) };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -2,11 +2,11 @@
 //! kernel's own client.
 //!
 //! The server speaks fixed newstyle with `NBD_OPT_GO`, structured replies and many connections (nbd's
-//! `doc/proto.md`). A connection is pinned to a vCPU, whose one thread carries its requests from the socket to the
-//! ring and back: there is no lock and no other thread in between, and no copy of the data
-//! between the socket and the granted pages. While answers are due from the backend the thread spins as
-//! [`Config::waiting`] says, but with [`crate::Waiting::Poll`] it sleeps after some turns, too: there are
-//! sockets to be watched.
+//! `doc/proto.md`). A connection is pinned to a vCPU, whose one thread carries its requests from the socket
+//! to the ring and back: there is no lock and no other thread in between, and no copy of the data between
+//! the socket and the granted pages. While responses are due from the backend, the thread spins as
+//! [`Config::waiting`] says, but even with [`crate::Waiting::Poll`] it sleeps after some turns, as there
+//! are sockets to watch.
 //!
 //! ```no_run
 //! # fn f(platform: std::sync::Arc<dyn xen_platform::Platform>,
@@ -58,8 +58,8 @@ pub const DEFAULT_MAX_CONNECTIONS: usize = 16;
 /// Bytes in flight for a client, unless [`Options::in_flight`] says otherwise: the depth and size at
 /// which a fast disk is busy (32 of 64 KiB), and what `qemu-img convert` transfers at once.
 pub const DEFAULT_IN_FLIGHT: usize = 2 << 20;
-/// The largest [`Options::in_flight`]: what clients may transfer at once when they were not told a
-/// limit, by the protocol.
+/// The largest [`Options::in_flight`]: what the protocol lets clients transfer at once if they were told no
+/// limit.
 pub const MAX_IN_FLIGHT: usize = 32 << 20;
 /// The longest export name, by the protocol.
 const MAX_NAME_BYTES: usize = 4096;
@@ -98,7 +98,7 @@ impl Options {
         Config { pool_bytes, depth, ..config }
     }
 
-    /// Whether a disk of so many vCPUs can be served like that.
+    /// Whether a disk of this many vCPUs can be served with these options.
     ///
     /// # Errors
     /// What is out of range.
@@ -143,7 +143,7 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// The kernel's block device cannot be had.
+    /// The kernel's block device cannot be used.
     #[error("{path}: {doing}: {source}{remedy}", path = path.display())]
     Device {
         /// The device.

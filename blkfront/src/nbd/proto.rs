@@ -57,7 +57,7 @@ const REPLY_FLAG_DONE: u16 = 1;
 const REPLY_TYPE_OFFSET_DATA: u16 = 1;
 const REPLY_TYPE_ERROR: u16 = (1 << 15) + 1;
 
-/// The export as a new client gets to see it.
+/// The export as it is announced to a new client.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Export {
     /// Bytes.
@@ -79,7 +79,7 @@ impl Export {
         read_only: bool,
         max_payload: u32,
     ) -> Self {
-        /// What clients are told to prefer: a page, as long as sectors are no larger.
+        /// The block size that clients are told to prefer, unless sectors are larger: a page.
         const PREFERRED_BLOCK: u32 = 4096;
         let read_only = read_only || geometry.read_only;
         Self {
@@ -92,8 +92,8 @@ impl Export {
         }
     }
 
-    /// The transmission flags. Every connection sees the same disk, whose flush covers all that was
-    /// completed on any of them: `CAN_MULTI_CONN` is true. There is no fast way to zero.
+    /// The transmission flags. Every connection sees the same disk, and a flush covers all that was
+    /// completed on any of them, so `CAN_MULTI_CONN` holds. There is no fast way to zero.
     pub(super) fn flags(&self, structured: bool) -> u16 {
         let mut flags =
             TRANSMIT_HAS_FLAGS | TRANSMIT_SEND_FLUSH | TRANSMIT_SEND_FUA | TRANSMIT_CAN_MULTI_CONN;
@@ -159,7 +159,7 @@ pub(super) enum Command {
     WriteZeroes { fua: bool },
 }
 
-/// A request's header: which command it is was not checked yet.
+/// A request's header, whose command was not checked yet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Header {
     flags: u16,
@@ -173,7 +173,7 @@ pub(super) struct Header {
 pub(super) const HEADER_BYTES: usize = 28;
 
 impl Header {
-    /// `None` when it does not start with the magic: the stream is out of step, for good.
+    /// `None` when it does not start with the magic: the stream is out of sync for good.
     pub(super) fn decode(bytes: &[u8; HEADER_BYTES]) -> Option<Self> {
         let mut reader = Reader(bytes);
         if reader.u32()? != REQUEST_MAGIC {
@@ -199,7 +199,7 @@ impl Header {
         if self.flags & !flags == 0 { Ok(command) } else { Err(Errno::Inval) }
     }
 
-    /// Whether the reply is one to a read, valid or not: those alone may have to be structured.
+    /// Whether this is a read, valid or not: only replies to reads may have to be structured.
     pub(super) fn is_read(&self) -> bool {
         self.command == CMD_READ
     }
@@ -210,7 +210,7 @@ impl Header {
     }
 }
 
-/// A reply on its way: a head, and after it perhaps data.
+/// A reply to be sent: a head, perhaps followed by data.
 #[derive(Debug)]
 pub(super) struct Reply {
     head: [u8; Self::MAX_HEAD],
@@ -219,7 +219,7 @@ pub(super) struct Reply {
 }
 
 impl Reply {
-    /// The head of a chunk of data and its offset.
+    /// Bytes of the head of a chunk of data with its offset.
     const MAX_HEAD: usize = 28;
 
     /// A reply without data to anything but a read.
@@ -261,7 +261,7 @@ impl Reply {
             Err(errno) => {
                 reply.put(&REPLY_TYPE_ERROR.to_be_bytes());
                 reply.put(&cookie.to_be_bytes());
-                // The error, and the length of a message that there is none of.
+                // The error, and the length of a message, which is left out.
                 reply.put(&6u32.to_be_bytes());
                 reply.put(&(errno as u32).to_be_bytes());
                 reply.put(&0u16.to_be_bytes());
@@ -282,7 +282,7 @@ impl Reply {
         self.head.get(..self.head_len).unwrap_or_default()
     }
 
-    /// Bytes of it on the wire.
+    /// Its length on the wire.
     pub(super) fn len(&self) -> usize {
         self.head_len + self.data.as_ref().map_or(0, IoBuffer::len)
     }

@@ -6,7 +6,7 @@ use crate::{Completed, Io, IoBuffer, Op, Queue, Refusal};
 use std::collections::VecDeque;
 
 /// Bytes of zeroes written at once. blkif has no command to zero a range (and a discard may leave
-/// anything), so zeroes are data. One buffer of them does for all: a client that zeroes a terabyte
+/// anything), so zeroes are written. One buffer of them serves all clients: one that zeroes a terabyte
 /// takes turns with the others.
 pub(super) const ZERO_BYTES: usize = 256 << 10;
 
@@ -15,7 +15,7 @@ pub(super) const ZERO_BYTES: usize = 256 << 10;
 pub(super) struct Origin {
     /// The connection's place.
     pub(super) connection: usize,
-    /// The client's name for the request.
+    /// The client's identifier of the request.
     pub(super) cookie: u64,
     /// Where on the disk, in bytes.
     pub(super) offset: u64,
@@ -34,7 +34,7 @@ pub(super) struct Finished {
 
 #[derive(Clone, Copy, Debug)]
 enum Work {
-    /// One I/O and no more.
+    /// A single I/O.
     Single,
     /// A flush follows.
     ThenFlush,
@@ -57,7 +57,7 @@ pub(super) struct Requests {
     read_only: bool,
     /// The zeroes, unless they are being written.
     zeroes: Option<IoBuffer>,
-    /// What is to be zeroed. The first one has the zeroes while they are being written.
+    /// Requests with zeroes to write. The first one has the buffer while it is being written.
     zeroing: VecDeque<u32>,
 }
 
@@ -67,7 +67,7 @@ impl Requests {
         self.queue.ring()
     }
 
-    /// For as many as `depth` at a time. `None` when the queue's pool has no room for the zeroes.
+    /// For up to `depth` requests at a time. `None` when the queue's pool has no room for the zeroes.
     pub(super) fn new(
         mut queue: Queue,
         depth: usize,
@@ -94,7 +94,7 @@ impl Requests {
         self.requests.len() == 0
     }
 
-    /// Says what is wrong with a request before anything is spent on it. The queue checks again.
+    /// Refuses an invalid request before anything is spent on it. The queue checks again.
     pub(super) fn check(&self, command: Command, offset: u64, len: u32) -> Result<(), Errno> {
         if matches!(command, Command::Flush | Command::Disconnect) {
             return Ok(());
@@ -117,7 +117,7 @@ impl Requests {
         }
     }
 
-    /// Starts a request that passed [`Requests::check`]. It may be over at once.
+    /// Starts a request that passed [`Requests::check`]. Returns it if it is over at once.
     pub(super) fn start(
         &mut self,
         origin: Origin,
@@ -171,12 +171,12 @@ impl Requests {
         Some(Finished { origin, result, buffer })
     }
 
-    /// Writes the next zeroes, if there are any to be written; returns what was over at once. To be called
-    /// until it returns `None`, after requests were started or completed.
+    /// Starts the next write of zeroes, if there is one; returns a request that is over at once. To be
+    /// called until it returns `None`, after requests were started or completed.
     pub(super) fn write_zeroes(&mut self) -> Option<Finished> {
         let key = *self.zeroing.front()?;
         if self.queue.is_gone() {
-            // The zeroes do not come back.
+            // The buffer does not come back.
             self.zeroing.pop_front();
             return self.end(key, Err(Refusal::Gone.into()), None);
         }
@@ -198,7 +198,7 @@ impl Requests {
         self.end(key, Err(refused.reason.into()), None)
     }
 
-    /// Takes back what the queue completed: a request that is over, unless there is more to it.
+    /// Takes a completion from the queue. Returns the request, unless there is more to do for it.
     pub(super) fn complete(&mut self, completed: Completed) -> Option<Finished> {
         let Completed { cookie, result, mut buffer } = completed;
         let key = u32::try_from(cookie).ok()?;
@@ -224,7 +224,7 @@ impl Requests {
         self.end(key, result, buffer)
     }
 
-    /// Zeroes no more for a client that left.
+    /// Stops zeroing for a client that has left.
     pub(super) fn abandon(&mut self, connection: usize) {
         for &key in &self.zeroing {
             if let Some(request) = self.requests.get_mut(key)

@@ -10,7 +10,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-/// How long the listener rests when a client cannot be let in for want of descriptors.
+/// How long the listener pauses when a client cannot be let in for lack of descriptors.
 const ACCEPT_REST_MS: u16 = 100;
 
 /// A socket file, removed when dropped.
@@ -32,12 +32,12 @@ pub struct Server<'a> {
 }
 
 impl<'a> Server<'a> {
-    /// Listens on `path` and takes all queues of `disk`, which is to be opened with
+    /// Listens on `path` and takes all queues of `disk`, which must have been opened with
     /// [`Options::config`]. A socket that nobody listens on any more is replaced.
     ///
     /// # Errors
-    /// When an option is out of range, the socket cannot be made or is somebody's, a queue is
-    /// taken, or its pool is too small.
+    /// When an option is out of range, the socket cannot be made or is in use, a queue is taken, or its
+    /// pool is too small.
     pub fn bind(path: impl AsRef<Path>, disk: &'a Disk, options: Options) -> Result<Self, Error> {
         let path = path.as_ref();
         let crew = Crew::new(disk, options)?;
@@ -46,15 +46,15 @@ impl<'a> Server<'a> {
         Ok(Self { crew, listener, file })
     }
 
-    /// What to give to clients, as in the `nbd-uri` specification.
+    /// The URI for clients, as in the `nbd-uri` specification.
     pub fn uri(&self) -> String {
         let export = escape(self.crew.options().export.as_bytes());
         let path = escape(self.file.0.as_os_str().as_encoded_bytes());
         format!("nbd+unix:///{export}?socket={path}")
     }
 
-    /// Serves until `stop` becomes readable or the disk is gone: then requests that have come in are
-    /// answered and all connections are closed, a client being given 5 seconds to take its answers.
+    /// Serves until `stop` becomes readable or the disk is gone. After that, requests that have come in are
+    /// answered and all connections are closed; a client has 5 seconds to take its answers.
     ///
     /// # Errors
     /// When threads cannot be made, or one of them or the listener fails.
@@ -98,7 +98,7 @@ fn accept(
     loop {
         let mut fds = [stop.as_fd(), disk.news(), listener.as_fd()]
             .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-        // At rest, the listener would be ready all the time.
+        // During a pause, the listener would be ready all the time.
         let watched = if timeout.is_none() { 3 } else { 2 };
         match poll(fds.get_mut(..watched).unwrap_or_default(), timeout) {
             Ok(_) | Err(nix::Error::EINTR) => {}

@@ -1,4 +1,4 @@
-//! Moves bytes between a socket and granted pages without a copy of ours between.
+//! Moves bytes between a socket and granted pages, without a copy in between.
 //!
 //! The backend may write those pages at any time, so no reference into them may exist and the safe
 //! vectored calls of the standard library cannot be used. The kernel has no such scruples.
@@ -65,7 +65,7 @@ impl<'a> Receive<'a> {
         Self(Pieces::new())
     }
 
-    /// Bytes `offset..` of a buffer, as far as there is room, and says whether that was all of it.
+    /// Adds bytes `offset..` of a buffer, as far as there is room; returns whether that was all.
     pub(super) fn fill_buffer(&mut self, buffer: &'a mut IoBuffer, offset: usize) -> bool {
         self.0.push_buffer(buffer, offset)
     }
@@ -98,7 +98,7 @@ impl<'a> Send<'a> {
         Self(Pieces::new())
     }
 
-    /// Bytes `offset..` of a buffer, as far as there is room, and says whether that was all of it.
+    /// Adds bytes `offset..` of a buffer, as far as there is room; returns whether that was all.
     pub(super) fn buffer(&mut self, buffer: &'a IoBuffer, offset: usize) -> bool {
         self.0.push_buffer(buffer, offset)
     }

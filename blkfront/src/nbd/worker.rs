@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 /// How long clients have to take their last answers when the server stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// What epoll calls the bell and the queue; connections go by their place.
+/// The epoll data of the bell and the queue; that of connections is their place.
 const BELL: u64 = u64::MAX;
 const QUEUE: u64 = u64::MAX - 1;
 
@@ -49,7 +49,7 @@ pub(super) struct Worker {
     pub(super) max_pages: usize,
     /// The connections, found by place.
     pub(super) connections: Vec<Option<Connection>>,
-    /// Requests all connections together may have.
+    /// Requests that all connections together may have.
     pub(super) depth: usize,
 }
 
@@ -57,7 +57,7 @@ impl Worker {
     /// Serves until told to stop.
     ///
     /// # Errors
-    /// When epoll cannot be had.
+    /// When epoll fails.
     pub(super) fn run(mut self) -> io::Result<()> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&self.shared.bell, EpollEvent::new(EpollFlags::EPOLLIN, BELL))?;
@@ -77,7 +77,7 @@ impl Worker {
             }
             let runnable = self.connections.iter().flatten().any(Connection::is_runnable);
             let queue = self.requests.queue();
-            // With no time to wait it spins as the disk was configured to, and does not sleep.
+            // With a timeout of zero, this spins as the disk was configured to, but does not sleep.
             if !runnable && queue.wait(&mut done, Some(Duration::ZERO)) > 0 {
                 continue;
             }
@@ -106,7 +106,7 @@ impl Worker {
         }
     }
 
-    /// Answers what is done, then takes what has come and sends it to the backend in one go.
+    /// Answers what is done, then takes new requests and sends them to the backend in one go.
     fn turn(&mut self, done: &mut Vec<Completed>) {
         self.requests.queue().poll(done);
         for completed in done.drain(..) {
@@ -139,7 +139,7 @@ impl Worker {
 
     /// Lets the newcomers in.
     fn welcome(&mut self, epoll: &Epoll) -> io::Result<()> {
-        // It cannot block: it was said to be readable, and nobody else reads it.
+        // Does not block: epoll reported it readable, and nobody else reads it.
         self.shared.bell.read()?;
         while let Ok(Newcomer { socket, export, negotiated }) = self.inbox.try_recv() {
             let mut places = self.connections.iter_mut().enumerate();
@@ -155,7 +155,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Makes room where connections are over.
+    /// Frees the places of connections that are over.
     fn bury(&mut self) {
         for (place, slot) in self.connections.iter_mut().enumerate() {
             let Some(connection) = slot else { continue };

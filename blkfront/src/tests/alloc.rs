@@ -14,7 +14,7 @@ struct Counting;
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-// SAFETY: everything is the system allocator's doing; counting allocates nothing.
+// SAFETY: everything is left to the system allocator; counting allocates nothing.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.set(ALLOCATIONS.get() + 1);
@@ -39,7 +39,7 @@ fn an_io_allocates_nothing() {
         let mut done = Vec::with_capacity(64);
         let mut before = 0;
         for round in 0..200u64 {
-            // The first rounds fill what is filled lazily.
+            // The first rounds fill what is allocated lazily.
             if round == 10 {
                 before = ALLOCATIONS.get();
             }

@@ -21,7 +21,7 @@ pub(super) enum Conduct {
     Good,
     /// Answers that many requests, then takes more but never answers.
     FallsSilent(u32),
-    /// Shows its answers when it ends, and says nothing.
+    /// Publishes its responses at the end, without an event.
     AnswersLast,
     /// Answers with an id that was never there.
     UnknownId,
@@ -162,7 +162,7 @@ impl Served {
         self.responses.push(&response).unwrap();
         self.answered += 1;
         match self.conduct {
-            // In place of the answer to the next one.
+            // Instead of a response to the next request.
             Conduct::Twice => {
                 while self.requests.poll().unwrap() == 0 {
                     std::hint::spin_loop();

@@ -24,7 +24,7 @@ pub(super) struct Host {
 }
 
 impl Host {
-    /// The region that a grant of its first page stands for.
+    /// The region whose first page the grant is for.
     pub(super) fn region(&self, gref: GrantRef) -> Arc<dyn SharedMemory> {
         let (region, page) = self.tables.lock().unwrap().grants[&gref.0].clone();
         assert_eq!(page, 0);

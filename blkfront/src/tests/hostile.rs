@@ -25,7 +25,7 @@ fn lie(conduct: Conduct, vcpus: u32) -> Violation {
         assert_eq!(refused.reason, Refusal::Gone);
         assert!(queue.alloc(4096).is_none(), "the backend may be at work on any page");
     }
-    // It goes on with what it has taken, as long as the queues' pages are granted.
+    // Until here it works on what it has taken: the queues' pages must still be granted.
     drop(backend);
     assert_eq!(done.len(), 8 * vcpus as usize);
     assert!(done.iter().any(|completed| completed.result == Err(IoError::Gone)));
@@ -62,7 +62,7 @@ fn an_error_is_an_error_of_its_io_only() {
     queue.read_at(0, &mut [0; 512]).unwrap();
 }
 
-/// A backend that copies does not hold a page that it has still to write to.
+/// A backend that copies holds no mapping of a page that it has yet to write to.
 #[test]
 fn what_a_backend_may_copy_to_stays_granted() {
     let mut rig = Rig::new(small(1), 1);

@@ -1,4 +1,4 @@
-//! Whatever is written through whatever plugs, sizes, layouts and rings is there, and reads back.
+//! Data written with any mix of plugs, sizes, layouts and rings is on the disk, and reads back.
 
 use super::*;
 use crate::{Completed, Io, Op, Stats};
@@ -197,7 +197,7 @@ fn durable_writes_are_what_the_backend_has() {
         (FlushMode::None, Conduct::Good, vec![(op::WRITE, 1)]),
         (FlushMode::Cache, Conduct::Good, vec![(op::WRITE, 1), (op::FLUSH_DISKCACHE, 0)]),
         (FlushMode::Barrier, Conduct::Good, vec![(op::WRITE_BARRIER, 1)]),
-        // Offered, and refused: the data is to be there all the same.
+        // Offered, but refused: the data must be written all the same.
         (FlushMode::Barrier, Conduct::Narrow, vec![(op::WRITE, 1)]),
     ];
     for (flush, conduct, expected) in cases {

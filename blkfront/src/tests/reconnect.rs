@@ -24,7 +24,7 @@ fn replaced(vcpus: u32, first: RingLayout, second: RingLayout) {
             queue.submit(io).unwrap();
         }
     }
-    // All three answers: what follows is in flight, or waits.
+    // Take all three answers: everything else is in flight, or waits.
     while rig.fabric.stats(0).responses < 3 {
         queues.iter_mut().for_each(|queue| {
             queue.poll(&mut done);
@@ -34,14 +34,14 @@ fn replaced(vcpus: u32, first: RingLayout, second: RingLayout) {
     rig.fabric.post(|| Notice::Down);
     for queue in &mut queues {
         queue.poll(&mut done);
-        // Taken while nobody is there, too.
+        // I/O is also taken without a backend.
         let mut buffer = queue.alloc(512).unwrap();
         buffer.write(0, &[99; 512]);
         queue.submit(Io::write(99, part * u64::from(queue.vcpu()) + part - 512, buffer)).unwrap();
         assert!(queue.in_flight() > 0);
     }
     rig.storage().log.clear();
-    // No indirect requests any more: what was one is several.
+    // No indirect requests any more: each becomes several.
     let limits = Rig::limits(second, 0, FlushMode::Cache);
     let _backend = rig.connect(second, limits, Conduct::Good);
     for queue in &mut queues {

@@ -32,7 +32,7 @@ pub(super) struct DeviceInfo {
     pub(super) reserved: [u64; 2],
 }
 
-/// `struct ublk_params`, as far as we have something to say.
+/// `struct ublk_params`, as far as we use it.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub(super) struct Parameters {
@@ -65,7 +65,7 @@ pub(super) struct Descriptor {
     pub(super) addr: u64,
 }
 
-/// `struct ublksrv_io_cmd`: the answer to a request, or where the data of the next one is to be.
+/// `struct ublksrv_io_cmd`: the answer to a request, and where the data of the next one is to be.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(super) struct IoCommand {
@@ -95,7 +95,7 @@ impl IoCommand {
 }
 
 impl ControlCommand {
-    /// As they are in a submission, which has more room.
+    /// The command as in a submission, which has more room.
     pub(super) fn bytes(self) -> [u8; 80] {
         let mut bytes = [0; 80];
         bytes[..4].copy_from_slice(&self.device.to_ne_bytes());
@@ -137,7 +137,7 @@ pub(super) const F_IOCTL_NUMBERS: u64 = 1 << 6;
 /// `UBLK_S_DEV_DEAD`.
 pub(super) const STATE_DEAD: u16 = 0;
 
-/// The result of a fetched request; any other is the end of its tag.
+/// The result when a request was fetched; any other ends its tag.
 pub(super) const IO_OK: i32 = 0;
 pub(super) const OP_READ: u8 = 0;
 pub(super) const OP_WRITE: u8 = 1;
@@ -151,8 +151,7 @@ pub(super) const ATTR_READ_ONLY: u32 = 1;
 pub(super) const ATTR_VOLATILE_CACHE: u32 = 1 << 2;
 pub(super) const ATTR_FUA: u32 = 1 << 3;
 
-/// Descriptors of a queue follow those of another one at the distance of the largest queue's, in whole
-/// pages.
+/// Where the descriptors of a queue are: each queue has room for the largest queue's, in whole pages.
 pub(super) const fn descriptors_offset(queue: u16) -> u64 {
     /// `UBLK_MAX_QUEUE_DEPTH`.
     const MAX_DEPTH: usize = 4096;

@@ -1,4 +1,4 @@
-//! `/dev/ublk-control`: devices come and go by commands to it.
+//! `/dev/ublk-control`: devices are added and removed by commands to it.
 
 use super::Error;
 use super::abi::{self, ControlCommand, DeviceInfo, Parameters};
@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd;
 
 const PATH: &str = "/dev/ublk-control";
 
-/// A device of the kernel's, until this is dropped: then nobody may have `/dev/ublkcN` open or mapped.
+/// A device in the kernel. Dropping this removes it: by then nobody may have `/dev/ublkcN` open or mapped.
 #[derive(Debug)]
 pub(super) struct Registered {
     control: Control,
@@ -17,10 +17,10 @@ pub(super) struct Registered {
 }
 
 impl Registered {
-    /// Makes the device of `info`. One of the same number whose server has died is removed before.
+    /// Makes the device of `info`. A device of the same number whose server has died is removed first.
     ///
     /// # Errors
-    /// When the kernel knows no ublk, or the number is taken.
+    /// When the kernel has no ublk, or the number is taken.
     pub(super) fn add(info: DeviceInfo, parameters: Parameters) -> Result<Self, Error> {
         let mut control = Control::open()?;
         let mut wanted = info;
@@ -46,19 +46,19 @@ impl Registered {
         Ok(device)
     }
 
-    /// What the kernel made of what was asked for.
+    /// The device as the kernel has made it.
     pub(super) fn info(&self) -> &DeviceInfo {
         &self.info
     }
 
-    /// Makes the block device, when all its queues have been fetched from.
+    /// Makes the block device, after all its queues have been fetched from.
     pub(super) fn start(&mut self) -> Result<(), Error> {
         let pid = std::process::id().into();
         self.command(abi::START_DEV, "start the device", None::<&mut ()>, pid)
     }
 
-    /// Removes the block device: what the kernel has cached is written, all requests are waited for, and
-    /// then every tag is aborted.
+    /// Removes the block device: the kernel writes back what it has cached, waits for all requests, and
+    /// then aborts every tag.
     pub(super) fn stop(&mut self) -> Result<(), Error> {
         self.command(abi::STOP_DEV, "stop the device", None::<&mut ()>, 0)
     }

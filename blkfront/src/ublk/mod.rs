@@ -1,7 +1,7 @@
 //! A disk as a block device of this machine, `/dev/ublkbN`, by Linux's ublk (6.4 or later).
 //!
-//! ublk hands a block device's requests to a process by io_uring. A vCPU has a queue of the device and a
-//! thread, which carries requests between it and the ring; data is copied once, by the kernel, from or to
+//! ublk hands a block device's requests to a process by io_uring. Each vCPU has a queue of the device and a
+//! thread that carries requests between that and the ring; data is copied once, by the kernel, from or to
 //! granted pages.
 //!
 //! ```no_run
@@ -77,7 +77,7 @@ impl Options {
         Config { pool_bytes: self.max_io.saturating_mul(depth), depth, ..config }
     }
 
-    /// Whether a device can be like that.
+    /// Whether a device can have these options.
     ///
     /// # Errors
     /// What is out of range.
@@ -93,7 +93,7 @@ impl Options {
     }
 }
 
-/// Why there is no device.
+/// Why there can be no device.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Of [`Options`].
@@ -119,7 +119,7 @@ fn failed<E: Into<io::Error>>(doing: &'static str) -> impl FnOnce(E) -> Error {
     move |e| Error::Kernel { doing, source: e.into(), remedy: "" }
 }
 
-/// A device, not to be seen yet. Dropping it removes it.
+/// A device that is not visible yet. Dropping it removes it.
 #[derive(Debug)]
 pub struct BlockDevice<'a> {
     disk: &'a Disk,
@@ -135,7 +135,7 @@ struct Thread {
 }
 
 impl<'a> BlockDevice<'a> {
-    /// Makes a device of `disk`, which is to be opened with [`Options::config`].
+    /// Makes a device of `disk`, which must have been opened with [`Options::config`].
     ///
     /// # Errors
     /// When an option is out of range, the kernel has no ublk, or the number is taken.
@@ -159,9 +159,9 @@ impl<'a> BlockDevice<'a> {
         format!("/dev/ublkb{}", self.device.info().id).into()
     }
 
-    /// Serves until `stop` becomes readable, the disk is gone, or a thread fails. It calls `ready` when
-    /// the device can be used, unless it ends before that. At the end what the kernel has cached is
-    /// written, for at most five seconds, and the device is removed.
+    /// Serves until `stop` becomes readable, the disk is gone, or a thread fails. Calls `ready` when the
+    /// device can be used, unless it ends before that. At the end, what the kernel has cached is written
+    /// back, for at most five seconds, and the device is removed.
     ///
     /// # Errors
     /// When a queue is taken, or threads cannot be made or one of them fails.
@@ -185,18 +185,18 @@ impl<'a> BlockDevice<'a> {
             tell(&threads, |shared| &shared.give_up);
         }
         result = result.and(self.stop(&threads));
-        // A device that was never started aborts no tags.
+        // Tags of a device that never started are not aborted.
         tell(&threads, |shared| &shared.leave);
         for Thread { thread, .. } in threads {
             let ended = thread.join().unwrap_or_else(|_| Err(io::Error::other("panicked")));
-            // What has ended a thread is the cause of what failed after it.
+            // An error that ended a thread is the cause of later ones.
             result = ended.map_err(failed("serve a queue")).and(result);
         }
         result
     }
 
-    /// Makes the block device, and says whether it is to be used. The kernel looks for partitions first, and
-    /// a backend may take its time: that is given up when one of `ends` becomes readable meanwhile.
+    /// Makes the block device, and returns whether it can be used. The kernel looks for partitions first,
+    /// for which a backend may take its time: this is given up when one of `ends` becomes readable.
     fn appear(&mut self, threads: &[Thread], ends: &[BorrowedFd<'_>]) -> Result<bool, Error> {
         let (starts, started) = UnixStream::pair().map_err(failed("make a socket"))?;
         let ends: Vec<_> = std::iter::once(started.as_fd()).chain(ends.iter().copied()).collect();
@@ -204,7 +204,7 @@ impl<'a> BlockDevice<'a> {
         std::thread::scope(|scope| {
             let start = Builder::new().name("start".to_owned()).spawn_scoped(scope, move || {
                 let result = device.start();
-                // Not before: its end tells that the device is there.
+                // Not earlier: this tells that the device is there.
                 drop(starts);
                 result
             });
@@ -222,8 +222,8 @@ impl<'a> BlockDevice<'a> {
         })
     }
 
-    /// Removes the block device. The kernel waits for all requests, a backend may never answer them: after a
-    /// while they are given up.
+    /// Removes the block device. The kernel waits for all requests, which a backend may never answer: after
+    /// a while they are given up.
     fn stop(&mut self, threads: &[Thread]) -> Result<(), Error> {
         std::thread::scope(|scope| {
             let (stopped, waits) = channel::<()>();
@@ -243,7 +243,7 @@ impl<'a> BlockDevice<'a> {
         })
     }
 
-    /// Starts the threads, and returns what is readable when one of them has ended.
+    /// Starts the threads, and returns a socket that is readable when one of them has ended.
     fn start(&self, threads: &mut Vec<Thread>) -> Result<UnixStream, Error> {
         let &DeviceInfo { id, queues, depth, .. } = self.device.info();
         let path = format!("/dev/ublkc{id}");
@@ -270,18 +270,18 @@ impl<'a> BlockDevice<'a> {
             let ready = ready.clone();
             let thread = Builder::new().name(format!("ublk-vcpu{number}"));
             let thread = thread.spawn(move || {
-                // Gone with it: a thread that serves has nothing more to say.
+                // The sender goes with it, so `fetched` ends when all threads have sent or failed.
                 let result = worker.run(move || {
                     let _ = ready.send(());
                 });
-                // Whoever waits is woken, by this thread alone.
+                // Wakes whoever waits, although other threads hold the socket.
                 let _ = at_work.shutdown(std::net::Shutdown::Both);
                 result
             });
             threads.push(Thread { shared, thread: thread.map_err(failed("start a thread"))? });
         }
         drop(ready);
-        // The device cannot be started before, and a thread that cannot fetch has ended.
+        // The device cannot be started earlier. A thread that cannot fetch has ended.
         if fetched.iter().take(queues.into()).count() < queues.into() {
             let source = io::Error::other("a queue's thread has ended");
             return Err(Error::Kernel { doing: "fetch requests", source, remedy: "" });
@@ -313,8 +313,8 @@ fn tell(threads: &[Thread], what: impl Fn(&Shared) -> &AtomicBool) {
 fn parameters(disk: &Disk, options: &Options) -> Parameters {
     let (geometry, features) = (disk.geometry(), disk.features());
     let read_only = options.read_only || geometry.read_only;
-    // The backend may have no cache, and the next one may: a flush that is not needed costs nothing, and one
-    // that the kernel leaves out is gone.
+    // This backend may have no cache, but the next one may: a needless flush costs nothing, while one that
+    // the kernel omits is lost.
     let mut attributes = abi::ATTR_VOLATILE_CACHE | abi::ATTR_FUA;
     if read_only {
         attributes |= abi::ATTR_READ_ONLY;
@@ -338,7 +338,7 @@ fn parameters(disk: &Disk, options: &Options) -> Parameters {
         parameters.kinds |= abi::KIND_DISCARD;
         parameters.discard_alignment = features.discard_alignment;
         parameters.discard_granularity = features.discard_granularity;
-        // Bytes of it fit a u32.
+        // The most whose bytes fit a u32.
         parameters.max_discard_sectors = u32::MAX / SECTOR_SIZE as u32;
         parameters.max_discard_segments = 1;
     }

@@ -1,8 +1,7 @@
 //! A queue's thread: it carries requests from the kernel to a ring and back.
 //!
-//! A tag has a buffer of granted pages for good, one after the other, and the kernel copies between it
-//! and the request: there is no copy of ours, and one system call for all that has been answered and to
-//! be fetched.
+//! A tag keeps a buffer of contiguous granted pages, and the kernel copies between that and the request: we
+//! copy nothing, and one system call answers and fetches any number of requests.
 
 use super::abi::{self, Descriptor, IoCommand};
 use crate::{Completed, Io, IoBuffer, IoError, Op, Queue};
@@ -17,28 +16,28 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use xen_platform::{Access, LocalRegion, Mapping};
 
-/// What completions are called that are no tag's.
+/// The user data of completions that belong to no tag.
 const QUEUE: u64 = u64::MAX;
 const BELL: u64 = u64::MAX - 1;
 
 /// What a queue's thread is told.
 #[derive(Debug)]
 pub(super) struct Shared {
-    /// To answer everything with an error at once.
+    /// Answer everything with an error at once.
     pub(super) give_up: AtomicBool,
-    /// There is no block device any more, or there never was: nothing is to be answered.
+    /// There is no block device any more, or there never was: answer nothing.
     pub(super) leave: AtomicBool,
-    /// Rung after one of them was set.
+    /// Rung after one of the flags was set.
     pub(super) bell: EventFd,
 }
 
 #[derive(Debug)]
 struct Tag {
-    /// `None` while it is in the queue.
+    /// `None` while the buffer is in the queue.
     buffer: Option<IoBuffer>,
-    /// Where it is.
+    /// Where the kernel copies from and to.
     addr: u64,
-    /// Bytes of the request that is to be answered.
+    /// Bytes of the request, until it is answered.
     asked: Option<u32>,
 }
 
@@ -54,7 +53,7 @@ pub(super) struct Worker {
     live: usize,
     /// Nothing goes to the queue any more.
     given_up: bool,
-    /// What the kernel copies from and to then: a backend may still be at work on the tags' buffers.
+    /// What the kernel copies from and to after that: a backend may still be at work on the tags' buffers.
     scratch: LocalRegion,
 }
 
@@ -62,7 +61,7 @@ impl Worker {
     /// For the device `file`, whose queues have `depth` tags of at most `max_io` bytes.
     ///
     /// # Errors
-    /// When its requests cannot be mapped, or the queue's pool is not a fresh one of that size.
+    /// When the device's requests cannot be mapped, or the queue's pool is not a fresh one of that size.
     pub(super) fn new(
         file: Arc<File>,
         shared: Arc<Shared>,
@@ -85,12 +84,12 @@ impl Worker {
         Ok(Self { number, file, shared, descriptors, queue, tags, live, given_up: false, scratch })
     }
 
-    /// Fetches, says so, and serves until it is to leave, or the kernel has aborted all tags.
+    /// Fetches for all tags, calls `ready`, and serves until told to leave or all tags are aborted.
     ///
     /// # Errors
     /// Before `ready`: when the kernel does not let us fetch. Later: when it does not take answers.
     pub(super) fn run(mut self, ready: impl FnOnce()) -> io::Result<()> {
-        // One for each tag, and the two that wait.
+        // One for each tag, and one for each poll.
         let entries = u32::from(self.descriptors.depth) + 2;
         let mut ring: IoUring = IoUring::builder()
             .setup_single_issuer()
@@ -100,7 +99,7 @@ impl Worker {
             self.send(&mut ring, abi::FETCH_REQ, tag, 0)?;
         }
         submit(&ring, 0)?;
-        // What is refused is so at once, and nothing can have come yet.
+        // A refusal comes at once, and no request can have come yet.
         if let Some(refused) = ring.completion().next() {
             return Err(io::Error::from_raw_os_error(-refused.result()));
         }
@@ -116,7 +115,7 @@ impl Worker {
                 match name {
                     QUEUE => waits = false,
                     BELL => {
-                        // It cannot block: it was said to be readable, and nobody else reads it.
+                        // Does not block: it was reported readable, and nobody else reads it.
                         self.shared.bell.read()?;
                         self.wait_for(&mut ring, self.shared.bell.as_fd().as_raw_fd(), BELL)?;
                     }
@@ -132,7 +131,7 @@ impl Worker {
             }
             if self.queue.in_flight() > 0 {
                 submit(&ring, 0)?;
-                // With no time to wait it spins as the disk was configured to, and does not sleep.
+                // With a timeout of zero, this spins as the disk was configured to, but does not sleep.
                 if self.queue.wait(&mut done, Some(std::time::Duration::ZERO)) > 0 {
                     self.finish(&mut ring, &mut done)?;
                     continue;
@@ -172,7 +171,7 @@ impl Worker {
         };
         let mut buffer = None;
         if asked > 0 {
-            // It is there: the request before was answered when it came back.
+            // The buffer is there: it came back before the last answer.
             buffer = slot.buffer.take();
             buffer.iter_mut().for_each(|buffer| buffer.set_len(asked as usize));
         }
@@ -192,7 +191,7 @@ impl Worker {
     fn finish(&mut self, ring: &mut IoUring, done: &mut Vec<Completed>) -> io::Result<()> {
         for Completed { cookie, result, buffer } in done.drain(..) {
             if matches!(result, Err(IoError::Gone)) {
-                // The backend may not know, and be at work on the buffer still.
+                // The backend may not know that, and still be at work on the buffer.
                 self.give_up();
             }
             let Some(slot) = self.tags.get_mut(cookie as usize) else { continue };
@@ -207,14 +206,15 @@ impl Worker {
         Ok(())
     }
 
-    /// From now on nothing goes to the backend, and nothing of the kernel's to where it may be at work.
+    /// From now on nothing goes to the backend, and the kernel copies nothing where the backend may be at
+    /// work.
     fn give_up(&mut self) {
         self.given_up = true;
         let addr = self.scratch.base().addr().get() as u64;
         self.tags.iter_mut().for_each(|tag| tag.addr = addr);
     }
 
-    /// Answers everything with an error: the backend may take for ever.
+    /// Answers everything with an error: the backend may take forever.
     fn answer_all(&mut self, ring: &mut IoUring) -> io::Result<()> {
         self.give_up();
         for tag in 0..self.descriptors.depth {
@@ -226,7 +226,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Fetches the next request of a tag; with the result of the one before, if there was one.
+    /// Fetches the next request of a tag, and returns the result of the one before, if there was one.
     fn send(&self, ring: &mut IoUring, operation: u32, tag: u16, result: i32) -> io::Result<()> {
         let addr = self.tags.get(usize::from(tag)).map_or(0, |slot| slot.addr);
         let command = IoCommand { queue: self.number, tag, result, addr };
@@ -234,10 +234,10 @@ impl Worker {
             .cmd(command.bytes())
             .build()
             .user_data(tag.into());
-        // SAFETY: the kernel reads and writes the tag's buffer, granted pages of which there are no
-        // references, or the scratch memory, of which there are none either. They outlive the command:
-        // buffers keep them, and all are kept until every tag is aborted, or the ring is gone that the
-        // kernel would do it for.
+        // SAFETY: the kernel reads and writes the tag's buffer, granted pages to which there are no
+        // references, or the scratch memory, to which there are none either. They outlive the command:
+        // buffers keep their pages, and all are kept until every tag is aborted, or the ring is gone on
+        // whose behalf the kernel would access them.
         let pushed = unsafe { ring.submission().push(&command) };
         // There is room for all tags.
         pushed.map_err(|_| io::ErrorKind::ResourceBusy.into())
@@ -245,13 +245,13 @@ impl Worker {
 
     fn wait_for(&self, ring: &mut IoUring, fd: i32, name: u64) -> io::Result<()> {
         let poll = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).build().user_data(name);
-        // SAFETY: it takes no memory.
+        // SAFETY: it refers to no memory.
         let pushed = unsafe { ring.submission().push(&poll) };
         pushed.map_err(|_| io::ErrorKind::ResourceBusy.into())
     }
 }
 
-/// Submits what there is, and waits for so many completions.
+/// Submits what there is, and waits for `want` completions.
 fn submit(ring: &IoUring, want: usize) -> io::Result<()> {
     match ring.submit_and_wait(want) {
         // A signal came, or the kernel is short of something and takes the rest next time.

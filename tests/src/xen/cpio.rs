@@ -31,7 +31,7 @@ impl<W: Write> Archive<W> {
         self.names.contains(name)
     }
 
-    /// Adds a directory. A second time is no error.
+    /// Adds a directory. Adding it twice is no error.
     ///
     /// # Errors
     /// As for writing.

@@ -16,7 +16,7 @@ const PACKAGES: &str = "dbus,kmod,systemd-sysv,udev,xen-utils-common";
 /// Room for the system and for what is installed; most of it stays a hole.
 const DISK: &str = "1500M";
 
-/// `images` with Debian on a disk, which is installed if it is not there, or to `refresh`. dom0's
+/// `images` with Debian on a disk, which is installed if it is missing, or to `refresh` it. dom0's
 /// initramfs, which starts it, has `package` in it.
 ///
 /// # Errors
@@ -55,6 +55,6 @@ fn make_disk(root: &Root, disk: &PathBuf) -> Result<()> {
     let mut format = Command::new("mke2fs");
     format.args(["-q", "-F", "-t", "ext4", "-d"]).arg(&system).arg(&new).arg(DISK);
     run(&mut format).context("mke2fs (apt-get install e2fsprogs)")?;
-    // What was not finished is not there.
+    // Only a finished disk may be found.
     Ok(fs::rename(&new, disk)?)
 }

@@ -1,7 +1,7 @@
 //! What a host boots from: the hypervisor, a kernel, and an initramfs for dom0 and one for guests.
 //!
-//! Both have the same system in them, so that a guest can be a driver domain. What it does is up to
-//! the scripts in it, and which of these is in the arguments of the kernel.
+//! Both have the same system in them, so that a guest can be a driver domain. What it does is up to its
+//! scripts; the kernel's arguments choose one.
 
 use super::initramfs::Initramfs;
 use super::machine::LINUX;
@@ -45,7 +45,7 @@ const MODULES: &[&str] = &[
     "loop",
     "nbd",
     "null_blk",
-    // Where the whole Debian is.
+    // For the disk of the whole Debian.
     "nvme",
     "xen-blkback",
     "xen-blkfront",
@@ -58,24 +58,24 @@ const MODULES: &[&str] = &[
 /// Modules that Debian 12's kernel does not have.
 const NEWER_MODULES: &[&str] = &["ublk_drv"];
 
-/// For scenarios that look where time goes; not small.
+/// For scenarios that look where time goes; they are large.
 const PROFILERS: &[&str] =
     &["usr/bin/blkparse", "usr/bin/btt", "usr/bin/perf", "usr/bin/xenalyze", "usr/sbin/blktrace"];
 const XEN_PROFILERS: &[&str] = &["xenperf", "xentop", "xentrace"];
-/// The name that disk lines have for our hotplug script.
+/// The name of our hotplug script in disk lines.
 const HOTPLUG: &str = "block-blkback";
-/// It does not start without, even where it shows nothing.
+/// QEMU does not start without, even if it shows nothing.
 const QEMU_KEYMAPS: &str = "usr/share/qemu/keymaps";
 const QEMU: &str = "usr/libexec/xen-qemu-system-i386";
-/// What an HVM guest begins with, beside Xen's hvmloader.
+/// What an HVM guest boots with, besides Xen's hvmloader.
 const FIRMWARE: &[&str] = &[
     "usr/share/qemu/kvmvapic.bin",
     "usr/share/qemu/linuxboot.bin",
     "usr/share/qemu/linuxboot_dma.bin",
     "usr/share/seabios/bios-256k.bin",
 ];
-/// On Debian 12 its kernel and initramfs come through a port, and each byte is emulated: no more than it needs, and
-/// no fio.
+/// On Debian 12 an HVM guest's kernel and initramfs come through a port, each byte emulated: no more than
+/// it needs, and no fio.
 const HVM_PROGRAMS: &[&str] =
     &["usr/bin/xenstore-read", "usr/bin/xenstore-watch", "usr/bin/xenstore-write"];
 const HVM_MODULES: &[&str] = &["ata_piix", "sd_mod", "xen-blkfront", "xenfs"];
@@ -87,9 +87,9 @@ pub struct Images {
     pub xen: PathBuf,
     /// dom0's kernel; guests have it too.
     pub kernel: PathBuf,
-    /// dom0's initramfs, in which the guests' is.
+    /// dom0's initramfs, which contains the guests'.
     pub dom0: PathBuf,
-    /// A disk of the machine's, which is not written to.
+    /// A disk for the machine, which is not written to.
     pub disk: Option<PathBuf>,
 }
 
@@ -131,7 +131,7 @@ pub fn build(dir: &Path, parts: &Parts<'_>) -> Result<Images> {
     more.text(Path::new("guest/arguments"), LINUX)?;
     more.copy(Path::new("guest/kernel"), &kernel)?;
     more.copy(Path::new("guest/initramfs"), &guest)?;
-    // The device model is what serves qdisk.
+    // The device model serves qdisk.
     more.program(QEMU)?;
     more.tree(Path::new(QEMU_KEYMAPS), &root.dir.join(QEMU_KEYMAPS))?;
     if parts.hvm {

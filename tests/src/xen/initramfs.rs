@@ -10,7 +10,7 @@ use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What loads programs.
+/// The dynamic loader.
 const LOADER: &str = "usr/lib64/ld-linux-x86-64.so.2";
 /// Where their libraries are.
 const LIBRARIES: &[&str] = &["usr/lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu/ceph"];
@@ -22,13 +22,13 @@ pub(super) struct Initramfs<'a> {
 }
 
 impl<'a> Initramfs<'a> {
-    /// One to be unpacked over another one, which is in the file already.
+    /// One that is unpacked over another one, to whose file it is appended.
     pub(super) fn append(root: &'a Root, path: &Path) -> Result<Self> {
         let file = File::options().append(true).open(path)?;
         Ok(Self { root, archive: Archive::new(BufWriter::new(file)) })
     }
 
-    /// One with what every system has.
+    /// One with what every system needs.
     pub(super) fn create(root: &'a Root, path: &Path) -> Result<Self> {
         let mut archive = Archive::new(BufWriter::new(File::create(path)?));
         for name in ["bin", "sbin", "lib", "lib64"] {
@@ -160,7 +160,7 @@ impl<'a> Initramfs<'a> {
     }
 }
 
-/// Paths of packages in a system whose /usr is merged.
+/// A package's path in a system whose /usr is merged.
 fn merged(path: &Path) -> PathBuf {
     if path.starts_with("usr") { path.to_owned() } else { Path::new("usr").join(path) }
 }

@@ -12,15 +12,15 @@ use std::time::{Duration, Instant};
 
 /// dom0 switches the machine off by itself this long before it is killed.
 const GRACE: Duration = Duration::from_secs(20);
-/// Arguments of every Linux here. Its watchdog finds emulated time stamp counters unstable and patches
-/// code that other CPUs run just then; what they trap into has by then been forgotten (a PV vCPU takes
-/// its event channels first), and 6.12 panics.
+/// Arguments of every Linux here. Its watchdog finds emulated time stamp counters unstable, and code is
+/// patched that other CPUs are running; when these handle the trap (a PV vCPU takes its event channels
+/// first), the patch has been forgotten, and 6.12 panics.
 pub(super) const LINUX: &str = "console=hvc0 loglevel=6 clocksource=xen tsc=reliable";
 const CPU: &str = "qemu64,+svm,+npt,+nrip-save";
-/// What is shown of the console when a scenario fails.
+/// Lines of the console that are shown when a scenario fails.
 const SHOWN_LINES: usize = 60;
 
-/// What came of a scenario.
+/// The outcome of a scenario.
 #[derive(Debug)]
 pub struct Outcome {
     /// What dom0 and the guests reported: `{"name": …, "value": …}` each.
@@ -32,7 +32,7 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// The values of the results of a name.
+    /// The values of the results with that name.
     pub fn named<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a Value> {
         self.results.iter().filter(move |result| result["name"] == name).map(|r| &r["value"])
     }
@@ -49,7 +49,7 @@ impl Outcome {
         }
     }
 
-    /// The end of what was said on the console.
+    /// The last lines of the console.
     pub fn console_tail(&self) -> String {
         let text = fs::read(&self.console).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
@@ -60,10 +60,10 @@ impl Outcome {
 
 /// QEMU without its serial ports.
 ///
-/// `qemu64` because it is twice as fast to emulate as later models, and `max` has SMAP, which kills
-/// dom0; the virtualisation that it is given is for PVH guests. Six CPUs, two each for dom0, for guests
-/// and for driver domains, each with one vCPU: what is scheduled on an emulated CPU that waits for
-/// another one loses a time slice.
+/// `qemu64` because it is twice as fast to emulate as later models, and `max` has SMAP, which kills dom0;
+/// the virtualisation that is added to it is for PVH guests. Six CPUs, two each for dom0, for guests and
+/// for driver domains, with one vCPU on each: if vCPUs shared an emulated CPU, waiting for each other would
+/// cost them time slices.
 fn qemu(images: &Images, scenario: &str, limit: Duration) -> Command {
     let dom0 = format!(
         "{} {LINUX} scenario={scenario} limit={},{}",
@@ -86,7 +86,8 @@ fn qemu(images: &Images, scenario: &str, limit: Duration) -> Command {
     command
 }
 
-/// Boots the images for a scenario and waits until the machine is off, at most `limit`. Files are left in `dir`.
+/// Boots the images for a scenario and waits until the machine is off, at most `limit`. Leaves its files in
+/// `dir`.
 ///
 /// # Errors
 /// When QEMU cannot be started, ends with an error, or hangs.
@@ -97,7 +98,7 @@ pub fn run(images: &Images, scenario: &str, dir: &Path, limit: Duration) -> Resu
         let _ = fs::remove_file(path);
     }
     let mut command = qemu(images, scenario, limit.saturating_sub(GRACE));
-    // Results have a port of their own: on the first one everybody talks.
+    // Results have a port of their own, as everybody writes to the first one.
     for path in [&console, &results] {
         command.arg("-serial").arg(format!("file:{}", path.display()));
     }

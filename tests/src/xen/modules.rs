@@ -54,7 +54,7 @@ impl Modules {
         self.files.contains_key(&canonical(name))
     }
 
-    /// A module, unpacked: an emulated CPU would take long.
+    /// A module, decompressed: an emulated CPU would take long.
     pub(super) fn read(&self, name: &str) -> Result<Vec<u8>> {
         let path = self.files.get(name);
         let path = path.with_context(|| format!("no module {name} for {}", self.release))?;
@@ -65,7 +65,7 @@ impl Modules {
         }
     }
 
-    /// Appends a module, after those that it needs and that are not there.
+    /// Appends a module, after those that it needs and that are not in `order` yet.
     pub(super) fn load_order(&self, name: &str, order: &mut Vec<String>) -> Result<()> {
         let name = canonical(name);
         if order.contains(&name) {

@@ -1,4 +1,4 @@
-//! Debian packages of a suite, with everything they depend on, unpacked beside the system.
+//! Debian packages of a suite, with everything they depend on, unpacked in a directory.
 //!
 //! apt is given a sources list, package lists and a state of its own, so that the suite need not be
 //! the one this machine runs, and nothing is installed.
@@ -56,7 +56,7 @@ pub struct Root {
 }
 
 impl Root {
-    /// Those in `cache`; downloads and unpacks what is not there, or, to `refresh`, not the newest.
+    /// Those in `cache`; downloads and unpacks what is missing, or, to `refresh`, outdated.
     ///
     /// # Errors
     /// When apt or dpkg-deb fail, with what they say.
@@ -64,7 +64,7 @@ impl Root {
         let apt = Apt { suite, dir: cache.join(suite.name()) };
         let root = Self { dir: apt.dir.join("root"), suite };
         let stamp = apt.dir.join("unpacked");
-        // What was asked for in the first line, the packages that came of it in the others.
+        // The first line is what was asked for, the others are the packages that this came to.
         let unpacked = fs::read_to_string(&stamp).unwrap_or_default();
         if !refresh && unpacked.lines().next() == Some(&apt.wanted()) {
             return Ok(root);
@@ -153,8 +153,8 @@ impl Apt {
             command
         };
         run(install().arg("--download-only")).context("download packages")?;
-        // Told what it would fetch, it says 'URI' FILE SIZE CHECKSUM; now that they are here it is
-        // asked as if they were not.
+        // It prints 'URI' FILE SIZE CHECKSUM of what it would fetch: with an empty directory of archives,
+        // that is all.
         let elsewhere = tempfile::tempdir()?;
         let archives = format!("Dir::Cache::archives={}", elsewhere.path().display());
         let wanted = run(install().args(["-o", &archives, "--print-uris"]))?;

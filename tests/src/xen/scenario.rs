@@ -34,7 +34,7 @@ pub fn list() -> Result<Vec<(String, String)>> {
 /// Whether there is such a scenario.
 ///
 /// # Errors
-/// When there is none, with those there are.
+/// When there is none; it lists those there are.
 pub fn check(name: &str) -> Result<()> {
     let names: Vec<_> = list()?.into_iter().map(|(name, _)| name).collect();
     if !names.iter().any(|known| known == name) {

@@ -8,7 +8,7 @@ use xen_blk_tests::xen::machine::Outcome;
 
 /// The backends, as the scenario calls them, and the prefix of their counters.
 const BACKENDS: [(&str, &str); 3] = [("kernel", "kernel"), ("qdisk", "user"), ("ours", "user")];
-/// Where dom0's kernel asks for grant operations.
+/// The functions by which dom0's kernel asks for grants.
 const GRANT_PROBES: [&str; 3] = ["gnttab_map_refs", "gnttab_unmap_refs", "gnttab_batch_copy"];
 /// `USER_HZ`: the unit of `/proc/stat` is 10 ms.
 const TICK_US: f64 = 10_000.0;
@@ -105,7 +105,7 @@ struct Tables<'a> {
 }
 
 impl Tables<'_> {
-    /// Of the timed rounds, of what `value` makes of a row and of dom0's counters before and after it.
+    /// The spread over the timed rounds of what `value` makes of a row and dom0's counters around it.
     fn spread(
         &self,
         backend: &str,

@@ -1,4 +1,4 @@
-//! `cargo xtask deb`: a Debian package of the programs and of what makes them a part of a host.
+//! `cargo xtask deb`: a Debian package of the programs, and of what makes them part of a host.
 
 mod manual;
 mod third_party;
@@ -44,7 +44,7 @@ pub(crate) struct Options {
     lint: bool,
 }
 
-/// Builds the package, and says where it is.
+/// Builds the package, and prints its path.
 ///
 /// # Errors
 /// When a step fails.
@@ -104,7 +104,7 @@ pub(crate) fn build(no_build: bool) -> Result<PathBuf> {
     let name = format!("xen-blk_{}_{}.deb", version()?, architecture.trim());
     let package = dir.join(name);
     let mut command = Command::new("dpkg-deb");
-    // Times of files are not later than this, so that the same sources make the same package.
+    // No file's time is later than this, so that the same sources make the same package.
     command.env("SOURCE_DATE_EPOCH", changelog("Timestamp")?);
     output(command.args(["--root-owner-group", "-Zxz", "--build"]).arg(&tree).arg(&package))?;
     Ok(package)
@@ -132,7 +132,7 @@ fn describe(tree: &Path) -> Result<()> {
 
 /// The packages, with versions, of the libraries that the programs use here.
 fn libraries(tree: &Path) -> Result<String> {
-    // It wants to be in a source package.
+    // It has to run in a source package.
     let source = tempfile::tempdir()?;
     fs::create_dir(source.path().join("debian"))?;
     fs::write(
@@ -173,7 +173,7 @@ fn install(to: &Path, content: &[u8], mode: u32) -> Result<()> {
     Ok(fs::set_permissions(to, fs::Permissions::from_mode(mode))?)
 }
 
-/// As `TO.gz`.
+/// Installs `text` as `TO.gz`.
 fn compressed(to: &Path, text: &str) -> Result<()> {
     install(to, text.as_bytes(), 0o644)?;
     output(Command::new("gzip").args(["-9n"]).arg(to))?;

@@ -1,7 +1,7 @@
-//! `cargo xtask demo`: the work this project comes from, with its lock gone.
+//! `cargo xtask demo`: the measurement that started this project, with its lock gone.
 //!
-//! A guest of four vCPUs runs fio's IOmeter file-server profile on a null disk and on a file, over one
-//! ring and over one ring a vCPU.
+//! A guest of four vCPUs runs fio's IOmeter file-server profile on a null disk and on a file, over one ring
+//! and over one ring per vCPU.
 
 use super::plot::{self, Bars};
 use super::{cargo, root, step, target};
@@ -60,7 +60,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     // Written in full: the first write to a block of a sparse file costs more than any later one.
     let mut disk = File::create(&file)?;
     std::io::copy(&mut std::io::repeat(0x5a).take(FILE_BYTES), &mut disk)?;
-    // Or the first run would write all of it back, page by page, on its way past the page cache.
+    // Otherwise the first run, which bypasses the page cache, would write all of it back, page by page.
     disk.sync_all()?;
     let disks =
         [("null", "xvda", "null:64G".to_owned()), ("file", "xvdb", file.display().to_string())];
@@ -93,7 +93,7 @@ fn measure(
     command.arg(vdev).args(["--profile", PROFILE, "--numjobs", VCPUS, "--iodepth", DEPTH]);
     command.args(["--queues", rings, "--size", &size, "--runtime", &seconds, "--json"]);
     let mut command = tied(&command);
-    // Progress is for people, and goes where they look.
+    // Progress is for people, who look at the terminal.
     command.stderr(std::process::Stdio::inherit());
     let before = cpu::used(backend.pid())?;
     let text = output(&mut command)?;
@@ -123,7 +123,7 @@ impl Row {
         self.number(&format!("/total/latency_ns/{which}")) / 1e3
     }
 
-    /// Microseconds of CPU time an I/O, frontend and backend.
+    /// Microseconds of CPU time per I/O, frontend and backend.
     fn cpu_us(&self) -> (f64, f64) {
         let ios = self.number("/total/ios");
         let front = self.number("/cpu/user_ns_per_io") + self.number("/cpu/system_ns_per_io");

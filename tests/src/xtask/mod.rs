@@ -30,7 +30,7 @@ fn cargo(args: &[&str]) -> Command {
     command
 }
 
-/// Runs a step, its output on ours.
+/// Runs a step; its output goes to ours.
 fn step(what: &str, command: &mut Command) -> Result<()> {
     eprintln!("==> {what}");
     let status = command.status()?;

@@ -8,7 +8,7 @@ use std::path::Path;
 const PANEL: (u32, u32) = (420, 340);
 /// Size of a plot of lines, in pixels.
 const LINES: (u32, u32) = (900, 420);
-/// The x axis of a plot of lines is longer than what is on it by this, to have room for the legend.
+/// How many times longer the x axis of a plot of lines is than its data, to have room for the legend.
 const LEGEND: f64 = 1.5;
 /// Beyond this ratio of the highest value to the lowest a plot of lines is logarithmic.
 const SPREAD: f64 = 8.0;
@@ -19,7 +19,7 @@ const GAP: f64 = 0.15;
 pub(crate) struct Bars {
     /// What is shown, with its unit.
     pub(crate) title: &'static str,
-    /// A bar each.
+    /// One bar each.
     pub(crate) values: Vec<(String, f64)>,
 }
 
@@ -73,8 +73,8 @@ pub(crate) struct Series {
     pub(crate) points: Vec<(u32, f64)>,
 }
 
-/// Draws lines over numbers that double, such as depths. The y axis begins at 0, or is logarithmic
-/// where a line could not be told from that.
+/// Draws lines over numbers that double, such as depths. The y axis begins at 0, or is logarithmic if a
+/// line could not be told from 0 otherwise.
 pub(crate) fn lines(path: &Path, title: &str, x: &str, series: &[Series]) -> Result<()> {
     let failed = |e: &dyn std::fmt::Display| anyhow!("draw {}: {e}", path.display());
     let values = || series.iter().flat_map(|line| line.points.iter().map(|(_, y)| y.max(1.0)));

@@ -51,7 +51,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     step("build", &mut cargo(&["build", "--workspace", "--bins"]))?;
     step("tests", &mut cargo(&["test", "--workspace"]))?;
-    // Its atomics are loom's, so it is a build of its own.
+    // It uses loom's atomics, so it is a build of its own.
     step(
         "memory ordering (loom)",
         cargo(&["test", "--package", "ring-proto", "--release", "--lib", "loom"])

@@ -15,8 +15,8 @@ use xen_blk_tests::xen::{Suite, debian, image, machine, scenario};
 /// Our programs that dom0 gets.
 const OURS: &[&str] = &["blkback", "blkfront"];
 
-/// What `cargo xtask test` runs: one attachment with everything used once, and what can be shown on real
-/// Xen only of a backend that is killed.
+/// What `cargo xtask test` runs: one attachment with everything used once, and what only real Xen can show
+/// of a backend that is killed.
 const SHORT: [&str; 2] = ["dom0-phy", "kill"];
 /// For each of these, on a slow machine. They take a quarter of it.
 const SHORT_LIMIT: Duration = Duration::from_secs(480);
@@ -108,7 +108,7 @@ fn cache() -> PathBuf {
     target().join("xen")
 }
 
-/// Runs the scenarios of [`SHORT`] with programs as tests are built.
+/// Runs the scenarios of [`SHORT`] with the debug build that tests use.
 ///
 /// # Errors
 /// As for [`run`].
@@ -118,7 +118,7 @@ pub(crate) fn short() -> Result<()> {
     scenarios.iter().try_for_each(|name| run_one(Suite::Bookworm, &images, name, SHORT_LIMIT))
 }
 
-/// Where our programs are.
+/// Where our programs are, built unless told not to.
 fn programs(options: &Options) -> Result<PathBuf> {
     if !options.no_build {
         let packages = ["-p", "blkback", "-p", "blkfront"];
@@ -186,7 +186,7 @@ fn run_one(suite: Suite, images: &Images, scenario: &str, limit: Duration) -> Re
     Ok(())
 }
 
-/// What people want to see at once.
+/// Prints what people want to see at once.
 fn show(outcome: &machine::Outcome) {
     for boot in outcome.named("boot") {
         println!("Xen {}, Linux {}", text(&boot["xen"]), text(&boot["linux"]));

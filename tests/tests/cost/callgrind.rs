@@ -4,8 +4,8 @@ use anyhow::{Context, Result, bail};
 use std::process::Command;
 use xen_blk_tests::process::output;
 
-/// Runs a test of this program's under callgrind. Returns the instructions of the thread that runs some
-/// `functions`, in these and what they call; their names have that in them.
+/// Runs a test of this program under callgrind. Returns the instructions of the thread that runs
+/// `functions` (parts of their names): those of the functions and of what they call.
 pub(crate) fn thread(test: &str, environment: &[(&str, &str)], functions: &[&str]) -> Result<u64> {
     let dir = tempfile::tempdir()?;
     output(
@@ -18,10 +18,10 @@ pub(crate) fn thread(test: &str, environment: &[(&str, &str)], functions: &[&str
             .envs(environment.iter().copied()),
     )
     .context("is valgrind installed?")?;
-    // A file a thread.
+    // One file per thread.
     for file in std::fs::read_dir(dir.path())? {
         let profile = std::fs::read_to_string(file?.path())?;
-        // A name stands where it is first met: at the function, or at a call of it.
+        // A name is written out where it first occurs: at the function, or at a call to it.
         let runs = |line: &str| {
             line.contains("fn=(") && functions.iter().any(|function| line.contains(function))
         };

@@ -1,4 +1,4 @@
-//! A vCPU's queue in this process, beside a backend in another.
+//! A vCPU's queue in this process, and a backend in another.
 
 use super::rig::{Counts, WARM_UP};
 use super::{DEPTH, allocations};
@@ -14,7 +14,7 @@ const ANSWERED: Duration = Duration::from_millis(2);
 /// How the vCPUs of a guest are served.
 #[derive(Clone, Copy)]
 pub(crate) struct Work {
-    /// They share a ring, which a thread owns, or each has its own.
+    /// One has a ring of its own; several share one, which a thread owns.
     pub(crate) vcpus: u32,
     /// [`Waiting::Event`]: the vCPU sleeps, and so does the backend. [`Waiting::Poll`]: neither does, and a
     /// round's responses are all there when the vCPU looks, so that it does the same each time.
@@ -68,7 +68,7 @@ pub(crate) fn drive(host: &Host, name: &str, work: Work, rounds: u64) -> Result<
     })
 }
 
-/// A round's requests. A function by itself, whose instructions callgrind counts.
+/// A round's requests. A function by itself, so that callgrind can count its instructions.
 #[inline(never)]
 fn submit(queue: &mut Queue, n: u64) -> Result<()> {
     queue.plug();

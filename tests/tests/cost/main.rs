@@ -1,5 +1,5 @@
 //! What an I/O costs, without a clock: instructions, system calls, events and allocations for the same
-//! requests each time, held against the bounds recorded in `tests/cost.toml`.
+//! requests each time, checked against the bounds recorded in `tests/cost.toml`.
 
 mod allocations;
 mod callgrind;
@@ -18,12 +18,12 @@ use xen_platform::Waiting;
 
 /// Rounds that are counted.
 const ROUNDS: u64 = 100;
-/// Rounds of the two runs whose instructions are compared, so that what starting and ending costs is
-/// in neither.
+/// Rounds of the two runs whose instructions are subtracted, so that the cost of starting and ending
+/// cancels out.
 const FEW: u64 = 16;
 const MANY: u64 = 80;
 
-/// What callgrind is to look at: a name of the file, and rounds.
+/// The environment of the run under callgrind: a name of the file, and rounds.
 const NAME: &str = "XEN_BLK_COST";
 const COUNT: &str = "XEN_BLK_COST_ROUNDS";
 /// Requests a round: what a ring of one page holds.
@@ -52,7 +52,7 @@ impl Bounds {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct Bound {
     instructions: Option<f64>,
-    /// None where the kernel's timing decides.
+    /// `None` where the kernel's timing decides.
     system_calls: Option<f64>,
     events: f64,
     kicks: f64,
@@ -66,7 +66,7 @@ fn bounds() -> Result<Bounds> {
     toml::from_str(&text).context(path)
 }
 
-/// Whose cost is counted, and at what.
+/// Whose cost is counted, and for what work.
 enum Work {
     Backend(rig::Work),
     Frontend(frontend::Work),
@@ -80,7 +80,7 @@ impl Work {
         }
     }
 
-    /// What of it callgrind counts.
+    /// The functions that callgrind counts.
     fn functions(&self) -> &'static [&'static str] {
         match self {
             Self::Backend(_) => &["ring::thread::Thread::run"],
@@ -111,8 +111,8 @@ fn works(host: &Host) -> Result<Vec<(&'static str, Work)>> {
         ("memory-map-event", work(&memory, Strategy::Map, event, true)),
         ("file-copy-poll", work(&file, Strategy::Copy, poll, true)),
         ("file-persistent-poll", work(&file, Strategy::Persistent, poll, true)),
-        // Valgrind lets no other thread run while one waits in io_uring: no instructions of files.
-        // What is cached is read in the call that asks for it; a write may be put off.
+        // Valgrind lets no other thread run while one waits in io_uring: there are no instructions of
+        // files. A cached read is done in the call that asks for it; a write may be put off.
         ("file-persistent-event", work(&file, Strategy::Persistent, event, false)),
         ("own-ring-poll", front(1, poll)),
         ("own-ring-event", front(1, event)),
@@ -121,7 +121,7 @@ fn works(host: &Host) -> Result<Vec<(&'static str, Work)>> {
     ])
 }
 
-/// What is above its bound, a line each.
+/// Figures above their bounds, one per line.
 #[derive(Default)]
 struct Excess(String);
 
@@ -161,7 +161,7 @@ fn an_io_costs_no_more_calls_events_and_allocations_than_recorded() -> Result<()
         let counts = work.run(&host, name, ROUNDS)?;
         let Counts { requests, allocations, system_calls, events, kicks, sleeps } = counts;
         ensure!(requests >= ROUNDS, "{name}: {counts:?}");
-        // One that does: or a counter that counts nothing would do for all bounds.
+        // This one allocates: a counter that counts nothing would meet all bounds.
         ensure!(name != "memory-map-event" || allocations > 0, "allocations are not counted");
         for (what, count, bound) in [
             ("allocations", allocations, bound.allocations),
@@ -196,7 +196,7 @@ fn an_io_takes_no_more_instructions_than_recorded() -> Result<()> {
     excess.end()
 }
 
-/// Not a test: what callgrind looks at.
+/// Not a test: this is what runs under callgrind.
 #[test]
 #[ignore = "run under callgrind by another"]
 fn under_callgrind() -> Result<()> {

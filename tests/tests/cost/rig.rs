@@ -21,7 +21,7 @@ use xen_platform::{Access, Platform, Waiting};
 pub(crate) const SECTORS: u64 = 8192;
 /// Rounds before counting starts: by then every buffer list has its size and every page is mapped.
 pub(crate) const WARM_UP: u64 = 32;
-/// How often a guest looks that lets its backend sleep.
+/// How often a guest that lets its backend sleep looks.
 const LOOK: Duration = Duration::from_micros(20);
 
 /// What a ring's thread is given to do: rounds of as many requests of 4 KiB as the ring holds.
@@ -29,7 +29,7 @@ const LOOK: Duration = Duration::from_micros(20);
 pub(crate) struct Work {
     pub(crate) target: String,
     pub(crate) strategy: Strategy,
-    /// [`Waiting::Poll`], or [`Waiting::Event`]: then the thread is asleep when a round begins, so that it
+    /// [`Waiting::Poll`], or [`Waiting::Event`], where the thread is asleep when a round begins, so that it
     /// does the same each time.
     pub(crate) waiting: Waiting,
     /// One request in three writes.
@@ -71,7 +71,7 @@ impl Counts {
     }
 }
 
-/// A disk by which the ring's thread is found: it opens its queue there.
+/// A disk that identifies the ring's thread, which opens its queue here.
 struct Counted(Arc<dyn Storage>);
 
 impl Storage for Counted {

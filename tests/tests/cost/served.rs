@@ -31,7 +31,7 @@ impl Served {
         self.ended.try_recv().map_or(Ok(()), |exit| Err(exit.into()))
     }
 
-    /// Ends it. Nothing of the guest's is held any more when this returns.
+    /// Stops the ring. Nothing of the guest's is held any more when this returns.
     pub(crate) fn stop(self) -> Result<()> {
         self.control.stop();
         // Nothing is ever sent: the sender goes with the ring.

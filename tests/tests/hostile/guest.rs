@@ -15,7 +15,7 @@ use xenstore_glue::client::{Client, Endpoint};
 use xenstore_glue::vbd::{FrontendRequest, QueueKeys};
 use xenstore_glue::wire::Perm;
 
-/// How long one wait for an event lasts before the ring is looked at again.
+/// How long to wait for an event before looking at the ring again.
 const LOOK_MS: u16 = 50;
 
 /// `enum xenbus_state` of Xen's public/io/xenbus.h.
@@ -28,7 +28,7 @@ pub(crate) mod state {
     pub(crate) const CLOSED: &str = "6";
 }
 
-/// Xenstore, without the asynchrony.
+/// Xenstore, through blocking calls.
 pub(crate) struct Store {
     runtime: Runtime,
     client: Client,
@@ -221,7 +221,7 @@ impl Link {
         }
     }
 
-    /// What the frontend writes about it.
+    /// The keys that the frontend writes for it.
     pub(crate) fn keys(&self) -> Vec<(String, Vec<u8>)> {
         let refs = |pages: &dyn GrantedPages| pages.refs().to_vec();
         let request = FrontendRequest {
@@ -238,7 +238,7 @@ impl Link {
         request.to_keys().into_iter().map(|(key, value)| (key, value.into_bytes())).collect()
     }
 
-    /// Sleeps until an event, but not for ever.
+    /// Sleeps until an event, but not forever.
     pub(crate) fn sleep(&mut self) -> Result<()> {
         wait_for_event(&mut *self.channel)
     }
@@ -251,12 +251,12 @@ impl Link {
     }
 }
 
-/// Takes pages back that the backend must not hold any more.
+/// Takes back pages that the backend must not hold any more.
 pub(crate) fn revoke(pages: Box<dyn GrantedPages>) -> Result<()> {
     pages.revoke().map_err(|(_, error)| error).context("the backend still holds a page")
 }
 
-/// Sleeps until an event, but not for ever.
+/// Sleeps until an event, but not forever.
 pub(crate) fn wait_for_event(channel: &mut dyn EventChannel) -> Result<()> {
     channel.unmask()?;
     let mut fds = [PollFd::new(channel.as_fd(), PollFlags::POLLIN)];

@@ -1,4 +1,4 @@
-//! Chance that can be repeated.
+//! Randomness that can be repeated.
 
 /// xorshift64*: fast, and the same for the same seed.
 #[derive(Clone)]

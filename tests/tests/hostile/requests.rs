@@ -1,4 +1,4 @@
-//! Requests that break a rule each, and what must become of them.
+//! Requests that each break a rule, and what must become of them.
 
 use crate::random::Random;
 use crate::ring::Fields;
@@ -13,7 +13,7 @@ pub(crate) enum Expect {
     Unsupported,
     /// One of the two.
     Refused,
-    /// It may be right, by chance.
+    /// It may be valid, by chance.
     Any,
 }
 
@@ -35,7 +35,7 @@ pub(crate) struct Grants {
     pub(crate) good: Vec<GrantRef>,
     /// Pages it may only read.
     pub(crate) readonly: Vec<GrantRef>,
-    /// Granted to somebody else, taken back, never granted, reserved, out of the table.
+    /// Granted to somebody else, revoked, never granted, reserved, out of the table.
     pub(crate) bad: Vec<GrantRef>,
     /// Indirect pages whose first segment is the wrong way round.
     pub(crate) crossed: Vec<GrantRef>,
@@ -72,7 +72,7 @@ impl Attack {
         fields
     }
 
-    /// A read or write (now and then a barrier or a flush with data) that is right.
+    /// A valid read or write (now and then a barrier or a flush with data).
     fn right(&mut self) -> Fields {
         let mut fields = self.base();
         let r = &mut self.random;

@@ -1,5 +1,5 @@
-//! A ring as a frontend sees it that obeys no rule. Offsets are blkif.h's and ring.h's, written down
-//! here once more: nothing of the code under test says where things stand.
+//! A ring as seen by a frontend that obeys no rule. Offsets are blkif.h's and ring.h's, written down here
+//! once more, so that nothing relies on the code under test.
 
 use crate::guest::{Link, wait_for_event, window};
 use anyhow::{Result, bail};
@@ -41,8 +41,8 @@ fn offsets(layout: RingLayout) -> Offsets {
     }
 }
 
-/// A request, field by field. `body` is what stands behind `sector_number`: 8 bytes a segment,
-/// `nr_sectors` of a discard, or `handle`, padding and the grants of an indirect request.
+/// A request, field by field. `body` is what follows `sector_number`: 8 bytes a segment, `nr_sectors` of a
+/// discard, or `handle`, padding and the grants of an indirect request.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Fields {
     pub(crate) operation: u8,

@@ -29,7 +29,8 @@ pub(crate) struct Scene {
 impl Scene {
     pub(crate) fn new(options: &[&str]) -> Result<Self> {
         let host = Host::start(Programs::beside_us()?)?;
-        // One thread serves both guests, so that whatever the hostile one does is in the way of the other.
+        // One thread serves both guests, so that whatever the hostile one does gets in the way of the
+        // other.
         let daemon = host.backend(&[&["--threads", "1"], options].concat())?;
         let good = Guest::create(&host, "good")?;
         let good_device = good.attach(&host, &format!("vdev=xvda,target=memory:{SMALL_DISK}"))?;
@@ -40,7 +41,7 @@ impl Scene {
         Ok(Self { evil, good, good_device, neighbour, daemon, host })
     }
 
-    /// Tells of the daemon where something failed.
+    /// Adds the state of the daemon to an error.
     pub(crate) fn watch<T>(&self, outcome: Result<T>) -> Result<T> {
         outcome.with_context(|| {
             let stats = self.host.stats().map_or_else(|e| e.to_string(), |s| s.to_string());
@@ -48,7 +49,7 @@ impl Scene {
         })
     }
 
-    /// The daemon has served the neighbour without an error, still runs, and holds nothing of ours.
+    /// Checks that the daemon served the neighbour without an error, still runs, and holds nothing of ours.
     pub(crate) fn end(mut self, baseline: Usage) -> Result<()> {
         let good = self.neighbour.stop()?;
         good.disconnect(&self.good, &self.good_device)?;

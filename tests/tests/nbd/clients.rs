@@ -10,7 +10,7 @@ fn tool(program: &str, arguments: &[&str]) -> String {
     run(Command::new(program).args(arguments)).unwrap()
 }
 
-/// An ext4 file system of so many MiB with something in it.
+/// An ext4 file system of `mib` MiB with something in it.
 fn ext4(path: &Path, mib: u64) {
     std::fs::File::create(path).unwrap().set_len(mib << 20).unwrap();
     let path = path.to_str().unwrap();

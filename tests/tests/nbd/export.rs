@@ -27,7 +27,7 @@ impl Export {
         Self { server, backend, host, uri }
     }
 
-    /// Serves a file of so many MiB, `disk.img` in the host's directory.
+    /// Serves a file of `mib` MiB, `disk.img` in the host's directory.
     pub(crate) fn file(mib: u64, options: &[&str]) -> Self {
         let host = Host::start(Programs::beside_us().unwrap()).unwrap();
         let file = std::fs::File::create(host.dir().join("disk.img")).unwrap();

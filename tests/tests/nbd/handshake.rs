@@ -17,7 +17,7 @@ fn every_option_is_answered_as_the_protocol_says() {
     let export = Export::new("memory:8M", &["--name", "disk", "--read-only"]);
     let mut raw = Raw::connect(&export.socket());
     raw.send(&1u32.to_be_bytes());
-    // In one go, as nothing says that a client has to wait.
+    // All at once: nothing says that a client has to wait.
     let long = vec![0; 100_000];
     for (option, data) in [
         (99, &b"what?"[..]),
@@ -72,7 +72,7 @@ fn who_does_not_speak_the_protocol_is_dropped() {
         b"\xff\xff\xff\xff",
         b"GET / HTTP/1.1\r\n\r\n",
         b"\0\0\0\x01IHAVENOT\0\0\0\x03\0\0\0\0",
-        // An export we do not have, asked for in the way that cannot be answered.
+        // An export we do not have, asked for by the option that cannot be refused.
         b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\x05other",
         // A good start, then no request.
         b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0\x25\x60\x95\x14aaaaaaaaaaaaaaaaaaaaaaaa",
@@ -80,10 +80,10 @@ fn who_does_not_speak_the_protocol_is_dropped() {
     for bytes in wrong {
         let mut raw = Raw::connect(&export.socket());
         raw.send(bytes);
-        // What the last one was promised may or may not arrive; the end does.
+        // The last one may or may not get its reply; all get the end of the stream.
         raw.0.read_to_end(&mut Vec::new()).unwrap();
     }
-    // Whoever leaves in the middle of anything leaves nothing behind.
+    // Clients that leave in the middle of anything leave nothing behind.
     let whole =
         [&b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0"[..], &request(WRITE, 0, 1, 0, 4096), &[7; 4096]]
             .concat();

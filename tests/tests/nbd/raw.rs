@@ -31,7 +31,7 @@ impl Raw {
     /// Connects and checks the greeting.
     pub(crate) fn connect(socket: &Path) -> Self {
         let stream = UnixStream::connect(socket).unwrap();
-        // Nothing here takes long: what does has hung.
+        // Nothing here takes long: whatever does has hung.
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         let mut raw = Self(stream);
         assert_eq!(raw.take(16).unwrap(), *b"NBDMAGICIHAVEOPT");
@@ -39,7 +39,7 @@ impl Raw {
         raw
     }
 
-    /// To where requests are taken, with simple replies.
+    /// Completes the handshake, with simple replies.
     pub(crate) fn ready(socket: &Path) -> Self {
         let mut raw = Self::connect(socket);
         raw.send(&3u32.to_be_bytes());

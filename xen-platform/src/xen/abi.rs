@@ -32,7 +32,7 @@ pub(super) struct MapRef {
     pub(super) gref: u32,
 }
 
-/// `struct ioctl_gntdev_map_grant_ref`. What follows it in memory are the other `refs`.
+/// `struct ioctl_gntdev_map_grant_ref`. The other `refs` follow it in memory.
 #[repr(C)]
 pub(super) struct MapGrantRef {
     pub(super) count: u32,
@@ -91,7 +91,7 @@ pub(super) struct GrantCopy {
     pub(super) segments: *mut GrantCopySegment,
 }
 
-/// `struct ioctl_gntalloc_alloc_gref`. What follows it in memory are the other `gref_ids`.
+/// `struct ioctl_gntalloc_alloc_gref`. The other `gref_ids` follow it in memory.
 #[repr(C)]
 pub(super) struct AllocGref {
     pub(super) domid: u16,
@@ -155,7 +155,7 @@ mod tests {
     use std::mem::offset_of;
     use std::process::Command;
 
-    /// What the C headers say, one `name value` a line, and what we say, in the same words.
+    /// The headers' values, as a C program prints them, one `name value` a line, must be ours.
     #[test]
     fn numbers_and_layouts_are_those_of_the_headers() {
         let mut c = String::from(concat!(

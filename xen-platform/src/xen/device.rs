@@ -1,4 +1,4 @@
-//! The device files, and what to do where one is missing.
+//! The device files, and what to do if one is missing.
 
 use crate::{Error, Result};
 use std::fs::{File, OpenOptions};
@@ -32,7 +32,7 @@ impl Device {
         }
     }
 
-    /// The kernel module that makes it, unless that is a part of every kernel that knows Xen.
+    /// The kernel module that makes it, unless every kernel that runs on Xen has it built in.
     pub fn module(self) -> Option<&'static str> {
         match self {
             Self::Gntdev => Some("xen-gntdev"),

@@ -25,7 +25,7 @@ fn read(endpoint: &Endpoint) -> io::Result<DomId> {
         Endpoint::Unix(path) => Box::new(UnixStream::connect(path)?),
         Endpoint::Device(path) => Box::new(OpenOptions::new().read(true).write(true).open(path)?),
     };
-    // Relative to the directory of the domain at this end.
+    // Relative to the directory of the domain that asks.
     let path = Path::new("domid").map_err(io::Error::other)?;
     let packet = Request::Read(path).to_packet(1, 0).map_err(io::Error::other)?;
     let mut message = Vec::new();

@@ -1,5 +1,5 @@
-//! Event channels, an open file each: the kernel takes a lock a file for notifications, and what
-//! comes out of a file that many channels share must be sorted.
+//! Event channels, each on a file of its own: the kernel takes a per-file lock for notifications, and the
+//! events of channels that share a file must be sorted.
 
 use super::abi::{self, BindInterdomain, BindUnboundPort, PortArgument, RestrictDomid};
 use super::device::Device;
@@ -18,7 +18,7 @@ pub(super) struct Channel {
 }
 
 impl Channel {
-    /// Our end of what `peer` holds under `remote`.
+    /// Our end of the channel whose other end is `peer`'s `remote`.
     pub(super) fn bind_interdomain(peer: DomId, remote: Port) -> Result<Self> {
         let file = Device::Evtchn.open()?;
         let mut bind = BindInterdomain { remote_domain: peer.0.into(), remote_port: remote.0 };
@@ -51,13 +51,13 @@ impl Channel {
         // From here on dropping it unbinds the port.
         let channel = Self { file, port: Port(port) };
         if peer == DomId(0) {
-            // The kernel takes dom0 for a mistake here.
+            // The kernel refuses dom0 here.
             return Ok(channel);
         }
         let mut restrict = RestrictDomid { domid: peer.0 };
         // SAFETY: the argument is the struct that this request takes, and lives through the call.
         match unsafe { abi::evtchn_restrict(channel.file.as_raw_fd(), &raw mut restrict) } {
-            // Kernels before 4.8 do not know it: one safety net less.
+            // Kernels before 4.8 do not have it: one safety net less.
             Ok(_) | Err(Errno::ENOSYS | Errno::ENOTTY) => Ok(channel),
             Err(error) => Err(failed(error)),
         }
@@ -84,14 +84,14 @@ impl EventChannel for Channel {
     }
 
     fn take(&mut self) -> Result<bool> {
-        // Only this one port can come out of this file, and only once for each time it was unmasked.
+        // This file yields only this port, and only once for each time it was unmasked.
         let mut port = [0; size_of::<u32>()];
         let failed = |error| Error::io(format!("read {}", self.port), error);
         match (&self.file).read(&mut port) {
             Ok(read) => Ok(read == port.len()),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(false),
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => Ok(false),
-            // More events than the file can hold: it says nothing else until it is reset.
+            // More events than the file can hold: it reports nothing else until it is reset.
             Err(error) if error.raw_os_error() == Some(libc::EFBIG) => {
                 // SAFETY: this request takes no argument.
                 unsafe { abi::evtchn_reset(self.file.as_raw_fd()) }
@@ -119,7 +119,7 @@ impl EventChannel for Channel {
 
 impl Drop for Channel {
     fn drop(&mut self) {
-        // Closing the file does the same, but whoever polls may hold a copy of the descriptor.
+        // Closing the file does the same, but a poller may hold a copy of the descriptor.
         let mut unbind = PortArgument { port: self.port.0 };
         // SAFETY: the argument is the struct that this request takes, and lives through the call.
         let _ = unsafe { abi::evtchn_unbind(self.file.as_raw_fd(), &raw mut unbind) };

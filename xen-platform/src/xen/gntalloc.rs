@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 /// The module's limit for all processes together.
 const LIMIT: &str = "/sys/module/xen_gntalloc/parameters/limit";
-/// What the limit is where it cannot be read.
+/// The default limit, for when it cannot be read.
 const DEFAULT_LIMIT: usize = 1024;
 
 /// Pages of ours that a peer may use.

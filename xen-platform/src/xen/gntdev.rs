@@ -21,12 +21,12 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How often a map is tried again when the peer's page is not in memory (`EAGAIN`) or a signal came (`EINTR`),
-/// and the pauses between. libxengnttab tries for ever, which a hostile peer could use.
+/// How often to try a map while the peer's page is not in memory (`EAGAIN`) or signals come (`EINTR`), and
+/// the pause in between. libxengnttab tries forever, which a hostile peer could exploit.
 const MAP_TRIES: u32 = 100;
 const MAP_PAUSE: Duration = Duration::from_millis(1);
 
-/// Entries of the request in front of the references: `count`, `pad` and `index`.
+/// Entries of the request before the references: `count`, `pad` and `index`.
 const HEADER: usize = offset_of!(MapGrantRef, refs) / size_of::<MapRef>();
 
 /// An open file, and the memory for requests to it.
@@ -36,12 +36,12 @@ struct Gntdev {
 }
 
 thread_local! {
-    /// A file a thread: the kernel keeps a file's maps in one list, under one lock, and walks it for
+    /// One file per thread: the kernel keeps a file's maps in one list, under one lock, and walks it for
     /// each map and unmap. Closed when the thread has ended and what it mapped is unmapped.
     static GNTDEV: RefCell<Option<Gntdev>> = const { RefCell::new(None) };
 }
 
-/// The kernel's note of a map, which it forgets when nothing of it is mapped.
+/// The kernel's record of a map, which it drops when nothing of it is mapped.
 #[derive(Debug)]
 pub(super) struct Entry {
     file: Arc<File>,
@@ -65,7 +65,7 @@ pub(super) fn map(peer: DomId, refs: &[GrantRef], access: Access) -> Result<Kept
         let entry = enter(peer, refs)?;
         match Mapping::of(&entry.file, entry.index, refs.len(), access) {
             Ok(mapping) => return Ok(Kept::new(mapping, entry)),
-            // Not with the same entry again: since 6.1, Linux maps each once at the most.
+            // Not with the same entry again: since 6.1, Linux maps each at most once.
             Err(error)
                 if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) =>
             {
@@ -80,7 +80,7 @@ pub(super) fn map(peer: DomId, refs: &[GrantRef], access: Access) -> Result<Kept
     Err(map_error(peer, refs, passing))
 }
 
-/// Tells the kernel what is to be mapped, by this thread's file.
+/// Tells the kernel what to map, by this thread's file.
 fn enter(peer: DomId, refs: &[GrantRef]) -> Result<Entry> {
     GNTDEV.with_borrow_mut(|gntdev| {
         let gntdev = match gntdev {
@@ -100,7 +100,7 @@ fn map_error(peer: DomId, refs: &[GrantRef], error: impl Into<io::Error>) -> Err
 }
 
 impl Gntdev {
-    /// Tells the kernel what is to be mapped; it looks at the grants when they are.
+    /// Tells the kernel what to map; it looks at the grants only when they are mapped.
     fn enter(&mut self, peer: DomId, refs: &[GrantRef]) -> Result<Entry, Errno> {
         let count = u32::try_from(refs.len()).map_err(|_| Errno::EINVAL)?;
         if count == 0 {
@@ -124,9 +124,8 @@ impl Gntdev {
 }
 const _: () = assert!(HEADER == 2 && cfg!(target_endian = "little"));
 
-/// Finds the grant that kept a map from being made: gntdev does not tell, but a copy of a byte of
-/// each page does. `None` if all can be read: then one may not be written, or Xen has run out of
-/// maptrack entries.
+/// Finds the grant that made a map fail: gntdev does not tell, but copying a byte of each page does. `None`
+/// if all can be read: then one may not be written, or Xen has run out of maptrack entries.
 fn why_refused(peer: DomId, refs: &[GrantRef]) -> Option<Error> {
     let local = LocalRegion::new(1).ok()?;
     let mut probes: Vec<CopySegment> = refs
@@ -147,7 +146,7 @@ fn why_refused(peer: DomId, refs: &[GrantRef]) -> Option<Error> {
     })
 }
 
-/// Copies from and to one peer, any number of segments a system call.
+/// Copies from and to one peer, any number of segments per system call.
 #[derive(Debug)]
 pub(super) struct Copier {
     file: File,
@@ -155,7 +154,7 @@ pub(super) struct Copier {
     segments: Segments,
 }
 
-/// The segments of a call, kept for the next one's.
+/// The segments of a call; their memory is kept for the next.
 #[derive(Default)]
 struct Segments(Vec<GrantCopySegment>);
 

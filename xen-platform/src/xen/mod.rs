@@ -33,16 +33,16 @@ pub use domid::own_domid;
 
 /// Whether this machine runs on Xen, as the kernel sees it.
 pub fn is_xen() -> bool {
-    // The first is a part of the kernel, if configured; the second is where xenfs is mounted, made
-    // by kernels on Xen only.
+    // The first is there if the kernel is configured so; the second is where xenfs is mounted, and made
+    // only by kernels on Xen.
     match std::fs::read_to_string("/sys/hypervisor/type") {
         Ok(hypervisor) => hypervisor.trim() == "xen",
         Err(_) => Path::new("/proc/xen").exists(),
     }
 }
 
-/// Whether this domain's page tables are shown to Xen, which maps grants into them itself. Where the kernel
-/// does not tell, they may be.
+/// Whether Xen knows this domain's page tables, and maps grants into them itself. Assumed where the kernel
+/// does not tell.
 fn is_pv() -> bool {
     let kind = std::fs::read_to_string("/sys/hypervisor/guest_type");
     kind.map_or(true, |kind| kind.trim() == "PV")
@@ -53,7 +53,7 @@ fn is_pv() -> bool {
 pub struct XenPlatform {
     domid: DomId,
     may_pin: bool,
-    /// Only who grants has it open.
+    /// Open only in a process that grants.
     gntalloc: Option<Arc<File>>,
     /// Keeps other backends of this domain away.
     _claim: Option<OwnedFd>,
@@ -61,18 +61,18 @@ pub struct XenPlatform {
 
 /// How long a predecessor may take to end.
 const LET_GO: Duration = Duration::from_secs(10);
-/// How often it is looked for.
+/// How often to check for that.
 const LET_GO_LOOK: Duration = Duration::from_millis(50);
 
 impl XenPlatform {
-    /// For a process that uses what others grant: one at a time in a domain. Two would take each other's disks
-    /// up, so this waits up to ten seconds for another to end.
+    /// For a process that uses what others grant; a domain can have one at a time. Two would take over each
+    /// other's disks, so this waits up to ten seconds for another to end.
     ///
     /// # Errors
-    /// When a device that this takes is missing or not ours to use; when xenstore at `endpoint`
-    /// does not tell which domain this is; when another backend goes on.
+    /// When a device that this takes is missing or not ours to use; when xenstore at `endpoint` does not
+    /// tell which domain this is; when another backend keeps running.
     pub fn for_backend(endpoint: &Endpoint) -> Result<Arc<Self>> {
-        // Opened when it is needed, but whatever is wrong with it should be told now.
+        // It is opened when needed, but whatever is wrong with it should be reported now.
         Device::Evtchn.open()?;
         let since = Instant::now();
         let claimed = loop {

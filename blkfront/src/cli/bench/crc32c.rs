@@ -1,4 +1,4 @@
-//! CRC-32C, as fio's `verify=crc32c`: a table, for a check and not for speed.
+//! CRC-32C as in fio's `verify=crc32c`. A plain table: a check need not be fast.
 
 const fn table() -> [u32; 256] {
     let mut table = [0; 256];

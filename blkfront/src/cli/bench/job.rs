@@ -7,7 +7,7 @@ use ring_proto::abi::SECTOR_SIZE;
 use serde::Serialize;
 use std::time::Duration;
 
-/// How long a job runs that was given neither a size nor a time.
+/// How long a job runs if given neither a size nor a time.
 const DEFAULT_RUNTIME: Duration = Duration::from_secs(10);
 /// `iometer-file-access-server.fio`, which comes with fio.
 const IOMETER_BSSPLIT: &str = "512/10:1k/5:2k/5:4k/60:8k/2:16k/4:32k/4:64k/10";
@@ -127,7 +127,7 @@ pub(crate) struct Share {
     pub(crate) percent: u8,
 }
 
-/// A job that makes sense.
+/// A validated job.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Job {
     pub(crate) profile: Option<Profile>,
@@ -137,7 +137,7 @@ pub(crate) struct Job {
     pub(crate) iodepth: usize,
     pub(crate) numjobs: u32,
     pub(crate) offset: u64,
-    /// Of a job, once it is known: see [`Job::fit`].
+    /// Per job, once it is known: see [`Job::fit`].
     pub(crate) size: Option<u64>,
     #[serde(serialize_with = "seconds")]
     pub(crate) runtime: Option<Duration>,
@@ -205,7 +205,7 @@ impl Job {
         })
     }
 
-    /// The same with a size, which must be there on the disk.
+    /// The same job with its size set, cut to fit the disk.
     pub(crate) fn fit(mut self, disk: &Geometry) -> anyhow::Result<Self> {
         let unit = u64::from(disk.sector_size);
         if let Some(wrong) = self.bssplit.iter().find(|b| !b.bytes.is_multiple_of(unit)) {
@@ -240,7 +240,7 @@ impl Job {
         self.bssplit.iter().map(|b| b.bytes).max().unwrap_or(SECTOR_SIZE as u64)
     }
 
-    /// Bytes of the pages that the largest block takes.
+    /// The size of the largest block, in whole pages.
     pub(crate) fn buffer_bytes(&self) -> usize {
         let bytes = usize::try_from(self.max_block()).unwrap_or(usize::MAX);
         bytes.checked_next_multiple_of(ring_proto::abi::PAGE_SIZE).unwrap_or(usize::MAX)
@@ -265,7 +265,7 @@ fn whole(bytes: u64) -> bool {
     bytes.is_multiple_of(SECTOR_SIZE as u64)
 }
 
-/// Reads `SIZE/PERCENT:SIZE/PERCENT:…`; sizes without a share get what is left, evenly, as in fio.
+/// Reads `SIZE/PERCENT:SIZE/PERCENT:…`; sizes without a share split the rest evenly, as in fio.
 fn parse_split(text: &str) -> anyhow::Result<Vec<Share>> {
     let mut shares = Vec::new();
     for part in text.split(':') {

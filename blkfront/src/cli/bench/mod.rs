@@ -44,13 +44,13 @@ pub(crate) struct Args {
 /// What the jobs and the main thread share.
 #[derive(Debug)]
 pub(crate) struct Shared {
-    /// Set from outside: finish what is in flight, and no more.
+    /// Set from outside: finish what is in flight, submit no more.
     pub(crate) stop: AtomicBool,
-    /// Completed by each job, for progress.
+    /// I/Os completed by each job, for progress.
     pub(crate) done: Vec<AtomicU64>,
     /// All jobs and the main thread are ready.
     pub(crate) ready: Barrier,
-    /// The clock that latencies are taken on; the run began with it.
+    /// When the run began; latencies are measured on this clock.
     pub(crate) epoch: Instant,
 }
 
@@ -60,12 +60,12 @@ impl Shared {
     }
 }
 
-/// What the process had used at some moment.
+/// What the process had used at a point in time.
 #[derive(Clone, Debug)]
 struct Usage {
     user: Duration,
     system: Duration,
-    /// I/Os completed, in the ramp and in reading back too.
+    /// I/Os completed, including the ramp and the read-back.
     ios: u64,
     rings: Vec<Stats>,
 }
@@ -88,7 +88,7 @@ pub(crate) fn run(host: &Host, args: &Args) -> anyhow::Result<ExitCode> {
     let disk = host.open(&args.disk, config(args, &job)?)?;
     let job = Arc::new(job.fit(&disk.geometry())?);
     let report = load(&disk, args, &job)?;
-    // The figures are there, whatever closing says.
+    // Report the figures even if closing fails.
     let closed = disk.close();
     if args.json {
         say(&serde_json::to_string_pretty(&report)?);
@@ -145,7 +145,7 @@ fn load(disk: &Disk, args: &Args, job: &Arc<Job>) -> anyhow::Result<Report> {
     Ok(Report::new(disk.info(), job, args.rings.wait(), outcome, cpu, rings))
 }
 
-/// Shows progress, and takes what was used at the end of the ramp and of the run.
+/// Shows progress; returns the usage at the end of the ramp and at the end of the run.
 fn watch(
     disk: &Disk,
     job: &Job,
@@ -180,7 +180,7 @@ fn watch(
     Ok((from, Usage::now(disk, shared)?))
 }
 
-/// The first interrupt ends the run early, with its figures; the second, the process.
+/// The first interrupt ends the run early, figures included; the second ends the process.
 fn stop_on_interrupt(shared: &Arc<Shared>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let shared = Arc::downgrade(shared);

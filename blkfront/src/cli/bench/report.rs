@@ -10,10 +10,10 @@ use serde::Serialize;
 use std::fmt;
 use std::time::Duration;
 
-/// Grows with each change that a reader of the JSON has to know of.
+/// Incremented with each change that readers of the JSON must know about.
 const VERSION: u32 = 1;
 
-/// All of a run.
+/// The results of a run.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
     version: u32,
@@ -58,11 +58,11 @@ struct Latency {
 struct Verified {
     /// Read back at the end.
     bytes: u64,
-    /// Blocks that were not what was written.
+    /// Blocks that differ from what was written.
     faults: u64,
 }
 
-/// The CPU time of this process: not of the backend.
+/// The CPU time of this process, without the backend's.
 #[derive(Debug, Serialize)]
 pub(crate) struct Cpu {
     user_s: f64,

@@ -1,12 +1,12 @@
 //! Data that says where and when it was written, as fio's verify headers do.
 //!
-//! A write is made of chunks of the smallest block size, each with a header: so a chunk can be checked
-//! alone, whatever sizes it was written and is read in.
+//! A write consists of chunks of the smallest block size, each with a header, so that a chunk can be
+//! checked alone, whatever sizes it was written and is read in.
 
 use super::crc32c::crc32c;
 use std::fmt;
 
-/// `BLKF`, little-endian: what is not ours is told from what is torn.
+/// `BLKF`, little-endian: tells data that is not ours from a torn write.
 const MAGIC: u32 = 0x464b_4c42;
 /// Magic, crc32c of all that follows, offset, generation.
 const HEADER: usize = 4 + 4 + 8 + 8;
@@ -40,7 +40,7 @@ pub(crate) struct Ledger {
     chunk: usize,
     /// The last write to each chunk; 0 for none.
     generations: Vec<u64>,
-    /// Writes there have been.
+    /// Writes so far.
     generation: u64,
     bytes: Vec<u8>,
 }
@@ -88,8 +88,8 @@ impl Ledger {
         bytes
     }
 
-    /// Checks what `read` gets from byte `offset` of the disk. Calls `fault` with the offset of each chunk
-    /// that was written and is not what was.
+    /// Checks what `read` yields for byte `offset` of the disk. Calls `fault` with the offset of each chunk
+    /// that was written and does not match.
     pub(crate) fn check(
         &mut self,
         offset: u64,
@@ -112,7 +112,7 @@ impl Ledger {
         }
     }
 
-    /// Whether anything from `offset` on was written.
+    /// Whether any of the `len` bytes from `offset` was written.
     pub(crate) fn any(&self, offset: u64, len: usize) -> bool {
         let chunks = self.generations.iter().skip(self.first(offset)).take(len / self.chunk);
         chunks.into_iter().any(|generation| *generation != 0)

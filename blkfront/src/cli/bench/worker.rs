@@ -13,15 +13,15 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-/// The longest latency that is told from longer ones: a minute.
+/// Longer latencies are recorded as this: a minute.
 const LONGEST_NS: u64 = 60_000_000_000;
-/// Decimal digits a latency is kept to.
+/// Significant decimal digits of a latency.
 const DIGITS: u8 = 3;
-/// Faults that are shown; the rest are counted.
+/// Faults that are printed; the rest are only counted.
 const SHOWN: u64 = 10;
-/// How long a job that waits for a completion may not notice that the run is over.
+/// The longest wait for a completion before a job checks whether the run is over.
 const PATIENCE: Duration = Duration::from_millis(100);
-/// Places that are tried for one that does not overlap what is in flight, before one is waited for.
+/// Random places to try for one that overlaps nothing in flight, before waiting for a completion.
 const TRIES: u32 = 16;
 
 /// Reads, or writes.
@@ -35,7 +35,7 @@ pub(crate) struct Side {
 
 impl Default for Side {
     fn default() -> Self {
-        // The bounds are constants that the histogram takes.
+        // The bounds are constants that the histogram accepts.
         Self { ios: 0, bytes: 0, latency: Histogram::new_with_bounds(1, LONGEST_NS, DIGITS).ok() }
     }
 }
@@ -62,28 +62,28 @@ impl AddAssign<&Self> for Side {
         self.ios += other.ios;
         self.bytes += other.bytes;
         if let (Some(mine), Some(theirs)) = (&mut self.latency, &other.latency) {
-            // Same bounds: nothing to refuse.
+            // The bounds are the same: it cannot fail.
             let _ = mine.add(theirs);
         }
     }
 }
 
-/// What a job, or all of them, came to.
+/// The results of one job, or of all.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Outcome {
     pub(crate) reads: Side,
     pub(crate) writes: Side,
     pub(crate) errors: u64,
-    /// Chunks that were not what was written.
+    /// Chunks that differ from what was written.
     pub(crate) faults: u64,
     /// Bytes read back at the end.
     pub(crate) verified: u64,
-    /// Of the longest job, without the ramp and the reading back.
+    /// Of the longest-running job, without ramp and read-back.
     pub(crate) elapsed: Duration,
 }
 
 impl Outcome {
-    /// `count` I/Os, all writes or all reads of `len` bytes begun at the same time, are over.
+    /// Records `count` I/Os, all reads or all writes of `len` bytes, begun at the same time.
     fn record(&mut self, (write, len, since): (bool, u64, u64), count: u64, now: u64) {
         if count > 0 {
             let side = if write { &mut self.writes } else { &mut self.reads };
@@ -103,10 +103,10 @@ impl AddAssign for Outcome {
     }
 }
 
-/// An I/O in flight; the cookie is its number.
+/// An I/O slot; its index is the cookie.
 #[derive(Debug, Default)]
 struct Slot {
-    /// While nothing is in flight.
+    /// Kept here while the slot is idle.
     buffer: Option<IoBuffer>,
     write: bool,
     offset: u64,
@@ -115,12 +115,12 @@ struct Slot {
     since: u64,
 }
 
-/// A block size that is drawn.
+/// A block size to draw.
 #[derive(Clone, Copy, Debug)]
 struct Block {
     /// Bytes.
     len: u64,
-    /// Places that a random one may be at. As in fio they are multiples of the smallest block.
+    /// Number of places for a random block. As in fio, places are multiples of the smallest block.
     places: u64,
 }
 
@@ -139,11 +139,11 @@ pub(crate) struct Worker {
     /// The job's part of the disk.
     start: u64,
     size: u64,
-    /// Where a sequential pattern goes on, from `start`.
+    /// Where a sequential pattern continues, relative to `start`.
     position: u64,
-    /// Bytes from place to place.
+    /// Bytes between two places.
     unit: u64,
-    /// Each as often as its per cent, or the only one.
+    /// Each size once per percent of its share; a single size just once.
     blocks: Vec<Block>,
     random: u64,
     outcome: Outcome,
@@ -159,8 +159,8 @@ impl Worker {
         let size = job.size.context("the job has no size")?;
         let start = job.offset + n as u64 * size;
         let mut slots = Vec::new();
-        // One size: a buffer each for good. Many: a buffer an I/O, so that no more pages are used than
-        // are in flight; a backend keeps only so many mapped.
+        // With one block size, each slot keeps its buffer. With several, each I/O allocates one, so that
+        // only the pages in flight are used: a backend keeps only so many mapped.
         let keep = job.min_block() == job.max_block();
         for _ in 0..job.iodepth {
             let mut slot = Slot::default();
@@ -206,7 +206,7 @@ impl Worker {
             let mut set = CpuSet::new();
             set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set))
         });
-        // Also when it failed: the others wait for us here.
+        // Even if pinning failed: the others wait for us here.
         self.shared.ready.wait();
         pinned.map_err(|e| {
             let cpu = cpu.unwrap_or_default();
@@ -258,12 +258,12 @@ impl Worker {
                 self.queue.unplug();
             }
             if self.queue.in_flight() == 0 {
-                // The rate leaves nothing to do yet.
+                // The rate limit allows nothing yet.
                 std::thread::sleep(Duration::from_micros(50));
                 now = self.now();
                 continue;
             }
-            // A job that may issue more before anything completes does not sleep past that.
+            // Do not sleep past the time at which the rate limit allows the next I/O.
             let paced = self.job.rate_iops.is_some() && !self.idle.is_empty();
             let patience = if paced { Duration::from_millis(1) } else { PATIENCE };
             self.queue.wait(&mut self.done, Some(patience));
@@ -274,7 +274,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Starts an I/O, of how many bytes; `None` when every place overlaps what is in flight.
+    /// Starts an I/O and returns its length; `None` when every place tried overlaps what is in flight.
     fn issue(&mut self, now: u64) -> anyhow::Result<Option<u64>> {
         let write = self.draw_direction();
         let Some(block) = self.draw_block() else { return Ok(None) };
@@ -296,7 +296,7 @@ impl Worker {
         let op = if write { Op::Write { fua: false } } else { Op::Read };
         let buffer = slot.buffer.take().or_else(|| self.queue.alloc(len as usize));
         let mut io = Io { cookie: n as u64, op, offset, buffer };
-        // There are pages for all that is in flight, as long as the disk is there.
+        // The pool has pages for the whole depth, as long as the disk exists.
         let Some(buffer) = &mut io.buffer else { bail!("the device is gone") };
         if buffer.len() != len as usize {
             buffer.set_len(len as usize);
@@ -312,7 +312,7 @@ impl Worker {
 
     fn reap(&mut self, now: u64) {
         let completed = self.done.len() as u64;
-        // What was submitted together and completes together is recorded together.
+        // I/Os submitted together that complete together are recorded together.
         let (mut alike, mut count) = ((false, 0, 0), 0);
         for Completed { cookie, result, buffer } in self.done.drain(..) {
             let n = cookie as usize;
@@ -340,7 +340,7 @@ impl Worker {
             if self.keep {
                 slot.buffer = buffer;
             } else {
-                // It lies nowhere until it is used again.
+                // It overlaps nothing until it is used again.
                 slot.len = 0;
             }
         }
@@ -350,7 +350,7 @@ impl Worker {
         }
     }
 
-    /// Reads all that was written, as much at a time as the largest block.
+    /// Reads back everything that was written, in pieces of the largest block.
     fn read_back(&mut self) -> anyhow::Result<()> {
         let (reads, writes) = (self.outcome.reads.clone(), self.outcome.writes.clone());
         let (mut at, largest) = (0, self.job.max_block());
@@ -420,7 +420,7 @@ impl Worker {
         None
     }
 
-    /// Whether the range is in flight already, which only matters to what is checked.
+    /// Whether an I/O in flight overlaps the range. Overlaps only matter when data is verified.
     fn overlaps(&self, offset: u64, len: u64) -> bool {
         let flying = |slot: &&Slot| slot.buffer.is_none();
         let meets = |slot: &Slot| {

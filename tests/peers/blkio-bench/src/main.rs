@@ -1,5 +1,5 @@
-//! Load on a vhost-user-blk device, in the manner of `blkfront bench`: the same job, the same clock (one
-//! look a batch), the same JSON, so that only what lies between differs.
+//! Loads a vhost-user-blk device in the manner of `blkfront bench`: the same job, the same clock (one
+//! reading per batch), the same JSON, so that only what lies between differs.
 
 use anyhow::{Context, Result, bail};
 use blkio::{Blkio, Blkioq, Completion, ReqFlags};

@@ -1,5 +1,5 @@
-//! A null virtio-blk device over vhost-user, of the parts that rust-vmm's own devices are made of: what
-//! those crates can do with no storage behind them.
+//! A null virtio-blk device over vhost-user, made of the crates that rust-vmm's own devices are made of:
+//! what these can do with no storage behind them.
 //!
 //! `rust-vmm-null SOCKET spin|epoll`: `spin` looks at the queue for a while before it sleeps.
 
@@ -28,7 +28,7 @@ struct Null {
 }
 
 impl Null {
-    /// Answers what is in the queue; whether there was anything.
+    /// Answers what is in the queue; returns whether there was anything.
     fn drain(&mut self, vring: &VringRwLock) -> bool {
         let memory = self.memory.memory();
         let mut vring = vring.get_mut();

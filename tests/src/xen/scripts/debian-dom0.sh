@@ -1,4 +1,4 @@
-# dom0, where it is a whole Debian and its units are up: runs the scenario.
+# dom0 as a whole Debian, once its units are up: runs the scenario.
 . /scripts/lib.sh
 . /scripts/dom0-lib.sh
 result boot "{\"dom0_s\":$(cut -d' ' -f1 /proc/uptime),\"xen\":\"$(xl info xen_version)\",\"linux\":\"$(uname -r)\"}"

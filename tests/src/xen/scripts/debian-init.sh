@@ -1,9 +1,9 @@
-# dom0, where it is a whole Debian: from the initramfs to the system on the disk.
+# dom0 as a whole Debian: from the initramfs to the system on the disk.
 [ "${limit:-0}" -gt 0 ] && limit="RuntimeMaxSec=$limit"
 modprobe -a nvme crc32c_generic ext4
 until [ -b /dev/nvme0n1 ]; do sleep 0.1; done
 mount -t ext4 /dev/nvme0n1 /mnt || poweroff -f
-# Memory is faster than the disk, and systemd takes a /run that is there.
+# Memory is faster than the disk, and systemd keeps a /run that is there.
 cp -a /guest /scripts /run/
 ln -s run/guest run/scripts /mnt/
 mkdir -p /mnt/usr/lib/modules /mnt/var/log/xen/console
@@ -25,7 +25,7 @@ $limit
 WantedBy=multi-user.target
 END
 chroot /mnt systemctl -q enable scenario.service
-# What nobody needs here takes a minute of an emulated CPU.
+# Units that nobody needs here take a minute of an emulated CPU.
 chroot /mnt systemctl -q mask getty.target serial-getty@hvc0.service e2scrub_reap.service \
     systemd-logind.service systemd-journal-flush.service systemd-update-utmp.service
 echo ShowStatus=no >>/mnt/etc/systemd/system.conf

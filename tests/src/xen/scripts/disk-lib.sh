@@ -1,6 +1,6 @@
 # What guests do with a block device, with its data verified.
 
-# NAME DEVICE ARGUMENTS...: a fio job, which is a result. (All variables are of the whole script.)
+# NAME DEVICE ARGUMENTS...: a fio job, which is a result. (All variables are global.)
 job() {
     run_fio "$@"
     cat /run/fio.out
@@ -19,7 +19,7 @@ verify_disk() {
         --numjobs=2 --offset_increment=4M --fsync=16 $verify
 }
 
-# DEVICE MIB: waits for the disk; what is written to that mebibyte of it is what is read.
+# DEVICE MIB: waits for the disk; what is written to this mebibyte must be read back.
 use_disk() {
     until [ -b "$1" ]; do sleep 0.1; done
     dd if=/dev/urandom of=/run/written bs=64k count=16 || return 1
@@ -34,7 +34,7 @@ time_disk() {
     job randwrite "$1" --rw=randwrite --bs=4k --iodepth=32 $timed
 }
 
-# NAME FUNCTION DEVICE: the last line of what it says is the result.
+# NAME FUNCTION DEVICE: the last line that the function prints is the result.
 report() {
     if "$2" "$3" >/run/report.out 2>&1; then
         text "$1" "$(tail -1 /run/report.out)"
@@ -43,7 +43,7 @@ report() {
     fi
 }
 
-# DEVICE: what is discarded reads as zeroes, and what is beside it does not.
+# DEVICE: what is discarded must read as zeroes, and what is beside it must not.
 discard() {
     most=$(cat "/sys/block/${1#/dev/}/queue/discard_max_bytes")
     [ "$most" -gt 0 ] || { echo "not offered"; return 1; }
@@ -57,7 +57,7 @@ discard() {
     echo "at most $most bytes at once"
 }
 
-# DEVICE: files are what they were, also when it is mounted again.
+# DEVICE: files must be what they were, also when it is mounted again.
 filesystem() {
     modprobe crc32c_generic 2>/dev/null
     modprobe ext4

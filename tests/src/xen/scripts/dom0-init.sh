@@ -1,8 +1,8 @@
 # dom0: starts Xen's daemons, then the scenario.
-# No one may be left to stop a machine that hangs.
+# Nobody else may be left to stop a machine that hangs.
 [ "${limit:-0}" -gt 0 ] && (sleep "$limit"; echo "dom0: time is up"; poweroff -f) &
 
-# Without it everything waits for ever, so it has to be seen.
+# Without xenstored everything waits forever, so its end must be seen.
 (xenstored --no-fork --pid-file /run/xenstored.pid; echo "dom0: xenstored ended with $?") &
 until xenstore-read -s / >/dev/null 2>&1; do sleep 0.2; done
 xen-init-dom0

@@ -19,14 +19,14 @@ fail() {
 
 # How guests are made; scenarios change it.
 GUEST_TYPE=pv
-# Where its kernel and initramfs are.
+# Where their kernel and initramfs are.
 GUEST_SYSTEM=/guest
 GUEST_CPUS='"2","3"'
 GUEST_REBOOT=destroy
 # More lines of the configuration.
 GUEST_MORE=
-# The numbers of disks whose backend is not to be trusted: xl's `untrusted`, which Debian 12's does not
-# know yet, so that it is written by hand before the guest starts.
+# The numbers of disks whose backend is not to be trusted: xl's `untrusted`, which Debian 12's does not have
+# yet, so it is written by hand before the guest starts.
 GUEST_UNTRUSTED=
 
 # NAME 'JOB [WORD=VALUE...]' DISK...: writes /run/NAME.cfg. Words go to the guest's kernel. A guest's
@@ -68,11 +68,12 @@ guest_lives() {
     xl domid "$1" >/dev/null 2>&1
 }
 
-# NAME COMMAND: has a guest whose job is `agent` run it in its shell; prints what that prints. Fails if it does.
+# NAME COMMAND: has a guest whose job is `agent` run it in its shell; prints what that prints, and fails if
+# it fails.
 ask() {
     number=$(cut -d' ' -f1 /proc/uptime)
     data=/local/domain/$(xl domid "$1")/data || fail "$1 is not there to be asked: $2"
-    # The first event says that the watch is there, the second one that something has come of it.
+    # The first event tells that the watch is set, the second one that there is an answer.
     xenstore-watch -n 2 "$data/answer" | {
         read -r _
         xenstore-write -R "$data/ask" "$number $2"
@@ -91,8 +92,8 @@ end_guest() {
     guest_results "$1"
 }
 
-# EXPECTED COMMAND...: waits until the command prints that; what has ended may take a while to be gone.
-# A number may also be smaller.
+# EXPECTED COMMAND...: waits until the command prints that, or a smaller number; what has ended may take a
+# while to be gone.
 settles() {
     expected=$1
     shift
@@ -108,7 +109,7 @@ settles() {
     done
 }
 
-# The names of all nodes in xenstore but those of the domains' own business.
+# The names of all nodes in xenstore but those that are the domains' own business.
 nodes() {
     xenstore-ls -f / | sed 's/ = .*//' | grep -vE '^/(tool.*|libxl|vm)$|/data/|^/local/domain/0/backend/[a-z0-9]*$' | sort
 }
@@ -133,7 +134,7 @@ nothing_left() {
 kernel_results() {
     while guest_lives "$1"; do
         for dir in /sys/bus/xen-backend/devices/vbd-*/statistics; do
-            # Those of rings go with them: the last look that shows something counts.
+            # A ring's statistics go with it: the last look that shows something counts.
             (cd "$dir" 2>/dev/null && grep -s . *) >/run/stats.new || true
             grep -q ':[1-9]' /run/stats.new && tr '\n' ' ' </run/stats.new >"/run/stats.$(basename "${dir%/*}")"
         done
@@ -145,10 +146,10 @@ kernel_results() {
     guest_results "$1"
 }
 
-# As guest_results, with blkback's statistics, and that nothing is left when the guest NAME is gone.
+# As guest_results, with blkback's statistics; nothing may be left when the guest NAME is gone.
 blkback_results() {
     while guest_lives "$1"; do
-        # Those of rings go with them: the last look that shows something counts.
+        # A ring's statistics go with it: the last look that shows something counts.
         blkback stats --json >/run/stats.new 2>/dev/null && grep -Eq '"wr_req": ?[1-9]' /run/stats.new \
             && mv /run/stats.new /run/stats
         sleep 5

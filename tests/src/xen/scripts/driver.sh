@@ -1,6 +1,6 @@
-# A driver domain of type TYPE serves the disks of guests; dom0 only runs the toolstack. First with `xl devd` in
-# it, which runs Debian's `block` script and removes what is detached; then blkback does without, for a PV guest and
-# for a PVH guest.
+# A driver domain of type TYPE serves the disks of guests; dom0 only runs the toolstack. First with `xl
+# devd` in it, which runs Debian's `block` script and removes what is detached; then blkback alone, for a PV
+# guest and for a PVH guest.
 driver_domain() {
     before=$(nodes)
     GUEST_TYPE=$1 GUEST_CPUS='"4","5"' GUEST_MORE=driver_domain=1
@@ -31,7 +31,7 @@ serve() {
     disk='format=raw,access=rw,backendtype=phy,backend=stor'
     create_guest "$name" agent "vdev=xvda,$disk,target=/dev/nullb0" "vdev=xvdb,$disk,target=$file"
     ask "$name" '(short=1; . /scripts/jobs/disk.sh) >&3'
-    # One line is all that shows the way the disk was attached.
+    # Only one line shows how the disk was attached.
     xenstore-ls "$own/backend/vbd" | grep -E 'physical|hotplug|state' || true
     ask stor 'blkback stats --json >/run/stats && result blkback /run/stats >&3'
     end_guest "$name"

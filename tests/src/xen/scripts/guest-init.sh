@@ -1,5 +1,5 @@
 # A guest: runs its job.
-# dom0 looks for these lines in the console's log; the kernel must not speak in their middle.
+# dom0 looks for these lines in the console's log; the kernel must not write in the middle of them.
 dmesg -n 1
 result() {
     printf '@result {"name":"%s","value":%s}\n' "$1" "$(tr -d '\n\r' <"$2")"

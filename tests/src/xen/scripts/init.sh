@@ -1,5 +1,5 @@
 #!/bin/sh
-# The first program of dom0 and of guests. It looks itself up in /proc.
+# The first program of dom0 and of guests. busybox looks itself up in /proc.
 busybox mount -t proc proc /proc
 busybox --install -s /usr/bin 2>/dev/null
 export PATH=/usr/local/bin:/usr/sbin:/usr/bin:/xen-bin HOME=/root TERM=linux

@@ -1,13 +1,13 @@
 # What dom0 and guests have in common.
 
-# TEXT: as a JSON string, without what would have to be escaped in one.
+# TEXT: as a JSON string, without characters that would need escaping.
 quoted() {
     printf '"%s"' "$(printf %s "$1" | tr '\t' ' ' | tr -d '\000-\011\013-\037"\\' |
         awk 'NR > 1 { printf "\\n" } { printf "%s", $0 }')"
 }
 
-# MIB [MILLISECONDS]: a disk in RAM, /dev/nullb0, whose requests take that long. (Its emulated write
-# cache can lock Linux 6.12 up.)
+# MIB [MILLISECONDS]: a disk in RAM, /dev/nullb0, whose requests take that long. (Its emulated write cache
+# can lock up Linux 6.12.)
 ram_disk() {
     modprobe configfs 2>/dev/null || true
     modprobe null_blk nr_devices=0
@@ -28,7 +28,7 @@ ram_disk() {
     until [ -b /dev/nullb0 ]; do sleep 0.1; done
 }
 
-# A disk on a file, with a write cache, and whose space is given back by discard: /dev/loop0, MIB.
+# MIB: a disk on a file, /dev/loop0, with a write cache, and with discard, which frees the file's space.
 file_disk() {
     modprobe loop
     truncate -s "${1}M" /tmp/disk.raw
@@ -47,7 +47,7 @@ start_blkback() {
     tail -F /run/blkback.log 2>/dev/null &
 }
 
-# Ends it, in twice the time that its service has for that.
+# Stops blkback, in twice the time that its service has for that.
 stop_blkback() {
     kill -0 $backend || fail "blkback has ended: $(tail -1 /run/blkback.log | tr -d '\"')"
     kill -TERM $backend
@@ -57,9 +57,9 @@ stop_blkback() {
     kill $patience || true
 }
 
-# What blkback has open, and how much it has mapped of other domains. One gntdev is its claim on the domain, and
-# its first thread keeps the one that it has used once; of tokio's threads, which look at the sizes of disks, there
-# are one or two.
+# What blkback has open, and how much of other domains it has mapped. One gntdev is its claim on the domain,
+# and its first thread keeps the one that it has used once; tokio has one or two threads, which look at the
+# sizes of disks.
 opened() {
     ls -l /proc/$backend/fd | awk -v threads="$(cat /proc/$backend/task/*/comm | grep -vc tokio)" '
         /gntdev$/ { gntdev++; next }
@@ -69,18 +69,18 @@ mapped() {
     grep -c gntdev /proc/$backend/maps || true
 }
 
-# What blkback keeps of requests that are in flight, for the daemon that comes after it.
+# What blkback keeps of requests in flight, for its successor.
 records() {
     ls /run/blkback | grep -v stats.sock || true
 }
 
-# FILE: the JSON that fio has written there, in a line. Warnings come first.
+# FILE: the JSON that fio has written there, on one line. Warnings come first.
 fio_json() {
     sed -n '/^{/,$p' "$1" | tr -d '\n\r'
 }
 
-# NAME DEVICE ARGUMENTS...: a fio job. Its result is left in /run/fio.result, in a line, and what it says in
-# /run/fio.out.
+# NAME DEVICE ARGUMENTS...: a fio job. Leaves its result in /run/fio.result, on one line, and what it prints
+# in /run/fio.out.
 run_fio() {
     fio_name=$1 fio_device=$2
     shift 2

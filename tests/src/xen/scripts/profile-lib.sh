@@ -1,7 +1,7 @@
-# What profiles are made of, in dom0 as in a guest.
+# The parts of profiles, for dom0 as for a guest.
 mount -t debugfs debugfs /sys/kernel/debug 2>/dev/null || true
 mount -t tracefs tracefs /sys/kernel/tracing 2>/dev/null || true
-# The kernel would sample less and less often, because interrupts take long on an emulated CPU.
+# Otherwise the kernel samples less and less often, because interrupts take long on an emulated CPU.
 echo 0 >/proc/sys/kernel/perf_cpu_time_max_percent
 
 # LINES TITLE COMMAND...: what the command prints, if it prints anything, is a report.
@@ -13,10 +13,10 @@ show() {
 $(head -n "$lines" /run/report | sed 's/[- ]*$//')"
 }
 
-# The first event of a kind changes the kernel's code, and so does the end of the last one. A PV CPU that traps into
-# what is being changed takes its event channels first: then the change may be over, no one knows of the trap, and
-# the kernel ends with `Oops: int3`, or stands still. So that is done once, while there is one CPU, and kept: perf
-# watches a program that sleeps.
+# The kernel patches its code for the first event of a kind, and after the last one. A PV CPU that traps
+# into code being patched takes its event channels first: by then the patching may be over, nobody knows of
+# the trap, and the kernel dies with `Oops: int3`, or hangs. So it is done once, while there is one CPU, and
+# kept: perf watches a program that sleeps.
 keep_patched() {
     echo 0 >/sys/devices/system/cpu/cpu1/online || fail "cannot do with one CPU"
     sleep 100000 &
@@ -29,15 +29,16 @@ keep_patched() {
     echo 1 >/sys/devices/system/cpu/cpu1/online
 }
 
-# SECONDS FILE OPTION...: where the CPUs are, and by whose calls. Without a vPMU there are no hardware events;
-# 99 timer interrupts a second are what an emulated CPU bears.
+# SECONDS FILE OPTION...: samples where the CPUs are, and by whose calls. Without a vPMU there are no
+# hardware events; an emulated CPU bears 99 timer interrupts a second.
 sample() {
     time=$1 file=$2
     shift 2
     perf record -q -a -g -F 99 -e cpu-clock -o "$file" "$@" -- sleep "$time" || fail "perf record"
 }
 
-# FILE OPTION...: a report on them, without what perf says of itself. (Inlined functions take minutes to find.)
+# FILE OPTION...: a report on these samples, without perf's own comments. (Inlined functions take minutes to
+# find.)
 sampled() {
     file=$1
     shift
@@ -51,14 +52,15 @@ folded() {
         /^[0-9]/ { count = $1; sub(/^[0-9]* /, ""); print command ";" $0 " " count }'
 }
 
-# COMMAND...: locks that were waited for while it runs, and by whom. (Linux 6.1's perf prints that as an error.)
+# COMMAND...: locks that were waited for while it runs, and by whom. (Linux 6.1's perf prints that to
+# stderr.)
 locks() {
     perf lock record -q -a -o /run/lock.data -- "$@" >/dev/null || fail "perf lock record"
     perf lock contention -i /run/lock.data 2>&1 | grep .
 }
 
-# SECONDS DEVICE: the life of its requests: queued (Q), given to the driver (D), completed (C). There are none while
-# it begins and ends, because that changes code too.
+# SECONDS DEVICE: the life of its requests: queued (Q), given to the driver (D), completed (C). There are
+# none while tracing begins and ends, because that patches code, too.
 trace_blocks() {
     cd /run
     rm -f trace.*
@@ -83,7 +85,7 @@ times_of_blocks() {
     btt -i /run/trace.bin | sed -n '/All Devices/,/Device Overhead/p' | grep -E 'MIN|^[A-Z]2'
 }
 
-# ROW: in a guest, fio does that until unload.
+# ROW: in a guest, fio runs this row until unload.
 load() {
     seconds=600
     before=$(cat /sys/block/xvda/stat)

@@ -13,7 +13,7 @@ pub(super) enum Disk {
     CachedFile,
     /// A file, past the page cache.
     DirectFile,
-    /// A loop device on a file in the page cache, O_DIRECT: fast enough that the way there counts.
+    /// A loop device on a file in the page cache, O_DIRECT: fast enough that the path to it counts.
     BlockDevice,
 }
 
@@ -74,9 +74,9 @@ pub(super) struct Case {
     pub(super) job: Job,
     /// I/Os in flight on each ring.
     pub(super) depth: u32,
-    /// Rings a device, each with a client's thread of its own.
+    /// Rings per device, each with a client thread of its own.
     pub(super) rings: u32,
-    /// Devices at once, each with a client's process of its own.
+    /// Devices at once, each with a client process of its own.
     pub(super) devices: u32,
     pub(super) client: Wait,
     pub(super) backend: Wait,
@@ -98,12 +98,12 @@ pub(super) const BASE: Case = Case {
 };
 
 impl Case {
-    /// With both ends waiting so.
+    /// The same with both ends waiting so.
     pub(super) const fn waiting(self, wait: Wait) -> Self {
         Self { client: wait, backend: wait, ..self }
     }
 
-    /// Whether it is a plain device with nothing that only our rings have.
+    /// Whether it is one plain device, with nothing that only our rings have.
     pub(super) fn is_plain(&self) -> bool {
         self.devices == 1 && self.layout == Layout::Union && self.data == Data::Persistent
     }

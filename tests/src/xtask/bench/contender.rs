@@ -1,4 +1,4 @@
-//! Who is measured: ours, limits, peers. One more is a file with an implementation of [`Contender`],
+//! What is measured: ours, limits, peers. To add one, write a file with an implementation of [`Contender`],
 //! and a line in [`all`].
 
 use super::case::Case;
@@ -25,19 +25,19 @@ pub(super) trait Contender {
         &[]
     }
 
-    /// Builds what it consists of.
+    /// Builds its parts.
     fn prepare(&self) -> Result<()> {
         Ok(())
     }
 
-    /// The case that it measures where it is asked for this one; `None` if it has nothing like it.
+    /// The case that it measures when asked for this one; `None` if it has nothing like it.
     fn takes(&self, case: &Case) -> Option<Case>;
 
     /// Measures once.
     fn measure(&self, case: &Case, meter: &Meter, place: &Place) -> Result<Sample>;
 }
 
-/// Everyone, ours first.
+/// All of them, ours first.
 pub(super) fn all() -> Vec<Box<dyn Contender>> {
     vec![
         Box::new(ours::Ours),
@@ -59,7 +59,7 @@ pub(super) fn on_backend_cpu(program: impl AsRef<std::ffi::OsStr>) -> Command {
     command
 }
 
-/// IOPS and latencies of a report of `blkfront bench`, or of one who speaks like it.
+/// IOPS and latencies of a report of `blkfront bench`, or of a program that reports alike.
 pub(super) fn read_report(report: &Value) -> Result<Sample> {
     let number = |pointer: &str| {
         report.pointer(pointer).and_then(Value::as_f64).with_context(|| pointer.to_owned())

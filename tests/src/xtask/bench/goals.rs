@@ -1,4 +1,4 @@
-//! What the pair has to reach, and whether it does.
+//! The goals of the pair, and whether it reaches them.
 
 use super::case::{BASE, Case, Disk, Wait};
 use super::contender::Contender;
@@ -12,7 +12,7 @@ use super::sample::{Sample, Spread};
 use serde::Serialize;
 use std::fmt::Write;
 
-/// One thing to reach.
+/// A goal.
 #[derive(Serialize)]
 pub(super) struct Goal {
     row: String,
@@ -20,14 +20,14 @@ pub(super) struct Goal {
     bar: String,
     ours: f64,
     needed: Needed,
-    /// Of `ours` and what is needed: where both were measured, the median of what the rounds had.
-    /// `None` where nothing is allowed.
+    /// `ours` divided by what is needed: if both were measured, the median over the rounds. `None` if the
+    /// bar is zero.
     ratio: Option<f64>,
     /// Of `ours` and the bar.
     unit: Unit,
 }
 
-/// Which side of the bar is the right one.
+/// Which side of the bar to be on.
 #[derive(Clone, Copy, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Needed {
@@ -105,7 +105,7 @@ impl Goals<'_> {
         Some(self.row(contender, case)?.samples.iter().map(|sample| sample.iops).collect())
     }
 
-    /// Our IOPS, in the best of several cases, against a share of what another did.
+    /// Our IOPS, in the best of several cases, against another's times `factor`.
     fn against(
         &mut self,
         row: &str,
@@ -122,8 +122,8 @@ impl Goals<'_> {
         self.by_rounds(row, bar, &ours, Needed::AtLeast, &needed, Unit::Iops);
     }
 
-    /// Ours of each round against what the same round asks for: two that are measured right after each
-    /// other compare, medians of an hour in which the machine changes do not.
+    /// Compares our figure of each round with what the same round asks for: figures measured right after
+    /// each other compare, medians of an hour in which the machine changes do not.
     fn by_rounds(
         &mut self,
         row: &str,
@@ -194,7 +194,7 @@ impl Goals<'_> {
     }
 
     fn copies(&mut self) {
-        // Of a polling backend this is the time an I/O takes it, too.
+        // For a polling backend, this is also the time that an I/O takes.
         let micros = |row: Option<&Row>| -> Option<Vec<f64>> {
             row?.samples.iter().map(|sample| sample.backend.cpu_us).collect()
         };
@@ -291,7 +291,7 @@ fn better(polled: Case) -> [Case; 2] {
     [polled, polled.waiting(Wait::Adaptive)]
 }
 
-/// What a row says that shows [`better`].
+/// What rows say that show [`better`].
 const BETTER: &str = "the better of polled and adaptive";
 
 fn median(values: &[f64]) -> f64 {

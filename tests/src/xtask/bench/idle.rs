@@ -1,4 +1,4 @@
-//! What a daemon costs whose devices have nothing to do.
+//! What a daemon costs while its devices have nothing to do.
 
 use crate::xtask::packages::Need;
 use crate::xtask::target;
@@ -10,20 +10,20 @@ use std::time::{Duration, Instant};
 use xen_blk_tests::host::{Host, Programs};
 use xen_blk_tests::process::{Patience, Process, run as output};
 
-/// What reads the disks.
+/// The program that reads the disks.
 pub(super) const NEEDS: &[Need] = &[("/usr/bin/nbdcopy", "libnbd-bin")];
 /// Devices, each of a guest of its own, with one ring and a file.
 pub(super) const DEVICES: u32 = 100;
 /// Bound of a ring's memory: 1056 pages that stay mapped, and 1.9 MiB of buffers, tables and stack.
 const RING_MIB: f64 = 6.0;
-/// What each guest reads once, 16 requests of 256 KiB at a time, before it rests: more than fills a
-/// ring's buffers.
+/// What each guest reads once, 16 requests of 256 KiB at a time, before it rests: more than a ring's
+/// buffers hold.
 const FILE_BYTES: u64 = 16 << 20;
 /// How long wake-ups are counted: two of the daemon's looks at the disks' sizes.
 const REST: Duration = Duration::from_secs(10);
-/// Until threads that have just worked are asleep.
+/// Time for threads that have just worked to fall asleep.
 const SETTLE: Duration = Duration::from_secs(1);
-/// Rings let go of the guests' pages after a minute without a request: if not by now, something is wrong.
+/// Rings let go of the guests' pages after a minute without a request: if not by then, something is wrong.
 const PURGED: Duration = Duration::from_secs(150);
 
 /// The daemon with all devices connected and idle.
@@ -33,26 +33,26 @@ pub(super) struct Idle {
     pub(super) bare_mib: f64,
     /// Resident MiB with all connected.
     pub(super) connected_mib: f64,
-    /// Resident MiB right after all were used: the guests' pages that the daemon keeps mapped included.
+    /// Resident MiB right after all were used, including the guests' pages that the daemon keeps mapped.
     pub(super) used_mib: f64,
     /// Resident MiB once all have been idle for a minute, and it has let go of these pages.
     pub(super) idle_mib: f64,
-    /// Times a second that any thread of the daemon woke then.
+    /// Wake-ups of any of the daemon's threads per second then.
     pub(super) wakes: f64,
 }
 
 impl Idle {
-    /// The most resident MiB that a device of one ring may add: what the page says of a ring.
+    /// The most resident MiB that a device of one ring may add, as stated on the page.
     pub(super) fn bound_mib(&self) -> f64 {
         RING_MIB
     }
 }
 
-/// Measures.
+/// Measures the daemon.
 pub(super) fn measure() -> Result<Idle> {
     let host = Host::start(Programs::in_dir(target().join("release")))?;
-    // With the options it has from itself. In dom0: in a driver domain, xenstore's default quota of
-    // 1000 nodes ends at some thirty disks.
+    // With default options. In dom0, because in a driver domain xenstore's default quota of 1000 nodes is
+    // used up by some thirty disks.
     let backend = host.backend_in_dom0(&[])?;
     let bare_mib = resident(&backend)?;
     let mut frontends = Vec::new();

@@ -12,11 +12,11 @@ use xen_blk_tests::process::tied;
 pub(super) const RAMP: Duration = Duration::from_millis(300);
 /// From starting a client to where the window opens: connecting, and the ramp.
 const LEAD: Duration = Duration::from_millis(450);
-/// The window is closed by then before clients that connected at once end.
+/// The window closes at least this long before clients that connected at once end.
 const MARGIN: Duration = Duration::from_millis(100);
 /// The shortest [`Meter::time`].
 pub(super) const SHORTEST: Duration = Duration::from_millis(400);
-/// A client that runs longer than it was told by this has hung.
+/// A client that overruns its time by this much has hung.
 const GRACE: Duration = Duration::from_secs(20);
 /// Tracepoint of every system call, and what CPUs count where the machine shows it.
 const COUNTED: &str = "raw_syscalls:sys_enter,instructions";
@@ -114,7 +114,7 @@ impl Used {
     }
 }
 
-/// CPU time and waits of processes, of the threads they have now.
+/// CPU time and sleeps of processes: of the threads that they have now.
 fn used(pids: Pids<'_>) -> Result<Used> {
     let mut used = Used::default();
     for pid in pids {
@@ -167,7 +167,7 @@ impl Client {
         if !status.success() {
             bail!("a client failed ({status}):\n{text}{errors}");
         }
-        // fio may warn before it.
+        // fio may warn before it reports.
         let json = text.find('{').and_then(|at| text.get(at..)).unwrap_or_default();
         serde_json::from_str(json).with_context(|| format!("a client's report: {text}"))
     }
@@ -203,7 +203,7 @@ impl Perf {
         let mut text = String::new();
         self.0.stderr.take().context("stderr")?.read_to_string(&mut text)?;
         self.0.wait()?;
-        // COUNT,UNIT,EVENT,...: the count is in words where it is none.
+        // COUNT,UNIT,EVENT,...: words stand for a missing count.
         let count = |event: &str| {
             let line = text.lines().find(|line| line.contains(event))?;
             line.split(',').next()?.parse().ok()

@@ -1,7 +1,7 @@
 //! `cargo xtask bench`: the data path beside its limits and its peers, all from one run.
 //!
-//! Backends have CPU 1 to themselves and clients CPU 0. Everything is measured once a round, so that
-//! what is compared is never far apart in time; medians of the rounds are shown, with the extremes.
+//! Backends have CPU 1 to themselves and clients CPU 0. Everything is measured once per round, so that
+//! figures to compare are close in time; medians of the rounds are shown, with the extremes.
 
 mod case;
 mod contender;
@@ -130,7 +130,7 @@ fn named(options: &Options, name: &str) -> bool {
     options.only.is_empty() || options.only.iter().any(|part| name.contains(part.as_str()))
 }
 
-/// Which contender is measured on what, by number.
+/// Which contender, by number, is measured on which case.
 type Plan = Vec<(usize, Case)>;
 
 fn plan(options: &Options, contenders: &[Box<dyn Contender>]) -> Plan {
@@ -174,7 +174,7 @@ fn prepare(contenders: &[Box<dyn Contender>], mut plan: Plan) -> Result<(Plan, V
     Ok((plan, left_out))
 }
 
-/// Idle devices are no case of a row, but go with the goals and by their own name.
+/// Idle devices are not a case; they go with the goals and by their own name.
 fn wants_idle(options: &Options) -> bool {
     let profiles = [Profile::Goals, Profile::Idle, Profile::All];
     let all = options.cases.is_empty() && options.only.is_empty();

@@ -39,7 +39,7 @@ impl Contender for Ours {
         let path = place.path(case.disk)?;
         let target = path.map_or_else(|| "null:64G".to_owned(), |path| path.display().to_string());
         let line = format!("vdev=xvda,backendtype=tap,backend={DRIVER_DOMAIN},target={target}");
-        // A guest each: a domain is one process.
+        // One guest per device: a domain is one process.
         let guests: Vec<String> = (0..case.devices).map(|n| format!("guest{n}")).collect();
         for guest in &guests {
             host.create_domain(
@@ -144,7 +144,7 @@ impl Counts {
         Ok(Self { devices: requests, kicks, sleeps, calls: sum("/total/system_calls") + kicks })
     }
 
-    /// Where perf has counted calls, its count stands.
+    /// If perf has counted calls, its count stands.
     fn backend(&self, end: &mut End) {
         let requests = self.devices.iter().sum::<f64>();
         if requests == 0.0 {

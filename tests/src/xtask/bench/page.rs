@@ -1,4 +1,4 @@
-//! Figures and plots into docs: of the goals into a section of `docs/performance.md`, of other profiles
+//! Writes figures and plots into docs: the goals' into a section of `docs/performance.md`, other profiles'
 //! into pages of their own.
 
 use super::Options;
@@ -14,13 +14,13 @@ use std::process::Command;
 use xen_blk_tests::process::run as output;
 
 const PAGE: &str = "docs/performance.md";
-/// Pages and plots.
+/// Other pages, and all plots.
 const PAGES: &str = "docs/performance";
 /// The profile that is on the page itself, between these lines.
 const GOALS: &str = "goals";
 const BEGIN: &str = "<!-- bench goals -->\n";
 const END: &str = "<!-- end of bench goals -->\n";
-/// A line needs that many points.
+/// The fewest points that make a line.
 const POINTS: usize = 3;
 
 /// Replaces the section of the goals, or the page of other profiles.
@@ -58,7 +58,7 @@ fn shown(plots: &[String], directory: &str) -> String {
     plots.iter().map(|plot| format!("\n![{plot}]({directory}{plot})\n")).collect()
 }
 
-/// What, where, when and how: before anything is measured, or the tree would be another by then.
+/// What, where, when and how. To be called before measuring: afterwards the tree may be another.
 pub(super) fn conditions(options: &Options) -> Result<String> {
     let cpus = std::fs::read_to_string("/proc/cpuinfo")?;
     let model =
@@ -67,7 +67,7 @@ pub(super) fn conditions(options: &Options) -> Result<String> {
     let date = output(Command::new("date").args(["-u", "+%F"]))?;
     let git = |arguments: &[&str]| output(Command::new("git").args(arguments).current_dir(root()));
     let commit = git(&["rev-parse", "--short", "HEAD"])?;
-    // Figures are written into docs, and make no other program.
+    // Figures are written into docs, which do not change the programs.
     let changed = git(&["status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs"])?;
     Ok(format!(
         "{}{}, {model}, {} CPUs, Linux {}, {}; {} rounds of {} s.\n",
@@ -130,7 +130,7 @@ fn plots(results: &Results, name: &str) -> Result<Vec<String>> {
     Ok(plots)
 }
 
-/// What tells a line from others of its contender: everything but the axes.
+/// What distinguishes a line from others of its contender: everything but the axes.
 fn conditions_of(case: &Case) -> String {
     let text = Case { rings: 1, devices: 1, ..*case }.to_string();
     text.split_once(", ").map_or_else(String::new, |(_, rest)| format!("({rest})"))

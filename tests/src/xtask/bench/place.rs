@@ -11,10 +11,10 @@ use std::process::Command;
 use xen_blk_tests::process::run as output;
 use xen_blk_tests::scratch::Scratch;
 
-/// Size of every disk's used part: files of it stay in the page cache.
+/// Size of the used part of every disk: it fits the page cache.
 pub(super) const BYTES: u64 = 1 << 30;
 
-/// A directory in `target/bench` with what disks are made of.
+/// A directory in `target/bench` with the files behind the disks.
 pub(super) struct Place {
     dir: Scratch,
     cached: OnceCell<PathBuf>,
@@ -36,14 +36,14 @@ impl Place {
         self.dir.path()
     }
 
-    /// The file or device of a disk, cached where it is to be; `None` where there is nothing.
+    /// The file or device of a disk, in the page cache if it should be; `None` for a null disk.
     pub(super) fn path(&self, disk: Disk) -> Result<Option<&Path>> {
         Ok(match disk {
             Disk::Null => None,
             Disk::CachedFile => Some(self.cached()?),
             Disk::DirectFile => Some(made(&self.direct, || {
                 let path = filled(self.dir().join("direct.raw"))?;
-                // Reads past the cache go fastest where nothing of the file is in it.
+                // Reads past the page cache are fastest if nothing of the file is in it.
                 output(Command::new("dd").arg(format!("of={}", path.display())).args([
                     "oflag=nocache",
                     "conv=notrunc,fdatasync",
@@ -58,8 +58,8 @@ impl Place {
         })
     }
 
-    /// Some machines take memory back that was not used for half a minute (DAMON), which is less than the
-    /// measurements between two of this file last.
+    /// Read each time: some machines reclaim memory unused for half a minute (DAMON), and measurements of
+    /// this file may be further apart.
     fn cached(&self) -> Result<&Path> {
         let path = made(&self.cached, || filled(self.dir().join("cached.raw")))?;
         std::io::copy(&mut File::open(path)?, &mut std::io::sink())?;
@@ -94,7 +94,7 @@ impl LoopDevice {
         let name = output(command.args(["--find", "--show"]).arg(file))?;
         let path = PathBuf::from(name.trim());
         let open = File::open(&path);
-        // While it is open this only marks it: the kernel detaches it when nobody has it open any more.
+        // While it is open, this only marks it: the kernel detaches it when it is closed for the last time.
         output(Command::new("losetup").arg("--detach").arg(&path))?;
         Ok(Self { path, _open: open? })
     }

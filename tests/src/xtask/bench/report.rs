@@ -19,7 +19,7 @@ pub(super) struct Results {
 pub(super) struct Row {
     pub(super) contender: &'static str,
     pub(super) case: Case,
-    /// One a round.
+    /// One per round.
     pub(super) samples: Vec<Sample>,
     /// From a round of its own, with perf counting.
     pub(super) counted: Option<Sample>,
@@ -132,7 +132,7 @@ pub(super) fn rate(iops: f64) -> String {
     if iops >= 999_500.0 { format!("{:.2} M", iops / 1e6) } else { format!("{:.1} k", iops / 1e3) }
 }
 
-/// Three digits, or what is left of them.
+/// Three significant digits, or fewer.
 fn short(value: f64) -> String {
     match value {
         _ if value >= 99.95 => format!("{value:.0}"),

@@ -1,4 +1,4 @@
-//! What one measurement gives, and several together.
+//! The figures of one measurement, and of several together.
 
 use serde::Serialize;
 
@@ -34,7 +34,7 @@ pub(super) struct Sample {
 }
 
 impl Sample {
-    /// Of a limit that has a rate and nothing else.
+    /// The sample of a limit that has a rate and nothing else.
     pub(super) fn rate(iops: f64) -> Self {
         Self { iops, ..Self::default() }
     }
@@ -57,7 +57,7 @@ pub(crate) struct Spread {
 }
 
 impl Spread {
-    /// `None` of nothing.
+    /// `None` without values.
     pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);

@@ -1,11 +1,11 @@
-//! Manual pages, made of what a program says of itself.
+//! Manual pages, made from what the programs' `--help` says.
 
 use anyhow::{Context, Result};
 use std::path::Path;
 use std::process::Command;
 use xen_blk_tests::process::run as output;
 
-/// The page of `program` in a section: a heading a command, under it what `--help` says.
+/// The page of `program` in a section: a heading for each command, and under it its `--help`.
 pub(super) fn page(program: &Path, section: u8) -> Result<String> {
     let name = program.file_name().and_then(|name| name.to_str()).context("a program's name")?;
     let version = output(Command::new(program).arg("--version"))?;
@@ -33,12 +33,12 @@ pub(super) fn page(program: &Path, section: u8) -> Result<String> {
 fn commands(help: &str) -> impl Iterator<Item = &str> {
     let list = help.split_once("Commands:\n").map_or("", |(_, list)| list);
     let entries = list.lines().take_while(|line| !line.is_empty());
-    // Descriptions may go on in lines that are further in.
+    // Descriptions may continue on lines that are indented further.
     let names = entries.filter_map(|line| line.strip_prefix("  ").filter(|l| !l.starts_with(' ')));
     names.filter_map(|line| line.split_whitespace().next()).filter(|&name| name != "help")
 }
 
-/// As troff takes it for plain text.
+/// Escaped, as plain text for troff.
 fn escaped(text: &str) -> String {
     let text = text.replace('\\', "\\e").replace('-', "\\-");
     // A line that begins with either would be a request.

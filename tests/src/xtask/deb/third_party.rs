@@ -15,7 +15,7 @@ const NOTICES: &[&str] = &["COPYING", "COPYRIGHT", "LICENCE", "LICENSE", "NOTICE
 pub(super) fn notices() -> Result<String> {
     let tree = ["tree", "-p", "blkback", "-p", "blkfront", "-e", "normal", "--prefix", "none"];
     let linked = output(cargo(&tree).args(["--format", "{p}"]))?;
-    // NAME vVERSION, and what else there is to say.
+    // NAME vVERSION, perhaps followed by more.
     let linked: BTreeSet<(&str, &str)> = linked
         .lines()
         .filter_map(|line| {

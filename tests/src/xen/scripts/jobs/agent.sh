@@ -1,5 +1,5 @@
 # Does what dom0 asks for (dom0-lib.sh, ask): data/ask is 'NUMBER COMMAND', data/answer 'NUMBER STATUS OUTPUT'.
-# A command's output is the answer; what it says to >&3 is shown, and results count.
+# A command's output is the answer; what it writes to >&3 is shown, and results in it count.
 # The functions of disk-lib.sh are there.
 . /scripts/disk-lib.sh
 modprobe xen-blkfront max_ring_page_order=4
@@ -7,7 +7,7 @@ exec 3>&1
 fail() {
     text failure "$1" >&3
 }
-# The kernel takes the watch up again where the domain is restored or migrated.
+# The kernel sets the watch again when the domain is restored or migrated.
 mkfifo /run/asked
 xenstore-watch data/ask >/run/asked &
 watch=$!

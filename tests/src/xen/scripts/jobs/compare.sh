@@ -1,12 +1,12 @@
 # Measures disks beside each other: disks=BACKEND:DISK,... rounds=N seconds=N. dom0 reads its counters
-# before and after each row; both keep step by way of xenstore.
+# before and after each row; the two keep in step through xenstore.
 modprobe xen-blkfront
 
 mkfifo /run/done
 xenstore-watch data/done >/run/done &
 exec 3</run/done
 
-# NAME: until dom0 has done its part of it.
+# NAME: until dom0 has done its part of this step.
 step() {
     xenstore-write data/step "$1"
     while read -r _ <&3; do

@@ -16,7 +16,7 @@ verify_disk /dev/xvda
 [ -n "$short" ] || time_disk /dev/xvda
 if [ -b /dev/xvdb ]; then
     report discard discard /dev/xvdb
-    # The toolstack said that the backend of xvdb is not to be trusted.
+    # The toolstack has called the backend of xvdb untrusted.
     if [ "$untrusted" = xvdb ]; then
         bounces=$(dmesg | grep 'xvdb: .*bounce buffer: enabled')
         text untrusted "$bounces"

@@ -1,10 +1,10 @@
-# Uses the disks xvda and xvdb by blkfront, as block devices of this guest's: $via is nbd or ublk.
+# Uses the disks xvda and xvdb through blkfront, as block devices of this guest: $via is nbd or ublk.
 . /scripts/disk-lib.sh
 export RUST_LOG=info
 # The kernel's frontend would take the disks: it is a module, and nothing loads it.
 [ -d /sys/module/xen_blkfront ] && text failure "xen-blkfront is loaded"
 
-# Emulated on a busy machine, a backend can take long.
+# Under emulation on a busy machine, a backend can take long.
 patience="--connect-timeout 60"
 
 text info "$(blkfront info xvda $patience --vcpus 2 --split --ring-order 2)"
@@ -41,7 +41,7 @@ start() {
         return 1
     done
 }
-# N: removes it again, and says what it has done.
+# N: removes it again, and reports what it has done.
 stop() {
     eval "pid=\$front$1"
     kill -TERM "$pid"
@@ -89,12 +89,12 @@ blkfront bench xvda $patience --rw randwrite --bssplit 512/10:4k/50:64k/30:256k/
 result bench /run/bench.json
 text dmesg-errors "$(dmesg | grep -E 'I/O error|nbd.*(error|timed out)|BUG:|WARNING:' | head -5)"
 
-# The kernel looks for partitions before a device is there: that can be given up where the disk takes 20 s for
+# The kernel looks for partitions before a device appears, which can be given up: this disk takes 20 s for
 # each read. Afterwards blkfront waits for the backend, which has one in flight.
 if [ "$via" = ublk ]; then
     blkfront ublk xvdc $patience --id 2 >/run/front2 2>/run/front2.log &
     slow=$!
-    # N PATH: waits until it is there (0), or not any more (1).
+    # N PATH: waits until it exists (0), or no longer exists (1).
     until_there() {
         tries=0
         while [ $tries -lt 300 ]; do

@@ -1,5 +1,5 @@
-# Writes xvda and xvdb, and reads back what was written, until dom0 writes data/enough. Not as fast as it can: dom0 is
-# to have the emulated CPUs for what it does meanwhile.
+# Writes xvda and xvdb, and reads back what was written, until dom0 writes data/enough. Not at full speed:
+# dom0 needs the emulated CPUs for what it does meanwhile.
 modprobe xen-blkfront
 for disk in xvda xvdb; do
     tries=0

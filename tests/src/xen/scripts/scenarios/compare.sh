@@ -8,7 +8,7 @@ start_blkback --kinds vbd3
 
 tracing=/sys/kernel/tracing
 mount -t tracefs tracefs $tracing
-# What the kernel's grant operations are asked for is in the argument that counts them.
+# The register that holds the count argument of each of the kernel's grant operations.
 grant_probes="gnttab_map_refs:cx gnttab_unmap_refs:cx gnttab_batch_copy:si"
 start_probes() {
     for probe in $grant_probes; do
@@ -23,7 +23,7 @@ read_probes() {
     done
 }
 
-# Nanoseconds that threads have run: of processes by number, or of kernel threads by name.
+# Nanoseconds that threads have run: those of a process by number, or kernel threads by name.
 ran() {
     cat /proc/"$1"/task/*/schedstat 2>/dev/null | awk '{ n += $1 } END { print n + 0 }'
 }
@@ -52,7 +52,7 @@ start_probes
 xenstore-watch "$domain/data/step" | while read -r _; do
     step=$(xenstore-read "$domain/data/step" 2>/dev/null || true)
     case $step in
-    # Not begun; or the guest has gone.
+    # Not begun, or the guest is gone.
     '') guest_lives guest || break ;;
     end) break ;;
     *direct)

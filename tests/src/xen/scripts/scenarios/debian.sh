@@ -36,12 +36,12 @@ done
 [ "$(xenstore-read "$backend/51744/sectors")" = 134217728 ] || fail "the size of null:64G"
 xl block-detach guest xvdc || fail "detach"
 
-# The administrator is told why.
+# The administrator must be told why.
 refused() {
     if xl block-attach guest "vdev=xvdd,$line,target=$1" 2>/run/refused; then fail "$1 is attached"; fi
     cat /run/refused
     grep -q "$2" /run/refused || fail "xl does not say why $1 is refused"
-    # libxl leaves what it could not attach.
+    # libxl leaves behind what it could not attach.
     xl block-detach guest xvdd || fail "detach what was refused"
 }
 refused /nowhere "does not exist"

@@ -9,7 +9,7 @@ GUEST_MORE='vga="none"'
 disk='format=raw,access=rw,backendtype=phy'
 set -- "vdev=hda,$disk,target=/dev/nullb0" "vdev=hdb,$disk,script=block-blkback,target=/tmp/disk.raw"
 
-# Linux leaves them with QEMU then, and its drivers for Xen's disks keep away.
+# Like this, Linux leaves the disks to QEMU, and its drivers for Xen's disks keep away.
 create_guest emulated 'agent xen_emul_unplug=never' "$@"
 ask emulated 'modprobe -a ata_piix sd_mod; use_disk /dev/sda 1 && use_disk /dev/sdb 1'
 ask emulated 'dmesg | grep "sd[ab].*blocks" >&3; ! ls /dev/xvd*'

@@ -1,8 +1,8 @@
 # kill -9 of blkback under load, five times, and an end in good order: Linux's xen-blkfront in a guest goes on
 # without an error.
 KILLS=5
-# So slow that requests are in flight whenever it is, also when the kernel has taken the daemon's memory apart:
-# its pages must not be the guest's then (Platform::may_pin).
+# So slow that requests are always in flight, even when the kernel has torn down the daemon's memory: their
+# pages must not be the guest's then (Platform::may_pin).
 ram_disk 256 100
 file_disk 64
 start_blkback
@@ -30,7 +30,7 @@ while [ $kill -lt $KILLS ]; do
     under_load
     kill -9 $backend
     wait $backend || true
-    # Rings that share a thread wait elsewhere than one that has its own.
+    # Rings that share a thread wait elsewhere than a ring that has its own.
     run_blkback --threads $((4 - kill % 2 * 2))
     kill=$((kill + 1))
     echo "dom0: killed blkback $kill times"
@@ -40,7 +40,7 @@ stop_blkback
 echo "dom0: stopped blkback"
 run_blkback
 blkback_results guest
-# Two disks of two rings.
+# Two disks with two rings each.
 taken_up=$(grep -c 'going on where the last backend stopped' /run/blkback.log)
 busy=$(grep 'going on where' /run/blkback.log | grep -vc 'open=0$') || true
 result kills "{\"kills\":$KILLS,\"rings_taken_up\":$taken_up,\"with_requests_open\":$busy}"

@@ -21,7 +21,7 @@ granted() {
 GUEST_REBOOT=restart
 create_guest guest agent "$xvda"
 ask guest 'until [ -b /dev/xvda ]; do sleep 0.1; done'
-# By both of its rings: a thread that serves some opens its gntdev with the first page that it maps.
+# Through both of its rings: the thread of a ring opens its gntdev with the first page that it maps.
 for cpu in 0 1; do
     ask guest "fio --name=ring --filename=/dev/xvda --rw=read --bs=4k --size=64k --direct=1 --cpus_allowed=$cpu"
 done

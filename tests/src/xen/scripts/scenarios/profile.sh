@@ -24,7 +24,7 @@ show 40 "depth 1: ring threads, themselves" sampled /run/d1.data --no-children -
 show 20 "depth 1: hypercalls" sh -c "xenalyze --summary /run/xen.trace 2>/dev/null | sed -n '/Domain 0 --/,/Emulate/p' | sed -n '/v0 --/,/^-- v1/p' | grep -A15 'PV events'"
 result file "{\"name\":\"depth1.folded\",\"text\":$(quoted "$(folded /run/d1.data)")}"
 
-# As many as the disk takes.
+# As many requests as the disk takes.
 ask guest 'load iometer'
 sample 6 /run/many.data
 ask guest 'sample 6 /run/many.data'
@@ -49,7 +49,7 @@ show 40 "dom0: ring threads" sampled /run/many.data --children --percentage rela
 ask guest 'show 30 "guest" sampled /run/many.data --no-children --sort comm,dso,symbol --percent-limit 0.8 >&3'
 show 12 "dom0: btt" times_of_blocks
 ask guest 'show 12 "guest: btt" times_of_blocks >&3'
-# A table may be empty because nobody has waited: one that is not shows that it would have been seen.
+# A table may be empty because nobody has waited. This one is not, which shows that waiting is seen.
 show 12 "contended locks of perf bench" locks perf bench sched messaging -g 2 -l 50
 grep -q '[1-9].* us ' /run/report || fail "perf has seen no lock that was waited for"
 end_guest guest

@@ -12,7 +12,7 @@ for round in 1 2; do
     ask guest 'touch /run/on; rm -f /run/runs; (while [ -e /run/on ]; do fio --name=saved --filename=/dev/xvda \
         --ioengine=libaio --direct=1 --rw=randrw --bs=8k --iodepth=8 --size=4M --verify=crc32c --verify_fatal=1 \
         >/run/fio.out 2>&1 || break; echo >>/run/runs; done) & fio=$!; sleep 5'
-    # The image is too large for dom0's memory as it is.
+    # Uncompressed, the image is too large for dom0's memory.
     gzip -1 </run/image >/tmp/image.gz &
     xl save guest /run/image || fail "save"
     settles "$empty" nodes

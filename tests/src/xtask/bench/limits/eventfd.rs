@@ -10,7 +10,7 @@ use anyhow::{Result, anyhow};
 use nix::sys::eventfd::EventFd;
 use std::time::Instant;
 
-/// The value that ends the other end.
+/// The value that stops the other end.
 const STOP: u64 = 2;
 
 /// The limit of ends that sleep, at depth 1.

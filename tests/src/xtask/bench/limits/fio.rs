@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 use std::process::Command;
 
-/// What needs fio.
+/// fio, and its package.
 pub(crate) const NEEDS: &[Need] = &[("/usr/bin/fio", "fio")];
 
 /// The limit of files and devices.
@@ -21,7 +21,7 @@ pub(crate) fn fio(case: &Case, meter: &Meter) -> Command {
     let mut command = Command::new("fio");
     command.args(["--name=bench", "--thread", "--output-format=json", "--norandommap"]);
     command.args(["--randrepeat=0", "--time_based"]).args(case.job.options());
-    // Or it would begin by dropping the file from the page cache.
+    // Otherwise fio would begin by dropping the file from the page cache.
     command.arg("--invalidate=0");
     command.arg(format!("--iodepth={}", case.depth)).arg(format!("--size={BYTES}"));
     command.arg(format!("--runtime={}ms", meter.time.as_millis()));
@@ -36,7 +36,7 @@ pub(crate) fn read_fio(report: &Value) -> Result<Sample> {
     let number = |pointer: &str| job.pointer(pointer).and_then(Value::as_f64).unwrap_or(0.0);
     let micros = |which: &str| {
         let of = |side: &str| number(&format!("/{side}/clat_ns/percentile/{which}"));
-        // Of a mix, the slower half's.
+        // For a mix, the slower half's.
         Some(of("read").max(of("write")) / 1e3)
     };
     Ok(Sample {
@@ -68,12 +68,13 @@ impl Contender for Fio {
         command.arg("--ioengine=io_uring").arg(format!("--filename={}", path.display()));
         command.arg("--registerfiles=1");
         if case.disk == Disk::CachedFile {
-            // A system call for many I/Os is 1.3 times as fast here, and 0.4 of it on a loop device.
+            // One system call for many I/Os makes it 1.3 times as fast here, but 0.4 times on a loop
+            // device.
             command.args(["--direct=0", "--iodepth_batch_submit=16"]);
             command.arg("--iodepth_batch_complete_min=1");
             command.arg(format!("--iodepth_batch_complete_max={}", case.depth));
         } else {
-            // Buffers that the kernel knows spare a look-up of their pages; a copy to them is no faster.
+            // Registered buffers spare a look-up of their pages; copying to them is no faster.
             command.args(["--direct=1", "--fixedbufs=1"]);
         }
         let observed = meter.observe(vec![command], &[], || Ok(()))?;

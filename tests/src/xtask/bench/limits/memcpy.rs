@@ -11,7 +11,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 const PAGE: usize = 4096;
-/// Pages on each side: as many as a backend's buffers and a guest's are together with what else is used.
+/// Pages on each side: as many as the buffers of a backend and a guest, together with what else is used.
 const PAGES: usize = 1024;
 
 /// The limit of grant copy.

@@ -1,4 +1,4 @@
-//! What the machine could do at the best.
+//! The limits of the machine.
 
 pub(super) mod eventfd;
 pub(super) mod fio;
@@ -18,7 +18,7 @@ fn pin(cpu: usize) -> Result<()> {
     Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
 }
 
-/// Runs on the clients' CPU, in a thread that takes its place there with it when it ends.
+/// Runs `work` on the clients' CPU, in a thread whose pinning ends with it.
 fn on_client_cpu<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {

@@ -57,7 +57,8 @@ fn random_read(path: &Path, depth: u32, time: Duration) -> Result<Sample> {
     let (mut done, mut calls, mut random) = (0u64, 0u64, 0x9e37_79b9_7f4a_7c15u64);
     let from = Instant::now();
     loop {
-        // Once a round: between two looks the time may end, and nothing be in flight to wait for.
+        // Checked once per round: between two checks the time could end, with nothing in flight to wait
+        // for.
         let is_over = from.elapsed() >= time;
         if is_over && idle.len() == buffers.len() {
             break;

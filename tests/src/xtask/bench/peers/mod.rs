@@ -33,7 +33,7 @@ fn vhost_takes(case: &Case) -> bool {
     case.is_plain() && case.rings == 1 && case.job != Job::Iometer && client
 }
 
-/// Starts a server of a socket, and waits until that is there. The socket is removed first.
+/// Starts a server, and waits until its socket is there. A socket from before is removed first.
 fn serve(name: &str, place: &Place, socket: &Path, command: &mut Command) -> Result<Process> {
     if socket.exists() {
         std::fs::remove_file(socket)?;
@@ -46,7 +46,7 @@ fn serve(name: &str, place: &Place, socket: &Path, command: &mut Command) -> Res
     Ok(server)
 }
 
-/// Loads a vhost-user-blk device by `blkio-bench`.
+/// Loads a vhost-user-blk device with `blkio-bench`.
 fn drive(case: &Case, meter: &Meter, socket: &Path, server: &Process) -> Result<Sample> {
     let mut command = Command::new(program("blkio-bench"));
     let (rw, bs) = match case.job {

@@ -1,4 +1,4 @@
-//! nbdkit's null plugin through fio's nbd engine: a socket in the place of shared memory.
+//! nbdkit's null plugin through fio's nbd engine: a socket in place of shared memory.
 
 use super::serve;
 use crate::xtask::bench::case::{Case, Disk, Wait};

@@ -1,5 +1,5 @@
 //! qemu-storage-daemon: its vhost-user-blk export, with an I/O thread that polls as long as that pays, or
-//! always where the case's backend does.
+//! always if the case's backend does.
 
 use super::{build, drive, serve, vhost_takes};
 use crate::xtask::bench::case::{Case, Disk, Wait};

@@ -8,7 +8,7 @@ use crate::xtask::bench::place::Place;
 use crate::xtask::bench::sample::Sample;
 use anyhow::Result;
 
-/// What Rust's virtio crates come to.
+/// A device on Rust's virtio crates.
 pub(crate) struct Null;
 
 impl Contender for Null {
@@ -21,7 +21,7 @@ impl Contender for Null {
     }
 
     fn takes(&self, case: &Case) -> Option<Case> {
-        // Its spinning is given up after a while, so it is the adaptive kind.
+        // It gives up spinning after a while, so it is the adaptive kind.
         let backend = if case.backend == Wait::Event { Wait::Event } else { Wait::Adaptive };
         (vhost_takes(case) && case.disk == Disk::Null).then_some(Case { backend, ..*case })
     }
