@@ -6,7 +6,7 @@ use xen_platform::Waiting;
 use xenstore_glue::vbd::PROTOCOL_DEFAULT;
 
 /// Bytes of granted data pages a vCPU gets unless [`Config::pool_bytes`] says otherwise: 128 I/Os of
-/// 64 KiB, the deepest the IOmeter mix goes on one vCPU.
+/// 64 KiB, twice what the IOmeter mix has in flight on one vCPU.
 pub const DEFAULT_POOL_BYTES: usize = 8 << 20;
 /// The largest pool of a vCPU: 16384 pages, half of the 32768 grants that a Xen guest has by default.
 pub const MAX_POOL_BYTES: usize = 64 << 20;

@@ -179,7 +179,7 @@ impl Queue {
         self.flight.limits.check(io.op, io.offset, len, self.size())
     }
 
-    /// Holds I/O back, so that neighbours can be merged and all be sent with one notification.
+    /// Holds I/O back, so that neighbours can be merged and are sent together.
     pub fn plug(&mut self) {
         self.plugged = true;
     }

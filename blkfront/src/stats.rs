@@ -66,7 +66,7 @@ counters! {
     splits,
     /// Requests that found the ring (or the staging queue to its owner) full and waited for a slot.
     requeues,
-    /// Requests that a backend left unanswered; they are issued again when it comes back.
+    /// Requests that a backend left unanswered; they are issued again if it comes back.
     lost,
     /// Events sent to the backend.
     kicks_sent,

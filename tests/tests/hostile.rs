@@ -227,7 +227,7 @@ fn malformed_requests(options: &[&str], count: u64) -> Result<()> {
     scene.end(baseline)
 }
 
-/// Waits until the device was given up, with a reason, and starts it over.
+/// Waits until the device was given up, with a reason, and closes it.
 fn given_up(scene: &Scene, device: &Device, link: Link) -> Result<()> {
     device.wait_backend(&scene.evil, &[state::CLOSING, state::CLOSED])?;
     let reason = device.back.replacen("/backend/", "/error/backend/", 1);

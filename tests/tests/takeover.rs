@@ -47,7 +47,7 @@ impl Disk {
         Ok(Self { link, requests, responses, data })
     }
 
-    /// Asks for page `id` of the disk to be written with `id`s, or for one behind its end.
+    /// Asks for page `id` of the disk to be written with `id + 1`s, or for one behind its end.
     fn write(&mut self, id: u64, transfer: Transfer, beyond: bool) -> Result<()> {
         let page = id as usize * PAGE_SIZE;
         window(&self.data.memory(), page, PAGE_SIZE)?.write(&[id as u8 + 1; PAGE_SIZE]);
@@ -137,7 +137,7 @@ fn slow(image: &Path) -> String {
     format!("vdev=xvda,target=delay:300ms,{}", image.display())
 }
 
-/// Attaches without a daemon, which the toolstack would wait for.
+/// Attaches, and stops the daemon for which the toolstack waits.
 fn attach(host: &Host, guest: &Guest, image: &Path) -> Result<Device> {
     let mut daemon = host.backend(&[])?;
     let device = guest.attach(host, &slow(image))?;
@@ -239,7 +239,7 @@ fn a_damaged_record_is_refused() -> Result<()> {
         file.write_all(&[0xa5; 4096])?;
         let mut daemon = host.backend(&[])?;
         daemon.wait_for("does not fit")?;
-        // Such a disk is to be attached again.
+        // Such a disk has to be connected again.
         device.disconnect(&guest, disk.link)?;
         WellBehaved::connect(&guest, &device, PLAIN)?.round_trip(0)?;
         ensure!(daemon.terminate()?.success(), "{}", daemon.log());

@@ -13,7 +13,7 @@ use xen_blk_tests::process::{run, wait_until};
 const RESTARTS: usize = 10;
 /// A backend that does not wait for xenstore ends within this time.
 const PROMPTLY: Duration = Duration::from_secs(5);
-/// A frontend gives the backend ten seconds to close, and xenstore one more.
+/// A frontend gives the backend ten seconds to close, and xenstore five more.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10 + 5);
 
 fn disk_line(target: &str) -> String {

@@ -253,7 +253,7 @@ impl Reply {
             Ok(data) => {
                 reply.put(&REPLY_TYPE_OFFSET_DATA.to_be_bytes());
                 reply.put(&cookie.to_be_bytes());
-                // The payload is never larger than MAX_PAYLOAD: this fits.
+                // The payload is never larger than a request may be: this fits.
                 reply.put(&(data.len() as u32 + 8).to_be_bytes());
                 reply.put(&offset.to_be_bytes());
                 reply.data = Some(data);

@@ -5,7 +5,7 @@ use crate::link::Notice;
 use crate::{Io, Refusal};
 use std::time::{Duration, Instant};
 
-/// Sectors of each of the writes: 24 pages, an indirect request.
+/// Bytes of each of the writes: 24 pages, an indirect request.
 const LONG: usize = 24 * 4096;
 const WRITES: u64 = 20;
 

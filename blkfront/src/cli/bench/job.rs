@@ -12,7 +12,7 @@ const DEFAULT_RUNTIME: Duration = Duration::from_secs(10);
 /// `iometer-file-access-server.fio`, which comes with fio.
 const IOMETER_BSSPLIT: &str = "512/10:1k/5:2k/5:4k/60:8k/2:16k/4:32k/4:64k/10";
 const IOMETER_READS: u8 = 80;
-/// Its largest queue depth, "heavy" being 256 and "moderate" this.
+/// Its queue depth for a moderate load.
 const IOMETER_DEPTH: usize = 64;
 
 /// fio's `rw`.

@@ -21,7 +21,7 @@ use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 use worker::{Outcome, Worker};
 
-/// How often progress is shown, and the state of the run looked at.
+/// How often the state of the run is looked at.
 const LOOK: Duration = Duration::from_millis(100);
 
 /// Options of `blkfront bench`.

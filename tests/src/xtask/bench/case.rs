@@ -158,7 +158,7 @@ impl fmt::Display for Job {
     }
 }
 
-/// What differs from [`BASE`], disk and job aside.
+/// Depth and waits, and whatever else differs from [`BASE`], disk and job aside.
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "depth {}, {}", self.depth, self.client.option())?;

@@ -223,7 +223,7 @@ impl Goals<'_> {
             let calls = self.row(&Ours, &case).and_then(|row| row.counted(both));
             if let Some(calls) = calls {
                 let row = format!("system calls an I/O, both ends: {}, {case}", case.disk);
-                // Of a hundred thousand I/Os, one call of a thread that looks after others.
+                // Of a thousand I/Os, one call of a thread that looks after others.
                 let slack = 1e-3;
                 self.add(&row, format!("{bar}"), calls, Needed::AtMost(bar + slack), Unit::Count);
             }
