@@ -60,6 +60,8 @@ impl Played {
         std::thread::scope(|scope| {
             let disk = scope.spawn(|| Disk::open(platform, endpoint, "xvda", config));
             self.connect("512")?;
+            // From here on, a state of the frontend is an answer to what we write.
+            self.wait_for(&[state::CONNECTED])?;
             Ok(disk.join().map_err(|_| anyhow!("panicked"))??)
         })
     }

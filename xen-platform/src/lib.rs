@@ -1,7 +1,7 @@
 //! What a hypervisor gives to the two ends of a split driver: granted pages and event channels.
 //!
 //! [`Platform`] is the whole interface. [`xen`] implements it on Xen, [`embedded`] on any Linux
-//! machine, with a broker process in the place of Xen.
+//! machine, with a broker process (of the crate `xen-embedded`) in the place of Xen.
 
 mod choice;
 mod claim;

@@ -1,26 +1,10 @@
-//! Files of memory that domains share, and their mappings.
+//! Frames of the files of memory that domains share.
 
 use crate::{Access, Error, Mapping, Result};
-use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::fcntl::{FallocateFlags, fallocate};
 use ring_proto::abi::PAGE_SIZE;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-
-/// A sparse, zeroed file of `bytes` bytes that has no name.
-///
-/// It is sealed at its size: a process that could shrink it would kill, by SIGBUS, every other that
-/// maps it.
-pub(super) fn memory_file(name: &str, bytes: usize) -> Result<OwnedFd> {
-    let failed = |e| Error::io(format!("create {bytes} bytes of memory for {name}"), e);
-    let size = i64::try_from(bytes).map_err(|_| failed(nix::Error::EFBIG))?;
-    let file =
-        memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).map_err(failed)?;
-    nix::unistd::ftruncate(&file, size).map_err(failed)?;
-    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-    fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(failed)?;
-    Ok(file)
-}
+use std::os::fd::{AsFd, BorrowedFd};
 
 /// Gives the memory behind `frames` back to the kernel: they read as zeroes from then on.
 pub(super) fn discard_frames(file: impl AsFd, frames: &[u32]) -> Result<()> {

@@ -1,14 +1,13 @@
-//! A stand-in for a Xen host on any Linux machine, for development, tests and user-space guests.
+//! A domain of a stand-in for a Xen host, which runs on any Linux machine, for development, tests and
+//! user-space guests.
 //!
-//! The [`broker`], run by `xen-embedded serve`, owns domains. A domain's memory and its grant table
-//! (Xen's v1 entries) are files of memory; an event channel is a pair of eventfds; xenstore is a unix
-//! socket a domain. A process that attaches to a domain ([`EmbeddedPlatform::attach`]) is that
-//! domain until it ends. In its directory the broker keeps:
+//! The host itself is a broker, `xen-embedded serve`, and a crate of its own. It owns domains. A domain's
+//! memory and its grant table (Xen's v1 entries) are files of memory; an event channel is a pair of
+//! eventfds; xenstore is a unix socket a domain. A process that attaches to a domain
+//! ([`EmbeddedPlatform::attach`]) is that domain until it ends.
 //!
-//! - `xenstored.sock`: xenstore with dom0's rights, for `XENSTORED_PATH` and the toolstack
-//! - `control.sock`: [`control`], what the toolstack asks of the broker
-//! - `dom<N>/hypervisor.sock`: attaching to domain N
-//! - `dom<N>/xenstore.sock`: xenstore with the rights of domain N
+//! What both must agree on is here: [`control`] and [`protocol`] are what is said to the broker, [`table`] is
+//! what lies in memory that is shared.
 //!
 //! Grants are checked as Xen checks them: every map and every copy reads the entry, sets the in-use
 //! bits that make a revocation fail, and clears them after. What one domain writes into its memory
@@ -18,7 +17,6 @@
 //! this library is not held back by them; and nothing here costs what a hypercall, an interrupt or
 //! a TLB flush costs.
 
-pub mod broker;
 mod connection;
 pub mod control;
 mod event;
@@ -26,9 +24,8 @@ mod frames;
 mod grantee;
 mod granting;
 mod memory;
-mod protocol;
-mod table;
-pub mod toolstack;
+pub mod protocol;
+pub mod table;
 
 use crate::claim::claim;
 use crate::{
@@ -37,6 +34,7 @@ use crate::{
 use connection::Connection;
 use grantee::{Copier, Peer};
 use granting::OwnDomain;
+use protocol::{HYPERVISOR_SOCKET, XENSTORE_SOCKET, domain_dir};
 use ring_proto::{DomId, GrantRef, Port, SharedMemory};
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -144,16 +142,6 @@ impl Platform for EmbeddedPlatform {
 fn no_domain(peer: DomId, refs: &[GrantRef]) -> Error {
     let gref = refs.first().copied().unwrap_or_default();
     Error::Grant { peer, gref, status: crate::GrantStatus::BadDomain }
-}
-
-const HYPERVISOR_SOCKET: &str = "hypervisor.sock";
-const XENSTORE_SOCKET: &str = "xenstore.sock";
-/// In the broker's directory: xenstore with dom0's rights.
-pub const XENSTORED_SOCKET: &str = "xenstored.sock";
-
-/// What belongs to one domain in the broker's directory.
-fn domain_dir(dir: &Path, domid: DomId) -> PathBuf {
-    dir.join(format!("dom{}", domid.0))
 }
 
 /// Locks, also after a thread panicked in there: no invariant here spans a call that could panic.

@@ -5,61 +5,101 @@
 
 use nix::cmsg_space;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use ring_proto::DomId;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+
+/// In a domain's directory: where a process attaches to the domain.
+pub const HYPERVISOR_SOCKET: &str = "hypervisor.sock";
+/// In a domain's directory: xenstore with its rights.
+pub const XENSTORE_SOCKET: &str = "xenstore.sock";
+
+/// What belongs to one domain in the broker's directory.
+pub fn domain_dir(dir: &Path, domid: DomId) -> PathBuf {
+    dir.join(format!("dom{}", domid.0))
+}
 
 /// Both ends must be of the same build: the layout of shared tables has no other version.
-pub(super) const VERSION: &str = env!("CARGO_PKG_VERSION");
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Longest message, in bytes. Names are bounded by [`super::control::MAX_NAME`].
-pub(super) const MAX_MESSAGE: usize = 1024;
+pub const MAX_MESSAGE: usize = 1024;
 
 /// A peer's memory, grant table and active table.
 const MAX_FDS: usize = 3;
 
 /// From a domain's process.
 #[derive(Serialize, Deserialize, Debug)]
-pub(super) enum Request {
+pub enum Request {
     /// Makes this process the domain. Answered by [`Reply::Attached`].
-    Attach { version: String },
-    /// Asks for what it takes to use grants of `domid`. Answered by [`Reply::Peer`].
-    Peer { domid: u16 },
+    Attach {
+        /// [`VERSION`].
+        version: String,
+    },
+    /// Asks for what it takes to use grants of a domain. Answered by [`Reply::Peer`].
+    Peer {
+        /// That domain.
+        domid: u16,
+    },
     /// `EVTCHNOP_alloc_unbound`. Answered by [`Reply::Port`].
-    AllocUnbound { peer: u16 },
+    AllocUnbound {
+        /// Who may bind to it.
+        peer: u16,
+    },
     /// `EVTCHNOP_bind_interdomain`. Answered by [`Reply::Port`].
-    BindInterdomain { peer: u16, port: u32 },
+    BindInterdomain {
+        /// Whose port.
+        peer: u16,
+        /// Its number there.
+        port: u32,
+    },
     /// `EVTCHNOP_close`. Answered by [`Reply::Closed`].
-    Close { port: u32 },
+    Close {
+        /// One of ours.
+        port: u32,
+    },
 }
 
 /// From the broker. What is said of descriptors is their order.
 #[derive(Serialize, Deserialize, Debug)]
-pub(super) enum Reply {
+pub enum Reply {
     /// With the domain's memory and its grant table.
     Attached {
+        /// The domain that the process is now.
         domid: u16,
     },
     /// With the peer's memory, grant table and active table.
     Peer,
     /// With the descriptor to wait on and the one to notify.
     Port {
+        /// Its number.
         port: u32,
     },
+    /// The port is closed, if it was open.
     Closed,
+    /// Nothing was done.
     Refused(Refusal),
 }
 
 /// Why the broker refused.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
-pub(super) enum Refusal {
+pub enum Refusal {
+    /// There is no such domain, or no process is attached to it.
     NoDomain,
+    /// Who asks is no driver domain.
     NoBackend,
+    /// There is no such port.
     NoPort,
+    /// The port is bound.
     NotUnbound,
+    /// The port was offered to another domain.
     NotForUs,
+    /// All ports of the domain are open.
     NoMorePorts,
+    /// In words for a person.
     Other(String),
 }
 
@@ -78,7 +118,10 @@ impl Refusal {
 }
 
 /// Sends one message.
-pub(super) fn send(
+///
+/// # Errors
+/// When the other end is gone, or, on a socket that does not block, has no room for it.
+pub fn send(
     socket: BorrowedFd<'_>,
     message: &impl Serialize,
     fds: &[BorrowedFd<'_>],

@@ -3,11 +3,10 @@
 //!
 //! Rules are those of Xen's common/grant_table.c and of Linux's drivers/xen/grant-table.c, v1.
 
-use super::memory::memory_file;
 use crate::{Access, Error, GrantStatus, Mapping, Result};
 use ring_proto::abi::PAGE_SIZE;
 use ring_proto::{DomId, GrantRef, SharedMemory, Words};
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -87,20 +86,26 @@ fn in_use_bits(access: Access) -> u32 {
 
 /// A domain's grant table, mapped.
 #[derive(Debug)]
-pub(super) struct GrantTable {
+pub struct GrantTable {
     memory: Arc<Mapping>,
     words: Words,
 }
 
 impl GrantTable {
-    pub(super) fn create(name: &str) -> Result<OwnedFd> {
-        memory_file(name, TABLE_FRAMES * PAGE_SIZE)
+    /// Of its file, which is zeroed at first.
+    pub const BYTES: usize = TABLE_FRAMES * PAGE_SIZE;
+
+    /// Maps its file.
+    ///
+    /// # Errors
+    /// As [`Mapping::whole`].
+    pub fn map(file: BorrowedFd<'_>) -> Result<Self> {
+        Mapping::whole(file).map(Self::of).map_err(|e| Error::io("map a grant table", e))
     }
 
-    pub(super) fn map(file: BorrowedFd<'_>) -> Result<Self> {
-        let memory = Mapping::whole(file).map_err(|e| Error::io("map a grant table", e))?;
+    fn of(memory: Mapping) -> Self {
         let memory = Arc::new(memory);
-        Ok(Self { words: Words::new(memory.clone()), memory })
+        Self { words: Words::new(memory.clone()), memory }
     }
 
     pub(super) fn memory(&self) -> Arc<dyn SharedMemory> {
@@ -138,7 +143,7 @@ impl GrantTable {
     }
 
     /// The broker's side, when the owner is dead: takes back all that is not in use.
-    pub(super) fn revoke_all(&self) {
+    pub fn revoke_all(&self) {
         for gref in 0..ENTRIES {
             self.revoke(GrantRef(gref));
         }
@@ -151,7 +156,7 @@ impl GrantTable {
 /// bit 63. It names the domain, so that the broker finds what a dead process held. The granting
 /// domain never sees it. The first page is a header.
 #[derive(Debug)]
-pub(super) struct ActiveTable(Mapping);
+pub struct ActiveTable(Mapping);
 
 const READER: u64 = 1;
 const WRITER: u64 = 1 << 16;
@@ -164,11 +169,14 @@ const LOCK: u64 = 1 << 63;
 const SPINS_BEFORE_YIELD: usize = 100;
 
 impl ActiveTable {
-    pub(super) fn create(name: &str) -> Result<OwnedFd> {
-        memory_file(name, PAGE_SIZE + ENTRIES as usize * size_of::<AtomicU64>())
-    }
+    /// Of its file, which is zeroed at first.
+    pub const BYTES: usize = PAGE_SIZE + ENTRIES as usize * size_of::<AtomicU64>();
 
-    pub(super) fn map(file: BorrowedFd<'_>) -> Result<Self> {
+    /// Maps its file.
+    ///
+    /// # Errors
+    /// As [`Mapping::whole`].
+    pub fn map(file: BorrowedFd<'_>) -> Result<Self> {
         Mapping::whole(file).map(Self).map_err(|e| Error::io("map an active table", e))
     }
 
@@ -192,8 +200,8 @@ impl ActiveTable {
         self.word(0).is_none_or(|w| w.load(Ordering::Relaxed) != 0)
     }
 
-    /// Called by the broker when the granting domain is gone.
-    pub(super) fn close(&self) {
+    /// The broker's side, when the granting domain is gone: no new use of its grants.
+    pub fn close(&self) {
         if let Some(word) = self.word(0) {
             word.store(1, Ordering::SeqCst);
         }
@@ -233,7 +241,7 @@ impl ActiveTable {
     }
 
     /// The broker's side, when the process of `dead` is gone: ends all its uses.
-    pub(super) fn unpin_all(&self, grants: &GrantTable, dead: DomId) {
+    pub fn unpin_all(&self, grants: &GrantTable, dead: DomId) {
         for gref in (0..ENTRIES).map(GrantRef) {
             let (Some(entry), Some(active)) = (grants.entry(gref), self.entry(gref)) else {
                 continue;
@@ -336,17 +344,14 @@ fn count_down(active: &AtomicU64, entry: &Entry<'_>, access: Access) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
 
     const OWNER_FRAMES: u32 = 4;
     const B: DomId = DomId(2);
     const C: DomId = DomId(3);
 
     fn tables() -> (GrantTable, ActiveTable) {
-        let grants = GrantTable::create("test").expect("memory");
-        let active = ActiveTable::create("test").expect("memory");
-        let grants = GrantTable::map(grants.as_fd()).expect("mapping");
-        (grants, ActiveTable::map(active.as_fd()).expect("mapping"))
+        let zeroed = |bytes| Mapping::anonymous(bytes / PAGE_SIZE).expect("memory");
+        (GrantTable::of(zeroed(GrantTable::BYTES)), ActiveTable(zeroed(ActiveTable::BYTES)))
     }
 
     #[test]

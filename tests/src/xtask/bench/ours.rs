@@ -25,7 +25,7 @@ impl Contender for Ours {
     }
 
     fn prepare(&self) -> Result<()> {
-        let packages = ["--package=blkback", "--package=blkfront", "--package=xen-platform"];
+        let packages = ["--package=blkback", "--package=blkfront", "--package=xen-embedded"];
         step("build", cargo(&["build", "--release", "--bins"]).args(packages))
     }
 

@@ -2,13 +2,12 @@
 
 mod control;
 mod host;
+mod memory;
 mod pidfd;
 mod ports;
 mod processes;
 
-use super::control::{CONTROL_SOCKET, DomainInfo, NewDomain, OnCrash};
-use super::{HYPERVISOR_SOCKET, XENSTORE_SOCKET, XENSTORED_SOCKET, domain_dir, locked, toolstack};
-use crate::{Error, Result};
+use crate::{XENSTORED_SOCKET, locked, toolstack};
 use host::Host;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -24,6 +23,9 @@ use std::time::Duration;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::{JoinHandle, JoinSet, LocalSet};
 use tracing::{info, warn};
+use xen_platform::embedded::control::{CONTROL_SOCKET, DomainInfo, NewDomain, OnCrash};
+use xen_platform::embedded::protocol::{HYPERVISOR_SOCKET, XENSTORE_SOCKET, domain_dir};
+use xen_platform::{Error, Result};
 use xenstore_glue::client::{Client, Endpoint};
 use xenstore_glue::store::Server;
 

@@ -2,8 +2,9 @@
 
 use super::*;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
+use xen_platform::embedded::protocol::{self, HYPERVISOR_SOCKET, Request, VERSION, domain_dir};
 use xen_platform::{Access, CopyDirection, CopySegment, Error, GrantStatus, LocalRegion, Platform};
 
 const CHILD_READY: &str = "child is ready";
@@ -91,10 +92,10 @@ fn with_heir() {
     let domid = control::find_domain(&dir, "victim").unwrap();
     let flags = SockFlag::empty();
     let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
-    let address = dir.join(format!("dom{}/hypervisor.sock", domid.0));
+    let address = domain_dir(&dir, domid).join(HYPERVISOR_SOCKET);
     connect(socket.as_raw_fd(), &UnixAddr::new(&address).unwrap()).unwrap();
-    let attach = format!(r#"{{"Attach":{{"version":"{}"}}}}"#, env!("CARGO_PKG_VERSION"));
-    nix::unistd::write(&socket, attach.as_bytes()).unwrap();
+    let attach = Request::Attach { version: VERSION.to_owned() };
+    protocol::send(socket.as_fd(), &attach, &[]).unwrap();
     let mut heir = Command::new("cat").stdin(socket).spawn().unwrap();
     println!("{CHILD_READY}");
     heir.wait().unwrap();

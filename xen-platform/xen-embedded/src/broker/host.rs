@@ -1,17 +1,17 @@
 //! The domains: what the hypervisor knows of them.
 
-use super::super::control::{DomainInfo, MAX_MEMORY, MAX_NAME, MIN_MEMORY, NewDomain};
-use super::super::memory::memory_file;
-use super::super::protocol::{Refusal, Reply, Request, VERSION};
-use super::super::table::{ActiveTable, GrantTable};
+use super::memory::memory_file;
 use super::ports::Ports;
-use crate::Result;
 use ring_proto::DomId;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use tokio::sync::Notify;
+use xen_platform::Result;
+use xen_platform::embedded::control::{DomainInfo, MAX_MEMORY, MAX_NAME, MIN_MEMORY, NewDomain};
+use xen_platform::embedded::protocol::{Refusal, Reply, Request, VERSION};
+use xen_platform::embedded::table::{ActiveTable, GrantTable};
 
 const PAGE: u64 = ring_proto::abi::PAGE_SIZE as u64;
 
@@ -53,8 +53,8 @@ impl Process {
     fn new(pid: i32, pidfd: Arc<OwnedFd>, domain: &NewDomain) -> Result<Self> {
         let bytes = usize::try_from(domain.memory).unwrap_or(usize::MAX);
         let memory = memory_file(&domain.name, bytes)?;
-        let grant_table = GrantTable::create(&domain.name)?;
-        let active_table = ActiveTable::create(&domain.name)?;
+        let grant_table = memory_file(&domain.name, GrantTable::BYTES)?;
+        let active_table = memory_file(&domain.name, ActiveTable::BYTES)?;
         let grants = GrantTable::map(grant_table.as_fd())?;
         let active = ActiveTable::map(active_table.as_fd())?;
         let peers = BTreeSet::new();

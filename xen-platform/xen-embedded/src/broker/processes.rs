@@ -1,9 +1,7 @@
 //! Processes that attach to a domain.
 
-use super::super::locked;
-use super::super::protocol::{self, MAX_MESSAGE, Refusal, Reply, Request};
 use super::{Broker, accept, pidfd};
-use crate::{Error, Result};
+use crate::locked;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen as start_listening, socket,
 };
@@ -17,6 +15,8 @@ use tokio::io::AsyncReadExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 use tracing::{debug, warn};
+use xen_platform::embedded::protocol::{self, MAX_MESSAGE, Refusal, Reply, Request};
+use xen_platform::{Error, Result};
 
 /// Waits for processes that want to be `domid`.
 pub(super) fn listen(broker: Arc<Broker>, path: &Path, domid: DomId) -> Result<JoinHandle<()>> {

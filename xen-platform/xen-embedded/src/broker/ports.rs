@@ -1,12 +1,12 @@
 //! Event channel ports: Xen's common/event_channel.c.
 
-use super::super::MAX_PORTS;
-use super::super::protocol::Refusal;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use xen_platform::embedded::MAX_PORTS;
+use xen_platform::embedded::protocol::Refusal;
 
 /// The ports of a domain, by number.
 #[derive(Debug, Default)]

@@ -1,15 +1,15 @@
 //! The nodes of a domain: libxl_create.c and libxl_domain.c.
 
-use super::super::control::DomainInfo;
 use super::{
     BACKEND_TIMEOUT, CLOSED, Device, ask_to_close, devices, remove_with_parents, wait_for,
 };
 use tracing::warn;
+use xen_platform::embedded::control::DomainInfo;
 use xenstore_glue::client::{Client, Result};
 use xenstore_glue::wire::{Access, Perm};
 
 /// Writes what `libxl__domain_make` writes, and introduces the domain.
-pub(in super::super) async fn create_domain(client: &Client, info: &DomainInfo) -> Result<()> {
+pub(crate) async fn create_domain(client: &Client, info: &DomainInfo) -> Result<()> {
     let domid = info.domid;
     let root = &format!("/local/domain/{domid}");
     let private = &[Perm::new(0, Access::None)];
@@ -68,7 +68,7 @@ const OWNED: [&str; 7] = [
 
 /// Removes a domain's directories, as `xl destroy` does: its frontends vanish, its backends are
 /// asked to close. Returns the backends to [bury](bury_backends).
-pub(in super::super) async fn destroy_domain(client: &Client, domid: u16) -> Result<Vec<Device>> {
+pub(crate) async fn destroy_domain(client: &Client, domid: u16) -> Result<Vec<Device>> {
     let removed = remove_nodes(client, domid).await;
     // Also where something is left over: the number may be another domain's next.
     match client.release(domid).await {
@@ -96,7 +96,7 @@ async fn remove_nodes(client: &Client, domid: u16) -> Result<Vec<Device>> {
 
 /// Waits for backends to close and removes their directories. A driver domain removes its own,
 /// unless it is too late with it.
-pub(in super::super) async fn bury_backends(client: &Client, devices: Vec<Device>) {
+pub(crate) async fn bury_backends(client: &Client, devices: Vec<Device>) {
     for Device { backend, .. } in devices {
         let state = format!("{backend}/state");
         let closed = wait_for(client, &state, &[CLOSED], BACKEND_TIMEOUT).await;

@@ -3,7 +3,8 @@
 use anyhow::{Context, Result, bail};
 use ring_proto::DomId;
 use std::path::Path;
-use xen_platform::embedded::{XENSTORED_SOCKET, control, toolstack};
+use xen_embedded::{XENSTORED_SOCKET, toolstack};
+use xen_platform::embedded::control;
 use xenstore_glue::client::{Client, Endpoint};
 use xenstore_glue::disk::DiskSpec;
 use xenstore_glue::vbd::VirtualDevice;

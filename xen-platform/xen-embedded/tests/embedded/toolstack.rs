@@ -2,14 +2,15 @@
 
 use super::*;
 use std::process::Output;
-use xen_platform::embedded::XENSTORED_SOCKET;
+use xen_embedded::XENSTORED_SOCKET;
+use xen_platform::embedded::protocol::{XENSTORE_SOCKET, domain_dir};
 use xenstore_glue::client::{Client, Endpoint};
 use xenstore_glue::wire::Errno;
 
 async fn xenstore(host: &TestHost, domid: DomId) -> Client {
     let socket = match domid.0 {
         0 => host.dir.join(XENSTORED_SOCKET),
-        n => host.dir.join(format!("dom{n}/xenstore.sock")),
+        _ => domain_dir(&host.dir, domid).join(XENSTORE_SOCKET),
     };
     Client::connect(Endpoint::Unix(socket)).await.unwrap()
 }

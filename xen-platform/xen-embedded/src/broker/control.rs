@@ -1,15 +1,15 @@
 //! The toolstack's commands.
 
-use super::super::control::{Answer, Command};
-use super::super::locked;
 use super::{Broker, accept};
-use crate::{Error, Result};
+use crate::locked;
 use std::path::Path;
 use std::sync::Arc;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 use tracing::warn;
+use xen_platform::embedded::control::{Answer, Command};
+use xen_platform::{Error, Result};
 
 /// Longest command, in bytes: the longest names and numbers fit many times.
 const MAX_COMMAND: u64 = 4096;

@@ -4,7 +4,7 @@ mod disk;
 mod domain;
 
 pub use disk::{AttachedDisk, Disk, attach_disk, detach_disk, list_disks, wait_for_backend};
-pub(super) use domain::{bury_backends, create_domain, destroy_domain};
+pub(crate) use domain::{bury_backends, create_domain, destroy_domain};
 
 use ring_proto::DomId;
 use std::time::Duration;
@@ -79,7 +79,7 @@ const CLOSED: &str = "6";
 
 /// A device as the toolstack remembers it, below `/libxl`, where no guest can change it.
 #[derive(Clone, Debug)]
-pub(super) struct Device {
+pub(crate) struct Device {
     /// `/libxl/<domid>/device/<kind>/<devid>`
     libxl: String,
     frontend: String,

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
-use xen_platform::embedded::broker;
+use xen_embedded::broker;
 use xen_platform::embedded::control::{self, Answer, Command, NewDomain, OnCrash};
 use xen_platform::in_one_line;
 
