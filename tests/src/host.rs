@@ -41,12 +41,16 @@ impl Programs {
     }
 }
 
+/// A tmpfs, on most machines.
+const SHM: &str = "/dev/shm";
+
 /// A running broker with a driver domain.
 #[derive(Debug)]
 pub struct Host {
     broker: Process,
     programs: Programs,
     dir: Scratch,
+    run: Scratch,
 }
 
 impl Host {
@@ -56,12 +60,14 @@ impl Host {
     /// When the broker does not start.
     pub fn start(programs: Programs) -> Result<Self> {
         let dir = Scratch::new(&std::env::temp_dir())?;
-        let platform = dir.path().join("host");
+        // As on a real host, where it is /run: a disk that hangs must not keep a daemon from its records.
+        let shm = Path::new(SHM);
+        let run = Scratch::new(if shm.is_dir() { shm } else { dir.path() })?;
         let mut command = programs.command("xen-embedded");
-        command.arg("--dir").arg(&platform).arg("serve");
+        command.arg("--dir").arg(run.path().join("host")).arg("serve");
         let mut broker = Process::start("xen-embedded", dir.path(), &command)?;
         broker.wait_for("is ready")?;
-        let host = Self { broker, programs, dir };
+        let host = Self { broker, programs, dir, run };
         host.create_domain(DRIVER_DOMAIN, &["--driver-domain"])?;
         Ok(host)
     }
@@ -78,7 +84,7 @@ impl Host {
 
     /// The platform's directory.
     pub fn platform_dir(&self) -> PathBuf {
-        self.dir.path().join("host")
+        self.run.path().join("host")
     }
 
     /// What programs are given as their platform.

@@ -209,13 +209,13 @@ fn malformed_requests(options: &[&str], count: u64) -> Result<()> {
                 let counted = refused + counter(&told, "grant_errors")?;
                 ensure!(counted >= n, "{counted} of {n} malformed requests are counted");
                 scene.neighbour.wait_for(1)?;
-                device.disconnect(&scene.evil, ring.into_link())?;
+                scene.watch(device.disconnect(&scene.evil, ring.into_link()))?;
                 pages.revoke()?;
                 random = attack.random;
                 // The same device must serve an obedient frontend.
                 let mut disk = WellBehaved::connect(&scene.evil, device, transport)?;
                 scene.watch(disk.round_trip(8))?;
-                disk.disconnect(&scene.evil, device)?;
+                scene.watch(disk.disconnect(&scene.evil, device))?;
             }
         }
     }
