@@ -45,7 +45,7 @@ fn an_image_is_one_writers_or_many_readers() {
     let reader = open(&file.target(), read_only).expect("read");
     drop(open(&file.target(), read_only).expect("read twice"));
     drop(reader);
-    // A predecessor that is about to go is waited for.
+    // Opening waits for a predecessor that is about to go.
     let predecessor = open(&file.target(), buffered()).expect("open");
     std::thread::scope(|scope| {
         let successor = scope.spawn(|| open(&file.target(), buffered()).is_ok());
@@ -133,7 +133,7 @@ fn a_file_is_resized_online() {
     assert_eq!(rig.storage.refresh().expect("refresh").sectors as usize * SECTOR, 2 * MIB);
     rig.write(MIB, &[1; SECTOR]).expect("write behind the old end");
 
-    // Shrunk: an error at the new end, known or not, and no write makes the file grow again.
+    // Shrunk: operations past the new end, known or not, fail, and no write makes the file grow.
     resize(&file, MIB);
     assert!(rig.read(MIB, SECTOR).is_err(), "nothing there to read");
     assert!(rig.read(MIB - SECTOR, 2 * SECTOR).is_err(), "half of it is there");
@@ -161,11 +161,11 @@ fn dropping_a_queue_waits_for_its_operations() {
         Window::new(region.clone(), tag * MIB, MIB).expect("in range").read(&mut bytes);
         bytes.iter().all(|byte| *byte == 0xa5)
     };
-    // Had it not waited, some of the data would be missing still.
+    // Had it not waited, some of the data would still be missing.
     assert!((0..DEPTH).all(arrived));
 }
 
-/// Every kind of queue, wrapped and not.
+/// Every kind of queue, with and without wrappers.
 fn wakeable() -> (Vec<Target>, TestFile) {
     let file = TestFile::on_disk(MIB as u64);
     let path = file.0.display();
@@ -194,12 +194,12 @@ fn the_bell_ends_a_wait_as_long_as_it_is_readable() {
             start.elapsed()
         };
         event.write(1).expect("write");
-        // Not read: it is a state, not an event.
+        // It is not read: readability is a state, not an event.
         for _ in 0..3 {
             assert!(wait(HUNG) < HUNG, "{target:?}: readable, and slept");
         }
         event.read().expect("read");
-        // A poll from before may end one more wait.
+        // A poll armed earlier may end one more wait.
         wait(Duration::ZERO);
         let time = Duration::from_millis(5);
         assert!(wait(time) >= time, "{target:?}: nothing to wake up for");
@@ -210,8 +210,8 @@ fn the_bell_ends_a_wait_as_long_as_it_is_readable() {
     }
 }
 
-/// An event and the bell come together, the bell is told of first, and who was woken by it takes the event:
-/// the kernel, which had seen it, finds nothing to read, and goes on waiting with the read.
+/// An event and the bell come together, the bell is reported first, and whoever it woke takes the event. The
+/// kernel, which has seen the event, finds nothing to read and goes on waiting in the read.
 #[test]
 fn a_queue_closes_although_its_event_was_taken_by_another() {
     let (targets, _file) = wakeable();
@@ -230,7 +230,7 @@ fn a_queue_closes_although_its_event_was_taken_by_another() {
                 bell.write(1).expect("write");
                 channel.write(1).expect("write");
                 rig.queue().wait(Some(HUNG)).expect("wait");
-                // Where the kernel has read it there is none.
+                // There is nothing left if the kernel has read it.
                 let _ = channel.read();
             }
             closed.send(()).expect("somebody waits");

@@ -1,8 +1,8 @@
-//! The service of a ring.
+//! Serves a ring.
 //!
-//! A round takes some of the requests there are, fetches the data of the writes among them together,
-//! starts them all, takes what the device has completed, delivers the data of the reads among that
-//! together, and answers, a few to a push, with an event where the frontend asked for one.
+//! A round takes some of the pending requests, fetches the data of all writes among them together, starts
+//! them, takes completions from the device, delivers the data of all reads among these together, and answers.
+//! Responses are pushed a few at a time, with an event where the frontend asked for one.
 
 use super::budget::Budget;
 use super::clock::{Clock, Nanos};
@@ -22,26 +22,26 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use xen_platform::{EventChannel, MappedGrants};
 
-/// Requests that are taken in a round at the most. The frontend works on their answers while the next
-/// are carried out; one submission to the device for so many is no cost any more.
+/// Most requests taken in a round. The frontend works on their responses while the next are carried out; a
+/// submission to the device for so many costs nothing any more.
 const MAX_ROUND: usize = 16;
-/// Responses that are shown at a time: the frontend works on them meanwhile. One that sleeps takes longer
-/// to wake than the rest of a round takes.
+/// Responses that are pushed at a time, for the frontend to work on meanwhile. Waking one that sleeps takes
+/// longer than the rest of a round.
 const PUBLISH_EVERY: u32 = 8;
 
-/// What is known of a request between its taking and its response.
+/// A request, from when it is taken until its response.
 struct Entry {
     id: u64,
     /// For the response.
     operation: u8,
     op: OpKind,
-    /// A flush is to be done before that...
+    /// A flush is still to come before `op`...
     flush_first: bool,
-    /// ...and another behind it.
+    /// ...and another after it.
     flush_last: bool,
     /// In bytes.
     offset: u64,
-    /// When it was taken, where that is timed.
+    /// When it was taken, if that is timed.
     taken: Option<Nanos>,
     status: Status,
     /// The memory of its data.
@@ -70,7 +70,7 @@ pub(super) struct Worker {
     pub(super) inflight: Inflight,
     pub(super) channel: Box<dyn EventChannel>,
     limits: Limits,
-    /// Whether the disk does.
+    /// Whether the disk moves data.
     moves_data: bool,
     orders: Arc<Orders>,
     /// As long as this lives, something of the frontend's is held.
@@ -80,9 +80,9 @@ pub(super) struct Worker {
     pub(super) queue: Box<dyn Queue>,
     /// Requests in flight, by tag.
     table: Vec<Entry>,
-    /// Of them, those that were begun and are not answered.
+    /// Number of requests that were begun and not yet answered.
     pub(super) in_flight: usize,
-    /// Requests were begun, and none was answered since: what comes next is from the disk.
+    /// Requests were begun, and none has been answered since: it is the disk's turn.
     pub(super) awaits_disk: bool,
     pub(super) data: Data,
     /// Tags of requests that were prepared in this round.
@@ -91,11 +91,11 @@ pub(super) struct Worker {
     done: Vec<Completion>,
     /// Tags of requests to be answered in this round.
     ended: Vec<u16>,
-    /// Some of them were timed.
+    /// Whether any of them is timed.
     is_timed: bool,
     /// Segments of the indirect request at hand.
     segments: Vec<Segment>,
-    /// Something has completed since a request was put off: it may start now.
+    /// Something has completed since a request was put off, which may start now.
     freed: bool,
     /// A barrier is being carried out; nothing else starts.
     pub(super) barrier: bool,
@@ -108,7 +108,7 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// Called on the thread that serves the ring; `bell` wakes that while it sleeps here.
+    /// Called on the thread that serves the ring; `bell` wakes that thread while it sleeps in the queue.
     pub(super) fn new(
         setup: RingSetup,
         orders: Arc<Orders>,
@@ -152,8 +152,8 @@ impl Worker {
         })
     }
 
-    /// One round; whether there was anything to do. A thread that `sleeps_next` if there was not, and
-    /// has no other ring, submits and waits in one system call.
+    /// Does one round. Returns whether there was anything to do. With `sleeps_next`, the thread sleeps if
+    /// there was not, and has no other ring: it then submits and waits in one system call.
     pub(super) fn round(&mut self, sleeps_next: bool) -> Result<bool, Exit> {
         self.draining |= self.orders.stopped();
         let handled = if self.draining { 0 } else { self.take()? };
@@ -181,26 +181,26 @@ impl Worker {
         self.draining = true;
     }
 
-    /// Ends it. What it has mapped of the frontend's data is the caller's to unmap.
+    /// Ends the service. Returns what it has mapped of the frontend's data, for the caller to unmap.
     pub(super) fn close(self) -> Vec<Arc<dyn MappedGrants>> {
         // The queue waits for its operations, which use the memory.
         drop(self.queue);
         self.data.into_mappings()
     }
 
-    /// Whether it has stopped, and nothing is in flight any more. What is still on the ring is left for
-    /// whoever comes next.
+    /// Whether it has stopped and nothing is in flight. Requests still on the ring are left to whoever serves
+    /// it next.
     pub(super) fn is_drained(&self) -> bool {
         self.draining && self.in_flight == 0
     }
 
-    /// Takes requests from the ring: a round's, until it is empty or until one must wait. Returns how
-    /// many were begun or answered.
+    /// Takes requests from the ring until it is empty, the round is full or one must wait. Returns how many
+    /// were begun or answered.
     fn take(&mut self) -> Result<usize, Exit> {
         if self.barrier {
             return Ok(0);
         }
-        // What was put off stays so until something completes: trying again costs grant operations.
+        // A request put off waits until something completes: trying again costs grant operations.
         let put_off = self.inflight.waiting() > 0;
         if put_off && self.in_flight > 0 && !std::mem::take(&mut self.freed) {
             return Ok(0);
@@ -216,7 +216,7 @@ impl Worker {
         let (mut taken, mut handled, mut raw) = (0, 0, RawRequest::default());
         let mut budget = Budget::new(self.moves_data);
         while !self.barrier && handled < MAX_ROUND && !budget.is_spent() {
-            // None is taken while another waits.
+            // No request is taken while another waits.
             let resumed = self.inflight.resume(&mut raw);
             let next = match resumed {
                 None => self.inflight.take(&mut self.requests, &mut raw).inspect(|_| taken += 1),
@@ -239,7 +239,7 @@ impl Worker {
         Ok(handled)
     }
 
-    /// Prepares a request, or answers it at once; `false` if it must wait, perhaps once more (`resumed`).
+    /// Prepares or answers a request; `false` if it must wait, perhaps not for the first time (`resumed`).
     fn accept(
         &mut self,
         tag: u16,
@@ -398,8 +398,7 @@ impl Worker {
         self.queue.submit(flush, &mut self.done);
     }
 
-    /// Answers what the device has completed, or as much of it as a turn may unmap. Returns how many requests
-    /// that were.
+    /// Answers requests that the device has completed, as many as a turn may unmap. Returns how many.
     fn complete(&mut self) -> usize {
         if !self.done.is_empty() {
             self.take_completions();
@@ -416,7 +415,7 @@ impl Worker {
         let (mut count, mut timed) = (0, 0);
         for &tag in &ended {
             if budget.is_spent() {
-                // Those that are left are timed again.
+                // The clock is to be read again for the rest.
                 self.is_timed = device_done.is_some();
                 break;
             }
@@ -426,7 +425,7 @@ impl Worker {
                 self.stats.grant_errors.add(1);
                 status = Status::Error;
             }
-            // Unmap, then answer: a frontend that finds a grant in use when the response is there
+            // Unmap before answering: a frontend that finds a grant still in use when the response arrives
             // disables the device.
             self.data.release(tag, &mut budget);
             self.in_flight -= 1;
@@ -452,9 +451,9 @@ impl Worker {
         count
     }
 
-    /// Ends what the device has completed, in that order, or as much of it as a turn may copy.
+    /// Handles completions in their order, as many as a turn may copy.
     fn take_completions(&mut self) {
-        // A write that follows its flush may complete, and be the last of them, while it is submitted.
+        // A write that follows its flush may complete while it is submitted, and be appended to `done`.
         let (mut budget, mut taken) = (Budget::new(self.moves_data), 0);
         while !budget.is_spent()
             && let Some(&Completion { tag, result }) = self.done.get(taken)
@@ -533,7 +532,7 @@ fn unreachable_status(stats: &RingStats, why: Unreachable) -> Refusal {
     }
 }
 
-/// Only what carries no data may be answered with "not supported": Linux's frontend takes that for
+/// Only a request without data may be answered with "not supported": Linux's frontend takes that for the
 /// success of a barrier, and the data would be lost (`blkif_interrupt` in xen-blkfront.c).
 fn status_of(errno: i32, op: OpKind) -> Status {
     let dataless = matches!(op, OpKind::Flush | OpKind::Discard { .. });

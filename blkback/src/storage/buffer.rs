@@ -14,7 +14,7 @@ unsafe impl Send for IoVec {}
 pub type IoVecs = Vec<IoVec>;
 
 impl IoVec {
-    /// Names `len` bytes at `base`.
+    /// Describes `len` bytes at `base`.
     ///
     /// # Safety
     /// The memory must stay valid for reads and writes for as long as an operation that holds this
@@ -41,7 +41,7 @@ impl IoVec {
     /// What is left after the first `bytes`.
     ///
     /// # Panics
-    /// If there are not so many.
+    /// If there are fewer.
     pub fn advanced(self, bytes: usize) -> Self {
         assert!(bytes <= self.len(), "advance within the piece");
         Self(libc::iovec {
@@ -66,25 +66,25 @@ impl IoVec {
     /// If the lengths differ.
     pub fn copy_to(&self, to: &mut [u8]) {
         assert_eq!(to.len(), self.len(), "a piece is read whole");
-        // SAFETY: `new`'s contract makes the memory readable; a peer may write it meanwhile, hence no reference.
+        // SAFETY: `new`'s contract makes the memory readable; a peer may write it too, hence no reference.
         unsafe { copy_volatile(self.base(), to.as_mut_ptr(), to.len()) }
     }
 
     /// Fills the memory from `from`, starting at byte `offset` there.
     ///
     /// # Panics
-    /// If `from` does not reach so far.
+    /// If `from` does not reach that far.
     pub(crate) fn fill_from(&self, from: &impl SharedMemory, offset: usize) {
         let source = piece(from, offset, self.len());
-        // SAFETY: `piece` checked the range in `from`, `new`'s contract covers ours. They are
-        // different mappings: a disk or bounce buffers on one side, what a request named on the other.
+        // SAFETY: `piece` checked the range in `from`, `new`'s contract covers ours. They are different
+        // mappings: a disk or bounce buffers on one side, what a request names on the other.
         unsafe { copy_volatile(source, self.base(), self.len()) }
     }
 
     /// Copies the memory to `to`, starting at byte `offset` there.
     ///
     /// # Panics
-    /// If `to` does not reach so far.
+    /// If `to` does not reach that far.
     pub(crate) fn copy_into(&self, to: &impl SharedMemory, offset: usize) {
         let target = piece(to, offset, self.len());
         // SAFETY: as in `fill_from`, the other way round.

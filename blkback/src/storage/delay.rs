@@ -1,4 +1,4 @@
-//! A disk that takes longer.
+//! A disk with added latency.
 
 use super::{Completion, Geometry, Op, Queue, QueueSetup, Storage, Woken};
 use std::collections::VecDeque;
@@ -104,16 +104,16 @@ impl Queue for DelayQueue {
     }
 }
 
-/// What is held, soonest first.
+/// Held items and when they are due, soonest first.
 type Held<T> = VecDeque<(Instant, T)>;
 
-/// The time that is left, or less if the first of what is held is due before.
+/// The timeout, shortened if the first held item is due earlier.
 pub(super) fn sooner<T>(timeout: Option<Duration>, held: &Held<T>) -> Option<Duration> {
     let left = |(due, _): &(Instant, T)| due.saturating_duration_since(Instant::now());
     timeout.into_iter().chain(held.front().map(left)).min()
 }
 
-/// When the first of what is held, or what is behind it, is due.
+/// When the first held item is due, or what is behind it, whichever is earlier.
 pub(super) fn earliest<T>(held: &Held<T>, behind: Option<Instant>) -> Option<Instant> {
     held.front().map(|(due, _)| *due).into_iter().chain(behind).min()
 }

@@ -1,4 +1,4 @@
-//! What a block device tells of itself.
+//! The properties of a block device.
 
 use super::Discard;
 use ring_proto::abi::{PAGE_SIZE, SECTOR_SIZE};
@@ -25,13 +25,13 @@ pub(super) struct Device {
     pub(super) at_once: AtOnce,
 }
 
-/// What a device takes as one request. The kernel would split more than that, but may not for whoever
-/// does not want to wait: io_uring then does it all again on a worker thread (`bio_split_rw` in Linux's
+/// The most that a device takes as one request. The kernel would split a larger one, but may not for a caller
+/// that must not block: io_uring then repeats all of it on a worker thread (`bio_split_rw` in Linux's
 /// block/blk-merge.c). USB storage takes 120 KiB, null_blk 127.5 KiB.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct AtOnce {
     pub(super) bytes: usize,
-    /// Pieces of memory, each a page at the most.
+    /// Pieces of memory of at most a page each.
     pub(super) segments: usize,
 }
 
@@ -66,19 +66,18 @@ impl Device {
 /// Size in bytes.
 pub(super) fn bytes(file: &File) -> io::Result<u64> {
     let mut bytes = 0;
-    // SAFETY: BLKGETSIZE64 writes a u64; its number says size_t, which on every 64-bit target is one.
+    // SAFETY: BLKGETSIZE64 writes a u64; its number says size_t, which is the same on every 64-bit target.
     unsafe { ioctl::blkgetsize64(file.as_raw_fd(), &mut bytes) }?;
     Ok(bytes as u64)
 }
 
-/// Bytes of a sector of the device that a file's file system is on, 0 where there is no such thing or it is
-/// not known.
+/// Sector size in bytes of the device below a file's file system, 0 if there is none or it is not known.
 pub(super) fn sector_size_below(file: &File) -> u32 {
     let device = file.metadata().map(|metadata| metadata.dev());
     device.ok().and_then(|device| Sysfs::of(device).queue("logical_block_size")).unwrap_or(0)
 }
 
-/// The directory of a device below /sys.
+/// A device's directory in sysfs.
 struct Sysfs {
     device: PathBuf,
 }
@@ -96,15 +95,15 @@ impl Sysfs {
         })
     }
 
-    /// `sectors` of 512 bytes are its longest request.
+    /// The longest request is `sectors` of 512 bytes.
     fn at_once(&self, sectors: libc::c_ushort) -> AtOnce {
         let segments = self.queue("max_segments").unwrap_or(usize::MAX).max(1);
         let bytes = (usize::from(sectors) * SECTOR_SIZE).min(segments.saturating_mul(PAGE_SIZE));
-        // Whole pages, so that what follows is aligned as well as what went before.
+        // Whole pages, so that the rest is aligned as well as the first part.
         AtOnce { bytes: (bytes - bytes % PAGE_SIZE).max(PAGE_SIZE), segments }
     }
 
-    /// Both limits must be there: space is given back by fallocate(2), which promises zeroes.
+    /// Both limits must be nonzero: space is given back by fallocate(2), which promises zeroes.
     fn discard(&self) -> Option<Discard> {
         let able = |name| self.queue::<u64>(name).is_some_and(|most| most > 0);
         if !able("discard_max_bytes") {

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use xenstore_glue::disk::Faulty as Kind;
 
-/// Fails some of the operations of another disk with EIO, without starting them. Which ones is
-/// drawn from a sequence that is the same every time.
+/// Fails some of another disk's operations with EIO, without starting them. The choice is pseudo-random and
+/// the same every time.
 pub(super) struct Faulty {
     share: Share,
     inner: Arc<dyn Storage>,

@@ -15,13 +15,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Offsets and lengths that O_DIRECT may ask for, smallest first.
+/// Alignments that O_DIRECT may require of offsets and lengths, smallest first.
 const DIRECT_UNITS: [u32; 2] = [SECTOR_SIZE as u32, PAGE_SIZE as u32];
 
-/// How long a predecessor's last requests may hold an image: a slow disk's worst second, and less than
-/// the ten that a toolstack waits for us.
+/// How long to wait for an image that a predecessor's last requests hold: enough for a slow disk, and less
+/// than the ten seconds that a toolstack waits for us.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
-/// How often to look meanwhile.
+/// How often to try meanwhile.
 const LOCK_LOOK: Duration = Duration::from_millis(10);
 
 /// A raw file or a block device.
@@ -30,10 +30,10 @@ pub(super) struct FileDisk(Arc<Backing>);
 /// What all queues of a disk share.
 pub(super) struct Backing {
     pub(super) file: File,
-    /// Bytes that belong to the disk now. Queues look at every operation against it.
+    /// Current size of the disk in bytes. Queues check every operation against it.
     bytes: AtomicU64,
     is_device: bool,
-    /// How much to ask for at a time.
+    /// The most to ask of the device at a time.
     pub(super) at_once: AtOnce,
     /// Reads and writes go through the page cache.
     pub(super) cached: bool,
@@ -44,7 +44,7 @@ pub(super) struct Backing {
 impl FileDisk {
     pub(super) fn open(path: &Path, options: Options) -> Result<Self, OpenError> {
         let failed = |source| open_error(path, options.read_only, source);
-        // Looked at before it is opened: opening a pipe would wait for its other end.
+        // Checked before it is opened: opening a pipe would wait for its other end.
         let metadata = std::fs::metadata(path).map_err(failed)?;
         let kind = metadata.file_type();
         let is_device = kind.is_block_device();
@@ -110,7 +110,7 @@ impl Storage for FileDisk {
     fn refresh(&self) -> io::Result<Geometry> {
         let bytes = size_of(&self.0.file, self.0.is_device)?;
         let mut geometry = self.0.geometry();
-        // A last piece of a sector cannot be offered.
+        // A partial sector at the end cannot be offered.
         let bytes = bytes - bytes % u64::from(geometry.sector_size);
         geometry.sectors = bytes / SECTOR_SIZE as u64;
         self.0.bytes.store(bytes, Ordering::Relaxed);
@@ -123,8 +123,8 @@ impl Storage for FileDisk {
 }
 
 impl Backing {
-    /// The file once more, for a queue that is to be told by itself of data that could not be written back: the
-    /// kernel tells each open file once. `None` where that cannot be had, or nothing is written back.
+    /// Opens the file again, so that a queue hears by itself of data that could not be written back: the
+    /// kernel reports that once to each open file. `None` if that is impossible, or nothing is written back.
     pub(super) fn reopen(&self) -> Option<File> {
         let open = || {
             let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
@@ -137,21 +137,21 @@ impl Backing {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// Whether writes that were acknowledged may be lost: see [`Backing::synced`].
+    /// Whether acknowledged writes may be lost: see [`Backing::synced`].
     pub(super) fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Acquire)
     }
 
-    /// What to make of the outcome of a flush, an errno where it failed.
+    /// Turns the outcome of a flush, an errno if it failed, into the result to report.
     ///
-    /// When the kernel cannot write back the page cache it says so once to each open file, marks the
-    /// pages clean and goes on: the next flush would succeed without the data. As in QEMU
-    /// (`page_cache_inconsistent` in block/file-posix.c), none succeeds any more, of no queue. Each has an
-    /// open file of its own ([`Self::reopen`]), so that none depends on when another hears of it. A
-    /// device's own cache is no better.
+    /// If the kernel fails to write back the page cache, it reports that once to each open file and marks the
+    /// pages clean: the next flush would succeed without the data. So from then on no flush of any queue
+    /// succeeds, as in QEMU (`page_cache_inconsistent` in block/file-posix.c). Each queue has an open file of
+    /// its own ([`Self::reopen`]), so that none depends on when another hears of the failure. A device's own
+    /// cache is no better.
     ///
-    /// And Linux's frontend takes a flush that failed for one that succeeded, and sends no more
-    /// (`blkif_interrupt` in xen-blkfront.c): so that its guest hears of it, no write succeeds either.
+    /// Linux's frontend treats a failed flush as successful and sends no more of them (`blkif_interrupt` in
+    /// xen-blkfront.c): writes fail as well, so that its guest hears of it.
     pub(super) fn synced(&self, outcome: Result<(), i32>) -> Result<(), i32> {
         let Err(errno) = outcome else {
             return if self.is_lost() { Err(libc::EIO) } else { Ok(()) };
@@ -171,10 +171,10 @@ impl Backing {
     }
 }
 
-/// Takes the image for us: alone, or together with other readers. A device has O_EXCL for that.
+/// Locks the image: exclusively, or shared with other readers. A device has O_EXCL for that.
 ///
-/// Both go with the open file, which requests in the kernel hold too: a predecessor that was killed
-/// keeps them until its last write has landed, so that none can land on top of ours.
+/// Both belong to the open file, which requests in the kernel hold too: a predecessor that was killed keeps
+/// the image until its last write has landed, so that none can land on top of ours.
 fn lock(file: &File, path: &Path, options: Options) -> Result<(), OpenError> {
     let lock = || if options.read_only { file.try_lock_shared() } else { file.try_lock() };
     patiently(lock, |error| matches!(error, TryLockError::WouldBlock)).map_err(
@@ -189,7 +189,7 @@ fn lock(file: &File, path: &Path, options: Options) -> Result<(), OpenError> {
     )
 }
 
-/// Tries again for a while if somebody holds what is tried for: a predecessor's last requests may.
+/// Retries for a while if somebody holds the disk, as a predecessor's last requests may.
 fn patiently<T, E>(
     attempt: impl Fn() -> Result<T, E>,
     is_held: impl Fn(&E) -> bool,
@@ -205,11 +205,11 @@ fn patiently<T, E>(
     }
 }
 
-/// Opens the file, past the page cache if that is wanted and works. Also returns the bytes that
-/// O_DIRECT moves at the least, 0 without it.
+/// Opens the file, with O_DIRECT if that is wanted and works. Also returns the least that O_DIRECT moves, in
+/// bytes, 0 without it.
 fn open_file(path: &Path, is_device: bool, options: Options) -> Result<(File, u32), OpenError> {
     let open = |flags: OFlag| {
-        // A device that is written must be ours alone: O_EXCL refuses one that is mounted.
+        // A device that we write to must be ours alone: O_EXCL refuses one that is mounted.
         let exclusive = is_device && !options.read_only && !options.shared;
         let flags = if exclusive { flags | OFlag::O_EXCL } else { flags };
         let mut open = OpenOptions::new();
@@ -221,7 +221,7 @@ fn open_file(path: &Path, is_device: bool, options: Options) -> Result<(File, u3
         return Ok((open(OFlag::empty()).map_err(failed)?, 0));
     }
     let refused = match open(OFlag::O_DIRECT) {
-        // A device tells its sector size itself.
+        // A device reports its sector size.
         Ok(file) if is_device => return Ok((file, 1)),
         Ok(file) => match direct_unit(&file) {
             Ok(unit) if unit == SECTOR_SIZE as u32 || options.direct == Direct::On => {
@@ -240,8 +240,8 @@ fn open_file(path: &Path, is_device: bool, options: Options) -> Result<(File, u3
     Ok((open(OFlag::empty()).map_err(failed)?, 0))
 }
 
-/// Bytes that O_DIRECT moves at the least, found by reading: statx tells it only of some file
-/// systems, and of some of those wrongly. What is read must be data: of a hole the kernel says nothing.
+/// The least that O_DIRECT moves, in bytes, found by reading: statx knows it for some file systems only, and
+/// wrongly for some of those. Data must be read: a hole tells nothing.
 fn direct_unit(file: &File) -> io::Result<u32> {
     let (data, least) = match lseek(file, 0, Whence::SeekData) {
         Ok(data) => (data as u64, 0),
@@ -252,7 +252,7 @@ fn direct_unit(file: &File) -> io::Result<u32> {
     let mut outcome = Ok(0);
     for unit in DIRECT_UNITS.into_iter().filter(|unit| *unit >= least) {
         let length = unit as usize;
-        // Aligned to the unit and no better, as buffers will be.
+        // Aligned to the unit and no more, as buffers will be.
         outcome = file.read_at(&mut memory[aligned + length..][..length], data);
         if outcome.is_ok() {
             return Ok(unit);
@@ -261,9 +261,9 @@ fn direct_unit(file: &File) -> io::Result<u32> {
     outcome.map(|_| 0)
 }
 
-/// Whether holes can be punched into the file, and how large.
+/// The limits of discard, if holes can be punched into the file.
 fn file_discard(file: &File, bytes: u64, block: u64) -> Option<Discard> {
-    // Behind the end there is nothing to lose.
+    // Beyond the end there is nothing to lose.
     let offset = i64::try_from(bytes).ok()?;
     match fallocate(file, punch_hole(), offset, SECTOR_SIZE as i64) {
         Ok(()) => Some(Discard {
@@ -278,8 +278,8 @@ fn file_discard(file: &File, bytes: u64, block: u64) -> Option<Discard> {
     }
 }
 
-/// Mode of fallocate(2) that gives space back. A block device takes it too, and its sectors read as
-/// zeroes afterwards.
+/// The mode of fallocate(2) that gives space back. Block devices take it too, and read as zeroes there
+/// afterwards.
 pub(super) fn punch_hole() -> FallocateFlags {
     FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE
 }
@@ -288,7 +288,7 @@ fn size_of(file: &File, is_device: bool) -> io::Result<u64> {
     if is_device { device::bytes(file) } else { Ok(file.metadata()?.len()) }
 }
 
-/// Says what can be done about a failure to open.
+/// Turns a failure to open into an error that says what to do.
 fn open_error(path: &Path, read_only: bool, source: io::Error) -> OpenError {
     let path = path.to_owned();
     match source.raw_os_error() {
@@ -307,7 +307,7 @@ mod tests {
     use crate::storage::{Op, OpKind};
     use std::time::Duration;
 
-    /// One ring's flush is told of the loss of what another has written.
+    /// The kernel may report the loss of one ring's writes to another ring's flush.
     #[test]
     fn after_a_failed_write_back_no_queue_flushes_with_success() {
         let path = std::env::temp_dir().join(format!("blkback-lost-{}", std::process::id()));

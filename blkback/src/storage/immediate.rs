@@ -7,10 +7,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-/// A queue on a disk that `execute` works on; its errors are errnos.
+/// A queue whose operations `execute` carries out; its errors are errnos.
 pub(super) struct Immediate<F> {
     execute: F,
-    /// The bell, and the event channel, which is left to whoever is woken.
+    /// The bell and the event channel, whose events are left to whoever is woken.
     wake: Vec<OwnedFd>,
     system_calls: u64,
 }
@@ -36,7 +36,7 @@ impl<F: FnMut(&Op<'_>) -> Result<(), i32>> Queue for Immediate<F> {
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Woken> {
         self.system_calls += 1;
-        // A list a sleep: it borrows the descriptors, and costs nothing beside sleeping.
+        // Built for each sleep: it borrows the descriptors, and costs nothing beside sleeping.
         let mut polled: Vec<_> =
             self.wake.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
         match ppoll(&mut polled, timeout.map(TimeSpec::from), None) {

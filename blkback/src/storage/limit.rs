@@ -1,4 +1,4 @@
-//! A disk that takes only so much a second.
+//! A disk of limited throughput.
 
 use super::delay::{earliest, sooner};
 use super::{Completion, Geometry, IoVecs, Op, OpKind, Queue, QueueSetup, Storage, Woken};
@@ -10,11 +10,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Unused time that is made up for: a ring that wakes up late still reaches the limit, and what an
-/// idle disk saves up is over before anyone takes it for the rate.
+/// How much unused time is made up for: enough for a ring that wakes up late to reach the limit, too little
+/// for an idle disk's burst to be taken for the rate.
 const BURST: Duration = Duration::from_millis(10);
 
-/// What is counted.
+/// What a limit counts.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Unit {
     /// Operations of any kind.
@@ -30,14 +30,14 @@ pub(super) struct Limited {
 }
 
 impl Limited {
-    /// Takes `rate` a second, at least one.
+    /// Admits `rate` units a second, at least one.
     pub(super) fn new(rate: u64, unit: Unit, inner: Arc<dyn Storage>) -> Self {
         let rate = NonZeroU64::new(rate).unwrap_or(NonZeroU64::MIN);
         let bucket = Bucket { epoch: Instant::now(), rate, unit, paid: AtomicU64::new(0) };
         Self { bucket: Arc::new(bucket), inner }
     }
 
-    /// Bytes are counted by the memory they lie in, so there must be some: even a `null` disk's data is
+    /// Bytes are counted by the buffers they lie in, so there must be some: even a `null` disk's data is
     /// moved.
     fn counted(&self, geometry: Geometry) -> Geometry {
         let moves_data = geometry.moves_data || self.bucket.unit == Unit::Bytes;
@@ -45,8 +45,8 @@ impl Limited {
     }
 }
 
-/// A token bucket, kept as the time at which all that was admitted will have been paid for (the
-/// generic cell rate algorithm): one word, so that rings share it without a lock.
+/// A token bucket, stored as the time at which all that was admitted is paid for (the generic cell rate
+/// algorithm): one word, which rings share without a lock.
 struct Bucket {
     epoch: Instant,
     /// Units a second.
@@ -57,7 +57,7 @@ struct Bucket {
 }
 
 impl Bucket {
-    /// The time from which `op` may be started. It is reserved: who asks later starts later.
+    /// When `op` may start. This reserves its share: later callers start later.
     fn admit(&self, op: &Op<'_>, now: Instant) -> Instant {
         const SECOND: u128 = 1_000_000_000;
         let amount = match self.unit {

@@ -1,4 +1,4 @@
-//! A disk in memory, that is gone with the process.
+//! A disk in memory, gone with the process.
 
 use super::immediate::Immediate;
 use super::{Discard, Geometry, Op, OpKind, Queue, QueueSetup, Storage};
@@ -7,15 +7,15 @@ use std::io;
 use std::sync::Arc;
 use xen_platform::LocalRegion;
 
-/// Sparse memory. Rings read and write it at the same time without a lock, with a disk's promise: a
-/// write that races with another operation on the same sectors leaves a mixture of both.
+/// Sparse memory. Rings access it concurrently without a lock. As on any disk, a write that races with
+/// another operation on the same sectors leaves a mixture of both.
 pub(super) struct Memory {
     geometry: Geometry,
     region: Arc<LocalRegion>,
 }
 
 impl Memory {
-    /// Reserves `sectors`; pages are taken as they are written.
+    /// Reserves `sectors`; pages are allocated when they are first written.
     pub(super) fn new(sectors: u64, read_only: bool, discard: bool) -> io::Result<Self> {
         let pages = sectors.div_ceil((PAGE_SIZE / SECTOR_SIZE) as u64);
         let pages = usize::try_from(pages).map_err(io::Error::other)?;

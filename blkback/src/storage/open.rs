@@ -1,4 +1,4 @@
-//! From what the configuration says to a disk.
+//! Opens the disk that a configuration names.
 
 use super::Storage;
 use super::delay::Delay;
@@ -19,11 +19,11 @@ use xenstore_glue::disk::{Store, Target, Wrapper};
 pub struct Options {
     /// Refuse writes and discards.
     pub read_only: bool,
-    /// Whether files and devices are read past the page cache.
+    /// Whether to bypass the page cache of files and devices.
     pub direct: Direct,
-    /// Offer discard where the disk can do it.
+    /// Offer discard if the disk supports it.
     pub discard: bool,
-    /// Others may use the image at the same time, on their own responsibility.
+    /// Others may use the image at the same time, at their own risk.
     pub shared: bool,
 }
 
@@ -54,7 +54,7 @@ pub enum OpenError {
         /// As configured.
         path: PathBuf,
     },
-    /// The path is not of a disk.
+    /// The path does not name a disk.
     #[error("{path:?} is {kind}: name a raw image file or a block device")]
     Kind {
         /// As configured.
@@ -122,7 +122,7 @@ pub enum OpenError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// A null or memory disk of no or half a sector.
+    /// The size of a null or memory disk is zero or not a whole number of sectors.
     #[error("a disk of {bytes} bytes: the size must be a multiple of 512, and not 0")]
     TargetSize {
         /// As configured.
@@ -162,7 +162,7 @@ pub fn open(target: &Target, options: Options) -> Result<Arc<dyn Storage>, OpenE
     }))
 }
 
-/// Sectors of a disk whose size the configuration gives.
+/// Number of sectors of a disk whose size is configured.
 fn sectors(bytes: u64) -> Result<u64, OpenError> {
     let sector = SECTOR_SIZE as u64;
     if bytes == 0 || !bytes.is_multiple_of(sector) {

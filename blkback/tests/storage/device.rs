@@ -18,7 +18,7 @@ struct Loop {
 }
 
 impl Loop {
-    /// `None` where that is not possible, and need not be.
+    /// `None` where that is impossible and may be skipped.
     fn new(bytes: u64, sector_size: &str) -> Option<Self> {
         Self::on(TestFile::on_disk(bytes), sector_size)
     }
@@ -44,7 +44,7 @@ impl Loop {
         parse(&self.device.display().to_string())
     }
 
-    /// A file that says something of it.
+    /// The path of one of its attributes.
     fn attribute(&self, name: &str) -> PathBuf {
         Path::new("/sys/block").join(self.device.file_name().expect("a name")).join(name)
     }
@@ -66,7 +66,7 @@ impl Drop for Loop {
 fn model_on_a_device() {
     let Some(device) = Loop::new(model::DISK as u64, "512") else { return };
     for (direct, seed) in [(Direct::On, 10), (Direct::Off, 11)] {
-        // Clear what the run before left.
+        // Clear what the previous run left.
         let options = Options { direct, ..Options::default() };
         let storage = open(&device.target(), options).expect("open");
         let bytes = model::DISK as u64;
@@ -87,12 +87,12 @@ fn sectors_of_4096_bytes() {
     model::check(storage, true, 12);
 }
 
-/// A file system, until this is dropped.
+/// A mounted file system, unmounted when this is dropped.
 struct Mounted(PathBuf);
 
 impl Mounted {
-    /// By the last of the arguments of `mount` but for the directory. `None` where that is not possible, and
-    /// need not be.
+    /// Mounts with these arguments of `mount`, followed by the directory. `None` where that is impossible and
+    /// may be skipped.
     fn new(arguments: &[&str]) -> Option<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("mounted-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
@@ -115,7 +115,7 @@ impl Drop for Mounted {
     }
 }
 
-/// O_DIRECT needs the sectors of what the file system is on, whatever can be read of a hole.
+/// O_DIRECT needs the sectors of the device below the file system, whatever can be read of a hole.
 #[test]
 fn a_sparse_file_on_sectors_of_4096_bytes() {
     let Some(device) = Loop::new(64 << 20, "4096") else { return };
@@ -130,7 +130,7 @@ fn a_sparse_file_on_sectors_of_4096_bytes() {
             (geometry.sector_size, geometry.buffer_alignment)
         })
     };
-    // By the page cache, or in larger sectors.
+    // Through the page cache, or in larger sectors.
     assert_eq!(check(), [(512, 1), (4096, 4096)]);
     let end = File::options().write(true).open(&file.0).expect("open");
     end.write_all_at(&[1; SECTOR], 1 << 19).expect("write");
@@ -146,11 +146,11 @@ fn a_device_is_shared_by_those_who_say_so() {
     assert_eq!(rigs[1].read(0, SECTOR).expect("read"), [7; SECTOR]);
 }
 
-/// The kernel says once to an open file that it could not write back, and that may still be on its way to the
-/// queue which asked first.
+/// The kernel reports once to each open file that it could not write back, and the report may still be on its
+/// way to the queue that asked first.
 #[test]
 fn every_queue_hears_of_data_that_was_lost() {
-    // Where there is no room for what is written.
+    // Too small for what is written.
     let Some(small) = Mounted::new(&["-t", "tmpfs", "-o", "size=1m", "tmpfs"]) else { return };
     let Some(device) = Loop::on(TestFile::new(&small.0, 16 << 20), "512") else { return };
     let options = Options { direct: Direct::Off, ..Options::default() };
@@ -164,12 +164,12 @@ fn every_queue_hears_of_data_that_was_lost() {
         first.submit(tag, OpKind::Flush, 0, Vec::new());
     }
     first.queue().wait(Some(Duration::ZERO)).expect("begin it");
-    // It has failed, and nobody has looked.
+    // By now it has failed, and nobody has looked.
     std::thread::sleep(Duration::from_millis(500));
     assert!(second.run(OpKind::Flush, 0, Vec::new()).is_err(), "flushed what is lost");
     let flushes = first.finish();
     assert!(flushes.len() == DEPTH && flushes.iter().all(|flush| flush.result.is_err()));
-    // Linux's frontend does not tell its guest of the flush.
+    // Linux's frontend does not tell its guest of a failed flush.
     assert!(second.write(0, &[1; SECTOR]).is_err(), "wrote to a disk that has lost data");
     second.read(0, SECTOR).expect("what is left can be read");
 }
@@ -184,7 +184,7 @@ fn a_flush_reaches_the_device() {
     assert!(device.flushes() > before, "a flush is passed on");
 }
 
-/// Of two that the kernel has at once, it tells only one that data was lost.
+/// Of two concurrent flushes, the kernel tells only one that data was lost.
 #[test]
 fn flushes_of_a_queue_are_not_under_way_at_once() {
     let Some(device) = Loop::new(1 << 20, "512") else { return };
@@ -198,7 +198,7 @@ fn flushes_of_a_queue_are_not_under_way_at_once() {
     assert_eq!(device.flushes() - before, 2, "one, and one for all that came meanwhile");
 }
 
-/// What a device does not take as one request is not left to the kernel to split, which gives it to a
+/// A transfer longer than the device takes as one request is not left to the kernel to split: that takes a
 /// worker thread.
 #[test]
 fn long_requests_are_split_without_the_help_of_worker_threads() {

@@ -5,7 +5,7 @@ use blkback::storage::{Direct, IoVec, OpKind, Options, Storage, open};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// The disk fits into the memory of a tag, to be read at once in the end.
+/// The disk fits into the memory of one tag, to be read in one operation at the end.
 pub(crate) const DISK: usize = AREA;
 const BATCHES: usize = 150;
 const LONGEST: usize = 64 * SECTOR;
@@ -24,7 +24,7 @@ pub(crate) fn check(storage: Arc<dyn Storage>, register: bool, seed: u64) {
     assert!(now == model, "the disk differs from the model, seed {seed}");
 }
 
-/// Operations that are in flight together touch different sectors: their order is open.
+/// Operations that are in flight together touch different sectors, as their order is undefined.
 fn batch(rig: &mut Rig, random: &mut Random, model: &mut [u8], unit: usize, discard: bool) {
     let mut taken: Vec<Range<usize>> = Vec::new();
     let mut expected = vec![None; DEPTH];

@@ -17,7 +17,7 @@ pub(crate) const DEPTH: usize = 8;
 /// Memory of each tag.
 pub(crate) const AREA: usize = 1 << 20;
 
-/// Longer than anything here takes: where a wait lasts this long it hung.
+/// Longer than anything here takes: a wait that lasts this long has hung.
 pub(crate) const HUNG: Duration = Duration::from_secs(20);
 
 pub(crate) struct Rig {
@@ -89,8 +89,8 @@ impl Rig {
         }
     }
 
-    /// As [`Rig::finish`], by a thread that sleeps for other queues, too. Also returns how often the queue
-    /// was due without having been signalled.
+    /// As [`Rig::finish`], on a thread that sleeps for other queues as well. Also returns how often the queue
+    /// was due without being signalled.
     pub(crate) fn finish_among_others(&mut self) -> (Vec<Completion>, u32) {
         let mut dues = 0;
         let signals = self.queue.share(true).expect("share").expect("an eventfd");
@@ -107,7 +107,7 @@ impl Rig {
             let mut polled = [PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
             let woken = ppoll(&mut polled, Some(left.into()), None).expect("wait");
             assert!(woken > 0 || due.is_some(), "{} operations hang", self.queue.in_flight());
-            // There is nothing to be read where it was only due.
+            // Nothing can be read if the queue was only due.
             let _ = nix::unistd::read(&signals, &mut [0; 8]);
         }
     }
@@ -132,8 +132,8 @@ impl Rig {
     }
 }
 
-/// What cannot be tested here fails, or is skipped where the environment allows it, and seen: libtest
-/// captures what is printed by macros.
+/// Fails a test that cannot run here, or skips it where the environment allows that. Writes to stderr itself:
+/// libtest captures macros' output.
 pub(crate) fn skip(why: &str) {
     assert!(std::env::var_os("XEN_BLK_MAY_SKIP").is_some(), "{why} (XEN_BLK_MAY_SKIP=1 skips it)");
     writeln!(io::stderr(), "skipped: {why}").expect("write");
@@ -143,7 +143,7 @@ pub(crate) fn parse(target: &str) -> Target {
     target.parse().expect("a target")
 }
 
-/// A file that is gone with the value.
+/// A file that is removed with the value.
 pub(crate) struct TestFile(pub(crate) PathBuf);
 
 impl TestFile {

@@ -29,7 +29,7 @@ fn an_event_is_taken_once_whenever_it_comes() {
     let events = EventFile { descriptor, event_bytes: size_of::<u64>() as u32, unmask: false };
     let mut rig = rig(&file, events);
     for round in 0..100_u64 {
-        // Before the wait, while the last one still is waited for, and beside an operation.
+        // It comes before the wait, with the previous poll still armed, and at times beside an operation.
         let busy = round % 2 == 1;
         if busy {
             let piece = rig.piece(0, 0, SECTOR);
@@ -43,7 +43,7 @@ fn an_event_is_taken_once_whenever_it_comes() {
         }
         assert_eq!(wait(&mut rig, Some(Duration::ZERO)), Woken::Time);
     }
-    // It is waited for even now; nothing of that may outlive the queue.
+    // The kernel still waits for an event; that must not outlive the queue.
     drop(rig);
     channel.write(7).expect("event");
     assert_eq!(channel.read().expect("left alone"), 7);

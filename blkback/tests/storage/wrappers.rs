@@ -95,7 +95,7 @@ fn a_limit_is_shared_by_the_queues_of_a_disk() {
     }
 }
 
-/// Whoever does not promise to keep its pages would else have its data left where it is, and nothing to count.
+/// Without persistent grants, a frontend's data would be left where it is, with nothing to count.
 #[test]
 fn data_is_moved_where_bytes_are_limited() {
     for (target, moves_data) in
@@ -108,7 +108,7 @@ fn data_is_moved_where_bytes_are_limited() {
     }
 }
 
-/// A thread that sleeps at once takes what it finds without a system call, and else waits.
+/// As on a thread that sleeps at once: it takes what needs no system call, and otherwise waits.
 #[test]
 fn what_is_held_back_starts_when_its_time_has_come() {
     let file = TestFile::on_disk(1 << 20);

@@ -20,7 +20,7 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Becomes the domain whose `hypervisor.sock` this is; also gives its memory and grant table.
+    /// Becomes the domain whose `hypervisor.sock` this is. Also returns its memory and grant table.
     pub(super) fn attach(path: &Path, domid: DomId) -> Result<(Self, [OwnedFd; 2])> {
         let doing = || format!("attach to {domid} at {}", path.display());
         let failed = |e| Error::io(doing(), e);

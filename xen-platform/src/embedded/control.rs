@@ -1,5 +1,5 @@
-//! What the toolstack asks of the broker: a JSON command and a JSON answer, a line each, on
-//! `control.sock`.
+//! The toolstack's commands to the broker, on `control.sock`: a JSON command and a JSON answer, one line
+//! each.
 
 use crate::{Error, Result};
 use ring_proto::DomId;
@@ -22,7 +22,7 @@ pub const MIN_MEMORY: u64 = 1 << 20;
 /// Largest memory of a domain in bytes: the frame numbers of v1 grants have 32 bits.
 pub const MAX_MEMORY: u64 = 1 << 44;
 
-/// What becomes of a domain when its process ends, as `on_crash` of xl.cfg(5).
+/// What happens to a domain when its process ends, like `on_crash` in xl.cfg(5).
 #[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
 #[serde(rename_all = "lowercase")]
 pub enum OnCrash {
@@ -37,15 +37,15 @@ pub enum OnCrash {
 pub struct NewDomain {
     /// Unique; not a number.
     pub name: String,
-    /// The number to give it, or the next free one.
+    /// Its number, or `None` for the next free one.
     pub domid: Option<u16>,
-    /// Bytes.
+    /// Memory in bytes.
     pub memory: u64,
-    /// vCPUs, for the frontend's count of queues.
+    /// Number of vCPUs, on which the frontend's number of queues depends.
     pub vcpus: u32,
     /// Whether it may serve devices to other domains.
     pub driver_domain: bool,
-    /// When its process ends.
+    /// What to do when its process ends.
     pub on_crash: OnCrash,
 }
 
@@ -56,13 +56,13 @@ pub struct DomainInfo {
     pub domid: u16,
     /// Its name.
     pub name: String,
-    /// Bytes.
+    /// Memory in bytes.
     pub memory: u64,
-    /// vCPUs.
+    /// Number of vCPUs.
     pub vcpus: u32,
     /// Whether it may serve devices to other domains.
     pub driver_domain: bool,
-    /// When its process ends.
+    /// What to do when its process ends.
     pub on_crash: OnCrash,
     /// The process attached to it.
     pub process: Option<i32>,
@@ -83,8 +83,8 @@ pub enum Command {
     },
     /// Answered by [`Answer::Domains`].
     ListDomains,
-    /// Does what a restart of xenstored does: closes all its connections, with their watches and
-    /// transactions, and listens again; what is in the store stays. Answered by [`Answer::Done`].
+    /// Does what a restart of xenstored does: closes all connections, with their watches and transactions,
+    /// and listens again; the contents of the store stay. Answered by [`Answer::Done`].
     RestartXenstore,
 }
 

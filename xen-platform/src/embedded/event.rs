@@ -9,7 +9,7 @@ use std::sync::Arc;
 /// One end. `waits` is an eventfd that the peer writes, `notifies` one that the peer reads; both are
 /// non-blocking.
 ///
-/// Unlike on Xen, `waits` turns readable although the channel is masked: poll it only when it is not.
+/// Unlike on Xen, `waits` becomes readable even while the channel is masked: poll it only when it is not.
 #[derive(Debug)]
 pub(super) struct Channel {
     connection: Arc<Connection>,

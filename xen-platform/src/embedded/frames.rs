@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-/// Runs of free frames, by their first.
+/// Runs of free frames: their lengths, by first frame.
 #[derive(Debug)]
 pub(super) struct FrameAllocator {
     free: BTreeMap<u32, u32>,
@@ -18,7 +18,7 @@ impl FrameAllocator {
         self.total as usize
     }
 
-    /// `count` frames, consecutive if there are any such, or `None` if there are not enough.
+    /// `count` frames, consecutive if possible, or `None` if there are not enough.
     pub(super) fn allocate(&mut self, count: usize) -> Option<Vec<u32>> {
         let mut missing = u32::try_from(count).ok()?;
         let available: u64 = self.free.values().map(|&len| u64::from(len)).sum();

@@ -17,7 +17,7 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub(super) struct Peer {
     domid: DomId,
-    /// All its memory. Only frames that a pin has checked are touched.
+    /// All of its memory. Only frames that a pin has checked are accessed.
     memory: Mapping,
     file: OwnedFd,
     frames: u32,
@@ -28,7 +28,7 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    /// Asks the broker for `domid`, or gives `None` if nobody is there.
+    /// Asks the broker for `domid`; returns `None` if nobody is there.
     pub(super) fn connect(connection: Arc<Connection>, domid: DomId) -> Result<Option<Self>> {
         let Some([file, grants, active]) = connection.peer(domid)? else { return Ok(None) };
         let memory = Mapping::whole(file.as_fd());
@@ -69,7 +69,7 @@ impl Drop for Pins {
     }
 }
 
-/// Maps a peer's pages: none that is not pinned.
+/// Maps a peer's pages, each of which is pinned first.
 pub(super) fn map(peer: Arc<Peer>, refs: &[GrantRef], access: Access) -> Result<Kept<Pins>> {
     let mut pins = Pins { peer, refs: Vec::with_capacity(refs.len()), access };
     let mut frames = Vec::with_capacity(refs.len());
@@ -83,7 +83,7 @@ pub(super) fn map(peer: Arc<Peer>, refs: &[GrantRef], access: Access) -> Result<
     Ok(Kept::new(mapping, pins))
 }
 
-/// Copies from and to one peer. No system call and no allocation a segment.
+/// Copies from and to one peer, without a system call or an allocation per segment.
 #[derive(Debug)]
 pub(super) struct Copier(pub(super) Arc<Peer>);
 

@@ -19,7 +19,7 @@ pub(super) struct OwnDomain {
     memory: OwnedFd,
     grants: GrantTable,
     free: Mutex<Free>,
-    /// The broker takes grants back when it closes.
+    /// When this closes, the broker takes the grants back.
     _connection: Arc<Connection>,
 }
 
@@ -27,7 +27,7 @@ pub(super) struct OwnDomain {
 struct Free {
     frames: FrameAllocator,
     entries: Vec<GrantRef>,
-    /// Dropped while the peer still used them.
+    /// Pages dropped while the peer still used them.
     limbo: Vec<Limbo>,
 }
 
@@ -53,7 +53,7 @@ impl OwnDomain {
         Ok(Self { memory, grants, free: Mutex::new(free), _connection: connection })
     }
 
-    /// Its memory file, opened once more: an open file of its own, to hold locks.
+    /// Its memory file, opened again: a separate open file, to hold locks.
     pub(super) fn open_memory(&self) -> Result<File> {
         let path = format!("/proc/self/fd/{}", self.memory.as_raw_fd());
         let opened = File::options().read(true).write(true).open(path);
@@ -100,9 +100,9 @@ impl OwnDomain {
         Ok(Granted { domain: Arc::clone(self), pages, refs, peer, access })
     }
 
-    /// Frees what peers have let go of since it was dropped.
+    /// Frees dropped pages that peers have let go of since.
     fn free_limbo(&self) {
-        // Dropped after the lock is: freeing pages takes it.
+        // Dropped after the lock is released, as freeing pages takes it.
         let mut _freed = Vec::new();
         let mut free = locked(&self.free);
         for mut limbo in std::mem::take(&mut free.limbo) {
@@ -115,7 +115,7 @@ impl OwnDomain {
         }
     }
 
-    /// Takes back what can be; the rest stays in `refs`.
+    /// Revokes what it can; the rest stays in `refs`.
     fn revoke_each(&self, free: &mut Free, refs: &mut Vec<GrantRef>) {
         refs.retain(|&gref| {
             let revoked = self.grants.revoke(gref);
@@ -127,10 +127,10 @@ impl OwnDomain {
     }
 }
 
-/// Frames of our own. They are free again when nobody here maps them any more either.
+/// Frames of our own. They become free when nobody in this process maps them any more either.
 #[derive(Debug)]
 struct OwnFrames {
-    /// Weak, because the domain keeps those in limbo.
+    /// Weak, because the domain keeps frames in limbo.
     domain: Weak<OwnDomain>,
     frames: Vec<u32>,
 }
@@ -138,8 +138,8 @@ struct OwnFrames {
 impl Drop for OwnFrames {
     fn drop(&mut self) {
         let Some(domain) = self.domain.upgrade() else { return };
-        // Zeroed now, so that whoever gets them next sees nothing of this. Frames that cannot be
-        // zeroed are never used again.
+        // Zeroed now, so that their next user sees nothing of the contents. Frames that cannot be zeroed are
+        // never used again.
         if discard_frames(&domain.memory, &self.frames).is_ok() {
             locked(&domain.free).frames.release(&self.frames);
         }

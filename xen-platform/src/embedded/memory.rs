@@ -1,4 +1,4 @@
-//! Frames of the files of memory that domains share.
+//! Frames of the memory files that domains share.
 
 use crate::{Access, Error, Mapping, Result};
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -37,7 +37,7 @@ fn runs(frames: &[u32]) -> impl Iterator<Item = Run> + '_ {
         .filter_map(|run| Some(Run { first: *run.first()?, pages: run.len() }))
 }
 
-/// `frames`, each of which must lie within `file`, one after the other.
+/// Maps `frames`, each of which must lie within `file`, one after the other.
 pub(super) fn map_frames(file: BorrowedFd<'_>, frames: &[u32], access: Access) -> Result<Mapping> {
     let map = || {
         let mut mapping = Mapping::anonymous(frames.len())?;

@@ -1,21 +1,20 @@
-//! A domain of a stand-in for a Xen host, which runs on any Linux machine, for development, tests and
+//! A domain on a stand-in for a Xen host, which runs on any Linux machine, for development, tests and
 //! user-space guests.
 //!
-//! The host itself is a broker, `xen-embedded serve`, and a crate of its own. It owns domains. A domain's
-//! memory and its grant table (Xen's v1 entries) are files of memory; an event channel is a pair of
-//! eventfds; xenstore is a unix socket a domain. A process that attaches to a domain
-//! ([`EmbeddedPlatform::attach`]) is that domain until it ends.
+//! The host itself is a broker, `xen-embedded serve`, in a crate of its own. It owns the domains. A domain's
+//! memory and grant table (Xen's v1 entries) are memory files; an event channel is a pair of eventfds;
+//! xenstore is one unix socket per domain. A process that attaches to a domain ([`EmbeddedPlatform::attach`])
+//! is that domain until it ends.
 //!
-//! What both must agree on is here: [`control`] and [`protocol`] are what is said to the broker, [`table`] is
-//! what lies in memory that is shared.
+//! What both must agree on is defined here: [`control`] and [`protocol`] are the messages to the broker,
+//! [`table`] is the layout of shared tables.
 //!
-//! Grants are checked as Xen checks them: every map and every copy reads the entry, sets the in-use
-//! bits that make a revocation fail, and clears them after. What one domain writes into its memory
-//! and its grant table cannot harm another.
+//! Grants are checked as Xen checks them: every map and every copy reads the entry, sets the in-use bits that
+//! make a revocation fail, and clears them afterwards. What a domain writes into its memory or grant table
+//! cannot harm another.
 //!
-//! What this does not show: the checks run in the grantee's process, so a process that goes around
-//! this library is not held back by them; and nothing here costs what a hypercall, an interrupt or
-//! a TLB flush costs.
+//! Its limits: the checks run in the grantee's process, so they do not stop a process that bypasses this
+//! library; and nothing here costs what a hypercall, an interrupt or a TLB flush costs.
 
 mod connection;
 pub mod control;
@@ -47,8 +46,7 @@ pub const MAX_PORTS: usize = 4096;
 
 /// A domain of the embedded platform, seen from the process that is attached to it.
 ///
-/// The process stops being the domain when the last of this value and everything made by it is
-/// dropped.
+/// The process stops being the domain when this value and everything made from it are dropped.
 #[derive(Debug)]
 pub struct EmbeddedPlatform {
     dir: PathBuf,
@@ -76,7 +74,7 @@ impl EmbeddedPlatform {
         Ok(Arc::new(Self { dir, connection, own, peers: Mutex::default() }))
     }
 
-    /// Where xenstore answers with this domain's rights.
+    /// The socket on which xenstore serves this domain, with its rights.
     pub fn xenstore_socket(&self) -> PathBuf {
         self.dir.join(XENSTORE_SOCKET)
     }
@@ -107,7 +105,7 @@ impl Platform for EmbeddedPlatform {
     }
 
     fn claim(&self, device: u32) -> Result<Option<OwnedFd>> {
-        // The broker sees to it that the domain is one process: only that can have it twice.
+        // The broker ensures that the domain is one process: only that could claim a device twice.
         claim(self.own.open_memory()?, device)
     }
 
@@ -117,7 +115,7 @@ impl Platform for EmbeddedPlatform {
     }
 
     fn may_pin(&self) -> bool {
-        // Pages of a memfd, counted like any file's.
+        // They are pages of a memfd, accounted like any file's.
         true
     }
 
@@ -144,7 +142,7 @@ fn no_domain(peer: DomId, refs: &[GrantRef]) -> Error {
     Error::Grant { peer, gref, status: crate::GrantStatus::BadDomain }
 }
 
-/// Locks, also after a thread panicked in there: no invariant here spans a call that could panic.
+/// Locks, even after a panic under the lock: no invariant here spans a call that could panic.
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,7 +1,7 @@
-//! What a domain's process and the broker say to each other: one JSON message a packet of a
-//! `SOCK_SEQPACKET` socket, with descriptors beside it.
+//! Messages between a domain's process and the broker: one in JSON per packet of a `SOCK_SEQPACKET` socket,
+//! with descriptors attached.
 //!
-//! Only for setting up and taking down; grants and events do not pass here.
+//! Only for setup and teardown; grants and events do not pass here.
 
 use nix::cmsg_space;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
@@ -17,7 +17,7 @@ pub const HYPERVISOR_SOCKET: &str = "hypervisor.sock";
 /// In a domain's directory: xenstore with its rights.
 pub const XENSTORE_SOCKET: &str = "xenstore.sock";
 
-/// What belongs to one domain in the broker's directory.
+/// A domain's directory within the broker's.
 pub fn domain_dir(dir: &Path, domid: DomId) -> PathBuf {
     dir.join(format!("dom{}", domid.0))
 }
@@ -39,7 +39,7 @@ pub enum Request {
         /// [`VERSION`].
         version: String,
     },
-    /// Asks for what it takes to use grants of a domain. Answered by [`Reply::Peer`].
+    /// Asks for what it takes to use a domain's grants. Answered by [`Reply::Peer`].
     Peer {
         /// That domain.
         domid: u16,
@@ -63,7 +63,7 @@ pub enum Request {
     },
 }
 
-/// From the broker. What is said of descriptors is their order.
+/// From the broker. Descriptors come in the order in which they are listed here.
 #[derive(Serialize, Deserialize, Debug)]
 pub enum Reply {
     /// With the domain's memory and its grant table.
@@ -89,7 +89,7 @@ pub enum Reply {
 pub enum Refusal {
     /// There is no such domain, or no process is attached to it.
     NoDomain,
-    /// Who asks is no driver domain.
+    /// The asking domain is not a driver domain.
     NoBackend,
     /// There is no such port.
     NoPort,
@@ -120,7 +120,7 @@ impl Refusal {
 /// Sends one message.
 ///
 /// # Errors
-/// When the other end is gone, or, on a socket that does not block, has no room for it.
+/// When the other end is gone or, on a non-blocking socket, has no room for it.
 pub fn send(
     socket: BorrowedFd<'_>,
     message: &impl Serialize,

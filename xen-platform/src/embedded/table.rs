@@ -1,7 +1,7 @@
-//! The grant table, shared between a domain and those it grants to, and the active table, which only
-//! the grantees and the broker see.
+//! The grant table, shared between a domain and those it grants to, and the active table, which only the
+//! grantees and the broker see.
 //!
-//! Rules are those of Xen's common/grant_table.c and of Linux's drivers/xen/grant-table.c, v1.
+//! The rules are those of Xen's common/grant_table.c and of Linux's drivers/xen/grant-table.c, v1.
 
 use crate::{Access, Error, GrantStatus, Mapping, Result};
 use ring_proto::abi::PAGE_SIZE;
@@ -32,8 +32,7 @@ const GENERAL_ERROR: i16 = -1;
 
 /// `grant_entry_v1_t`.
 struct Entry<'a> {
-    /// flags in the low half, domid in the high half: one word, because both are compared and swapped at
-    /// once.
+    /// flags in the low half, domid in the high half: one word, as both are compared and swapped at once.
     status: &'a AtomicU32,
     frame: &'a AtomicU32,
 }
@@ -92,7 +91,7 @@ pub struct GrantTable {
 }
 
 impl GrantTable {
-    /// Of its file, which is zeroed at first.
+    /// Size of its file, which is zeroed at first.
     pub const BYTES: usize = TABLE_FRAMES * PAGE_SIZE;
 
     /// Maps its file.
@@ -142,7 +141,7 @@ impl GrantTable {
             .is_ok()
     }
 
-    /// The broker's side, when the owner is dead: takes back all that is not in use.
+    /// The broker's side, when the owner is dead: takes back all grants that are not in use.
     pub fn revoke_all(&self) {
         for gref in 0..ENTRIES {
             self.revoke(GrantRef(gref));
@@ -150,11 +149,11 @@ impl GrantTable {
     }
 }
 
-/// What of a domain's grants is in use, and by whom: Xen's `struct active_grant_entry`.
+/// Which of a domain's grants are in use, and by whom: Xen's `struct active_grant_entry`.
 ///
-/// A word an entry: readers in bits 0 to 15, writers in 16 to 31, the domain in 32 to 47, a lock in
-/// bit 63. It names the domain, so that the broker finds what a dead process held. The granting
-/// domain never sees it. The first page is a header.
+/// One word per entry: readers in bits 0 to 15, writers in 16 to 31, the domain in 32 to 47, a lock in 63.
+/// The domain lets the broker find what a dead process held. The granting domain never sees the table. The
+/// first page is a header.
 #[derive(Debug)]
 pub struct ActiveTable(Mapping);
 
@@ -169,7 +168,7 @@ const LOCK: u64 = 1 << 63;
 const SPINS_BEFORE_YIELD: usize = 100;
 
 impl ActiveTable {
-    /// Of its file, which is zeroed at first.
+    /// Size of its file, which is zeroed at first.
     pub const BYTES: usize = PAGE_SIZE + ENTRIES as usize * size_of::<AtomicU64>();
 
     /// Maps its file.
@@ -220,7 +219,7 @@ impl ActiveTable {
         let (Some(entry), Some(active)) = (grants.entry(gref), self.entry(gref)) else {
             return Err(GrantStatus::BadRef);
         };
-        // Before it is counted: an attempt on somebody else's grant must not get in his way.
+        // Before it is counted: an attempt on somebody else's grant must not get in that domain's way.
         Entry::check(entry.status.load(Ordering::Relaxed), me, access)?;
         count_up(active, me, access)?;
         let frame = entry.start_use(me, access);
@@ -308,8 +307,8 @@ fn count_up(active: &AtomicU64, me: DomId, access: Access) -> Result<(), GrantSt
     }
 }
 
-/// Counts one use less, and clears the in-use bits that nobody needs any more. Between the two the
-/// entry is locked: a use that began there would find its bits cleared under it.
+/// Counts one use less, and clears in-use bits that nobody needs any more. Meanwhile the entry is locked: a
+/// use that began between the two would find its bits cleared.
 fn count_down(active: &AtomicU64, entry: &Entry<'_>, access: Access) {
     let (step, shift) = one(access);
     loop {

@@ -1,5 +1,5 @@
-//! Events of a channel, taken by the ring that waits for the device: where they are read and written
-//! back by system calls of their own, a request at depth 1 costs five in all instead of three.
+//! Takes a channel's events with the io_uring that waits for the device. With system calls of their own to
+//! read them and write them back, a request at depth 1 costs five in all instead of three.
 
 use super::push;
 use crate::storage::Woken;
@@ -10,21 +10,21 @@ use ring_proto::SharedMemory;
 use std::io;
 use xen_platform::{EventFile, LocalRegion};
 
-/// User data of everything that is done with the channel. Of a chain one entry completes visibly:
-/// the last, or the first that fails.
+/// User data of all entries for the channel. Of a chain, one posts a completion: the last, or the first to
+/// fail.
 pub(super) const EVENT: u64 = 2 << 32;
 
 /// Entries of one chain.
 pub(super) const ENTRIES: usize = 3;
 
-/// An event channel among the files of a ring.
+/// An event channel among the files of an io_uring.
 pub(super) struct Events {
     file: EventFile,
     /// Its place among the registered files.
     place: Fixed,
-    /// Where an event is read to, and unmasked from. Kept until nothing is under way.
+    /// Where an event is read to and written back from. Kept until nothing is in flight.
     memory: LocalRegion,
-    /// Events are read here, rather than by whoever is woken: as long as that goes well.
+    /// Events are read here rather than by whoever is woken, until that fails.
     reads: bool,
     state: State,
 }
@@ -52,7 +52,7 @@ impl Events {
         Ok(Self { file, place: Fixed(place), memory, reads: true, state })
     }
 
-    /// Lets the kernel wait for the next event, unless it does.
+    /// Has the kernel wait for the next event, unless it already does.
     pub(super) fn arm(&mut self, submission: &mut SubmissionQueue<'_>) {
         let State::Idle { masked } = self.state else { return };
         let chained = Flags::IO_LINK | Flags::SKIP_SUCCESS;
@@ -60,10 +60,10 @@ impl Events {
         let length = self.file.event_bytes;
         let mut push = |entry: squeue::Entry| push(submission, &entry.user_data(EVENT));
         let poll = opcode::PollAdd::new(self.place, libc::POLLIN as u32).build();
-        // The ring has room for a chain: none of these fails.
+        // The ring has room for a chain, so none of these fails.
         let pushed = if self.reads {
             let write = opcode::Write::new(self.place, memory, length).build().flags(chained);
-            // A read alone would fail where there is nothing yet, on kernels that take it at its word: the file does not block.
+            // Without the poll, some kernels fail a read while there is no event: the file is non-blocking.
             let read = opcode::Read::new(self.place, memory, length).build();
             (!(masked && self.file.unmask) || push(write))
                 && push(poll.flags(chained))
@@ -76,7 +76,7 @@ impl Events {
         }
     }
 
-    /// The one visible completion of what was armed.
+    /// Handles the one completion of what was armed.
     pub(super) fn complete(&mut self, result: i32) {
         self.state = if !self.reads {
             State::Readable
@@ -91,7 +91,7 @@ impl Events {
         };
     }
 
-    /// The channel was in other hands, or will be: whoever has it unmasks it.
+    /// Starts afresh as the channel changes hands: whoever has it unmasks it.
     pub(super) fn reset(&mut self) {
         self.state = State::Idle { masked: false };
     }
@@ -101,12 +101,12 @@ impl Events {
         self.state == State::Armed
     }
 
-    /// Whether there is something to tell.
+    /// Whether there is something to report.
     pub(super) fn pending(&self) -> bool {
         matches!(self.state, State::Taken | State::Readable)
     }
 
-    /// Tells it, once.
+    /// Reports it, once.
     pub(super) fn woken(&mut self) -> Option<Woken> {
         let (woken, masked) = match self.state {
             State::Taken => (Woken::Event, true),

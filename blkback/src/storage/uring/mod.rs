@@ -22,17 +22,17 @@ use xen_platform::LocalRegion;
 
 /// The disk among the registered files.
 const DISK: Fixed = Fixed(0);
-/// The file by which it was opened, and others are kept away: until the kernel has taken the ring apart. It may
-/// be the same. A device discards by no other.
+/// The file by which the disk was opened and others are kept away, until the kernel has torn the ring down.
+/// It may be the same file. A device can be discarded by no other.
 const CLAIM: Fixed = Fixed(1);
-/// What else ends a wait. The event channel comes behind.
+/// The bell, if there is one, which ends a wait as well. The event channel comes next.
 const BELL: Fixed = Fixed(2);
 
-/// The region among the registered buffers: there is no other.
+/// Index of the region among the registered buffers: it is the only one.
 const REGION: u16 = 0;
 
-/// What the ring is allowed to do once it is set up, with registered files only. Should somebody get
-/// to write its entries, they reach this disk and its event channel, and nothing else.
+/// What the ring may do once it is set up, with registered files only. Should somebody get to write its
+/// entries, they reach this disk and its event channel, and nothing else.
 const ALLOWED: [u8; 10] = [
     opcode::Read::CODE,
     opcode::Write::CODE,
@@ -53,31 +53,31 @@ const ALLOWED_REGISTER: [u8; 4] = [1, 3, 4, 5];
 /// User data of the poll of the bell; that of an operation is its tag.
 const RUNG: u64 = 1 << 32;
 
-/// User data of entries that end a poll.
+/// User data of entries that cancel a poll.
 const CANCEL: u64 = 3 << 32;
 
-/// One thread's ring on a file or block device.
+/// One thread's io_uring on a file or block device.
 pub(super) struct UringQueue {
     ring: IoUring,
     operations: Operations,
-    /// Completed while it waited, to be handed out by the next poll.
+    /// Completions found while waiting, for the next poll to hand out.
     ready: Vec<Completion>,
-    /// Whether the bell is polled, if there is one. A poll fires once and is begun again by the next wait:
-    /// that finds a descriptor which is still readable, where a multishot poll would not report it a
+    /// Whether the bell is being polled, if there is one. A poll fires once, and the next wait starts
+    /// another, which finds a descriptor that is still readable: a multishot poll would not report it a
     /// second time.
     bell: Option<bool>,
     events: Option<Events>,
-    /// Polls that are being ended.
+    /// Cancellations in flight.
     cancels: usize,
-    /// Signalled when there is something to take, while the thread sleeps for others too. An epoll of
-    /// the ring itself is not told of what we are left to work on (`IORING_SETUP_DEFER_TASKRUN`).
+    /// Signalled when there are completions to take, while the queue is shared. An epoll on the ring itself
+    /// does not hear of work that is deferred to us (`IORING_SETUP_DEFER_TASKRUN`).
     signals: Option<EventFd>,
     system_calls: u64,
     /// Registered with the kernel; kept until the ring is gone.
     _region: Option<Arc<LocalRegion>>,
 }
 
-/// Operations on their way.
+/// Operations in flight.
 struct Operations {
     backing: Arc<Backing>,
     read_only: bool,
@@ -88,14 +88,14 @@ struct Operations {
     flushes: Flushes,
     /// Addresses that lie in the registered buffer.
     registered: Range<usize>,
-    /// Nothing is begun again: the queue is being dropped.
+    /// Nothing is retried or continued: the queue is being dropped.
     closing: bool,
 }
 
-/// The flushes of a queue. The kernel has one at a time: of two at once it tells only one that data was lost,
-/// and the other that all is well. Those that come meanwhile become one.
+/// The flushes of a queue. The kernel gets one at a time: of two at once it would tell only one that data was
+/// lost, and let the other succeed. Flushes that arrive meanwhile are merged into one.
 struct Flushes {
-    /// The first of these is under way, for all of them.
+    /// The first of these is in flight, on behalf of all.
     together: Vec<u16>,
     /// Submitted since it began.
     later: Vec<u16>,
@@ -103,8 +103,8 @@ struct Flushes {
 
 impl UringQueue {
     pub(super) fn new(backing: Arc<Backing>, setup: QueueSetup) -> io::Result<Self> {
-        // Every tag and the bell have one entry at the most, and the event channel a chain: the
-        // ring is never full; the completion ring is twice as long, and cannot overflow.
+        // Each tag and the bell have at most one entry, and the event channel a chain: the ring is never
+        // full. The completion ring is twice as long, and cannot overflow.
         let entries = setup.depth + 1 + events::ENTRIES;
         let ring = build(u32::try_from(entries).map_err(io::Error::other)?)?;
         let submitter = ring.submitter();
@@ -155,7 +155,7 @@ impl UringQueue {
         })
     }
 
-    /// Takes completions that are there, without a system call.
+    /// Takes the completions that are available, without a system call.
     fn take_completions(&mut self, done: &mut Vec<Completion>) {
         let (_, mut submission, completion) = self.ring.split();
         for entry in completion {
@@ -172,7 +172,7 @@ impl UringQueue {
         }
     }
 
-    /// Takes completions for the next poll to hand out; whether there were any.
+    /// Takes completions for the next poll to hand out. Returns whether there were any.
     fn settle(&mut self) -> bool {
         let any = !self.ring.completion().is_empty();
         let mut ready = std::mem::take(&mut self.ready);
@@ -181,8 +181,8 @@ impl UringQueue {
         any
     }
 
-    /// Takes back what is under way at the event channel. If the queue closes, at the bell, too, and waits
-    /// for all operations.
+    /// Cancels what is in flight on the event channel. If the queue `closes`, also on the bell, and waits for
+    /// all operations.
     fn withdraw(&mut self, closes: bool) -> io::Result<()> {
         loop {
             self.settle();
@@ -196,9 +196,9 @@ impl UringQueue {
             if self.cancels == 0 {
                 let mut submission = self.ring.submission();
                 for poll in polls {
-                    // One that fires just now is not found: then once more, if need be. (Not PollRemove, which
-                    // does not find a read that waits: whoever was woken otherwise may have taken the event
-                    // from between poll and read.)
+                    // A poll that fires just now is not found: then try again, if need be. (Not PollRemove,
+                    // which does not find a read that waits: whoever was woken by something else may have
+                    // taken the event between poll and read.)
                     let cancel = opcode::AsyncCancel::new(poll).build().flags(Flags::FIXED_FILE);
                     let pushed = push(&mut submission, &cancel.user_data(CANCEL));
                     self.cancels += usize::from(pushed);
@@ -208,8 +208,8 @@ impl UringQueue {
         }
     }
 
-    /// The one system call there is: submits what was queued and waits for `want` completions. Returns
-    /// whether they are there or the time is up: it may have been interrupted.
+    /// The only system call: submits what was queued and waits for `want` completions. Returns `false` if it
+    /// ended before they came or the time was up, as when interrupted.
     fn enter(&mut self, want: usize, timeout: Option<Duration>) -> io::Result<bool> {
         self.system_calls += 1;
         let submitter = self.ring.submitter();
@@ -245,7 +245,7 @@ impl Queue for UringQueue {
     fn poll(&mut self, done: &mut Vec<Completion>) -> io::Result<()> {
         done.append(&mut self.ready);
         let submission = self.ring.submission();
-        // The kernel says when it has completions that only a system call can bring.
+        // The kernel flags completions that only a system call can bring.
         let calls = !submission.is_empty() || submission.taskrun() || submission.cq_overflow();
         drop(submission);
         if calls {
@@ -256,7 +256,7 @@ impl Queue for UringQueue {
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Woken> {
-        // What is known already, of operations and of descriptors.
+        // Take completions of operations and polls that are there already.
         self.settle();
         let mut submission = self.ring.submission();
         if let Some(armed) = &mut self.bell
@@ -272,7 +272,7 @@ impl Queue for UringQueue {
         }
         drop(submission);
         let waited = self.enter(usize::from(!pending), timeout)?;
-        // Where it submitted as well, the kernel does not say that the time is up.
+        // A call that also submits does not report that the time is up.
         let time_is_up = !self.settle() && waited && !pending;
         Ok(match self.events.as_mut().and_then(Events::woken) {
             Some(woken) => woken,
@@ -300,12 +300,12 @@ impl Queue for UringQueue {
     }
 
     fn due(&mut self) -> Option<Instant> {
-        // What follows on something that was completed waits for the next poll to submit it.
+        // A completion may have queued more, such as the rest of a transfer, for the next poll to submit.
         (!self.ring.submission().is_empty()).then(Instant::now)
     }
 
     fn is_left_to_threads(&self) -> bool {
-        // What the page cache does not do at once, io_uring has a worker do.
+        // io_uring hands operations that the page cache cannot do at once to a worker.
         self.operations.busy > 0 && self.operations.backing.cached
     }
 
@@ -327,10 +327,9 @@ impl Drop for UringQueue {
             tracing::error!("cannot wait for {} operations: {e}", self.operations.busy);
             std::process::abort();
         }
-        // The kernel takes a ring apart some time after it was closed. A device must be free for
-        // the next to open, and memory be unpinned, at once. What was never registered cannot be
-        // taken back, which is fine. (Before Linux 6.13 this waits for whatever uses a registered file, be
-        // it a poll.)
+        // The kernel tears a ring down some time after it was closed, but a device must be free to be opened
+        // again, and memory be unpinned, at once. Unregistering what was never registered fails, which is
+        // fine. (Before Linux 6.13 this waits for everything that uses a registered file, even a poll.)
         let _ = self.ring.submitter().unregister_files();
         let _ = self.ring.submitter().unregister_buffers();
     }
@@ -362,7 +361,7 @@ impl Operations {
         }
         let slot = &mut self.slots[usize::from(tag)];
         if slot.kind.is_some() {
-            // Must not happen; the memory of the one in flight must not go for it.
+            // Must not happen. The memory of the operation in flight must not be given up for it.
             done.push(Completion { tag, result: Err(libc::EBUSY) });
             return;
         }
@@ -378,7 +377,7 @@ impl Operations {
         }
     }
 
-    /// Begins a flush for all that wait for one; none is under way.
+    /// Begins one flush for all that wait; none may be in flight.
     fn flush(&mut self, submission: &mut SubmissionQueue<'_>, done: &mut Vec<Completion>) {
         std::mem::swap(&mut self.flushes.together, &mut self.flushes.later);
         if let Some(&tag) = self.flushes.together.first() {
@@ -394,7 +393,7 @@ impl Operations {
             return;
         };
         if !push(to, &entry.user_data(u64::from(tag))) {
-            // Cannot be: the ring has an entry for each tag.
+            // Cannot happen: the ring has an entry for each tag.
             self.end(tag, Err(libc::EBUSY), to, done);
         }
     }
@@ -405,7 +404,7 @@ impl Operations {
         submission: &mut SubmissionQueue<'_>,
         done: &mut Vec<Completion>,
     ) {
-        // User data is what `queue` put there.
+        // The user data is the tag that `queue` put there.
         let tag = entry.user_data() as u16;
         match self.slots[usize::from(tag)].step(entry.result()) {
             Step::Again if self.closing => self.end(tag, Err(libc::ECANCELED), submission, done),
@@ -430,7 +429,7 @@ impl Operations {
             }
             None => return,
         }
-        // What was cancelled because the queue closes says nothing of the disk.
+        // A flush cancelled because the queue closes says nothing about the disk.
         let cancelled = self.closing && result == Err(libc::ECANCELED);
         let result = if cancelled { result } else { self.backing.synced(result) };
         for tag in self.flushes.together.drain(..) {
@@ -444,14 +443,14 @@ impl Operations {
 
 /// Queues an entry; false when the ring is full.
 fn push(submission: &mut SubmissionQueue<'_>, entry: &squeue::Entry) -> bool {
-    // SAFETY: an entry of `Slot::entry` has memory that stays valid until the operation completes, by
-    // IoVec::new's contract; the vector itself is its slot's, and read while it is submitted, before
-    // anything can change it. Those of `Events::arm` have memory that `Events`
-    // keeps. `Drop` waits for both. The others point at nothing.
+    // SAFETY: an entry of `Slot::entry` names memory that stays valid until the operation completes, by
+    // IoVec::new's contract. The vector itself belongs to the slot, and is read during submission, before
+    // anything can change it. Entries of `Events::arm` name memory that `Events` keeps. `Drop` waits for
+    // both. The others name no memory.
     unsafe { submission.push(entry) }.is_ok()
 }
 
-/// Makes a ring, disabled: completions are worked on when we ask, not whenever they arrive.
+/// Builds a ring, disabled at first. Completions are processed when we ask, not whenever they arrive.
 fn build(entries: u32) -> io::Result<IoUring> {
     let mut builder = IoUring::builder();
     builder.setup_r_disabled().setup_submit_all();
@@ -462,8 +461,8 @@ fn build(entries: u32) -> io::Result<IoUring> {
     })
 }
 
-/// Registers the first `bytes` of the memory that buffers often lie in, which saves the kernel from
-/// looking up its pages again and again. Without it everything works, only slower.
+/// Registers the first `bytes` of the memory that buffers often lie in, which saves the kernel looking up its
+/// pages again and again. It works without, only slower.
 fn register_region(ring: &IoUring, region: &LocalRegion, bytes: usize) -> bool {
     static WARNED: Once = Once::new();
     let vector = libc::iovec { iov_base: region.base().as_ptr().cast(), iov_len: bytes };

@@ -1,4 +1,4 @@
-//! An operation on its way: what is left of it, and the entry that does that.
+//! An operation in flight: what is left of it, and the entry for that.
 
 use super::{CLAIM, DISK, REGION};
 use crate::storage::device::AtOnce;
@@ -11,21 +11,21 @@ use std::ops::Range;
 /// Pieces that the kernel takes at a time: UIO_MAXIOV. The rest follows as after a short transfer.
 const MAX_PIECES: usize = 1024;
 
-/// Times that an operation is begun again when it was interrupted or the kernel was out of
-/// something, before it fails: a device that says EAGAIN for ever must not keep it in flight.
+/// How often an operation that was interrupted or met a shortage is retried before it fails: a device that
+/// says EAGAIN for ever must not keep it in flight.
 const MAX_RETRIES: u32 = 16;
 
 #[derive(Default)]
 pub(super) struct Slot {
-    /// What is under way, if anything.
+    /// The operation in flight, if any.
     pub(super) kind: Option<OpKind>,
-    /// The memory, less what was moved of its first piece that has something left.
+    /// The memory. The part of the piece at `head` that was moved is cut off.
     pieces: IoVecs,
-    /// That piece.
+    /// The first piece that has something left.
     head: usize,
     /// Bytes still to be moved.
     left: u64,
-    /// Where the next of them is on the disk.
+    /// Where they start on the disk.
     offset: u64,
     retries: u32,
 }
@@ -102,7 +102,7 @@ impl Slot {
             return Step::End(Err(errno));
         };
         if self.left == 0 {
-            // Flush or discard, which are done or not.
+            // Flush or discard, which are all or nothing.
             return Step::End(Ok(()));
         }
         if moved == 0 {
@@ -131,7 +131,7 @@ impl Slot {
     }
 }
 
-/// The first pieces, those that are done at once. If the first is too long by itself, that.
+/// The first pieces, as many as are done at once. If the first is too long by itself, it alone.
 fn first(pieces: &[IoVec], at_once: AtOnce) -> &[IoVec] {
     let mut bytes = 0;
     let fits = |piece: &&IoVec| {
@@ -148,7 +148,7 @@ mod tests {
     use super::*;
     use std::ptr;
 
-    /// The kernel moves a few bytes at a time, from within one piece to across several.
+    /// The kernel moves a few bytes at a time, within one piece or across several.
     #[test]
     fn short_transfers_are_continued_where_they_ended() {
         let lengths = [512, 1024, 512, 4096];

@@ -1,4 +1,4 @@
-//! The domains: what the hypervisor knows of them.
+//! The domains, as the hypervisor knows them.
 
 use super::memory::memory_file;
 use super::ports::Ports;
@@ -22,7 +22,7 @@ pub(super) const MAX_VCPUS: u32 = 128;
 #[derive(Debug)]
 pub(super) struct Host {
     domains: BTreeMap<u16, Domain>,
-    /// Numbers are not given again soon, as in Xen.
+    /// Numbers are not reused soon, as in Xen.
     next_domid: u16,
 }
 
@@ -31,7 +31,7 @@ struct Domain {
     created: NewDomain,
     ports: Ports,
     process: Option<Process>,
-    /// Told when the process ends.
+    /// Notified when the process ends.
     ended: Arc<Notify>,
 }
 
@@ -139,7 +139,7 @@ impl Host {
         Some((process.pid, Arc::clone(&process.pidfd)))
     }
 
-    /// Told when the domain's process ends.
+    /// Notified when the domain's process ends.
     pub(super) fn end_of_process(&self, domid: u16) -> Option<Arc<Notify>> {
         self.domains.get(&domid).map(|d| Arc::clone(&d.ended))
     }
@@ -192,8 +192,8 @@ impl Host {
         }
     }
 
-    /// What a backend needs of its frontend: all of its memory. Nobody else gets that, nor any process its
-    /// own active table.
+    /// Gives a backend what it needs of its frontend: all of its memory. Nobody else gets that, and no
+    /// process gets its own active table.
     fn peer(&mut self, me: u16, domid: u16, send: Send<'_>) -> io::Result<()> {
         let serves = me != domid
             && (me == 0 || self.domains.get(&me).is_some_and(|d| d.created.driver_domain));

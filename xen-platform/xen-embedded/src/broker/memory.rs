@@ -1,14 +1,13 @@
-//! Files of memory that domains share.
+//! The memory files that domains share.
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::os::fd::OwnedFd;
 use xen_platform::{Error, Result};
 
-/// A sparse, zeroed file of `bytes` bytes that has no name.
+/// A sparse, zeroed, anonymous file of `bytes` bytes.
 ///
-/// It is sealed at its size: a process that could shrink it would kill, by SIGBUS, every other that
-/// maps it.
+/// Its size is sealed: a process that could shrink it would kill, by SIGBUS, every other that maps it.
 pub(super) fn memory_file(name: &str, bytes: usize) -> Result<OwnedFd> {
     let failed = |e| Error::io(format!("create {bytes} bytes of memory for {name}"), e);
     let size = i64::try_from(bytes).map_err(|_| failed(nix::Error::EFBIG))?;

@@ -1,4 +1,4 @@
-//! The broker: a process in the place of Xen, xenstored and the toolstack's daemon.
+//! The broker: a process that stands in for Xen, xenstored and the toolstack's daemon.
 
 mod control;
 mod host;
@@ -29,16 +29,16 @@ use xen_platform::{Error, Result};
 use xenstore_glue::client::{Client, Endpoint};
 use xenstore_glue::store::Server;
 
-/// Of dom0, in bytes: rings and data of its own frontends, if it has any.
+/// dom0's memory in bytes, for the rings and data of its own frontends, if it has any.
 const DOM0_MEMORY: u64 = 256 << 20;
 
-/// Of a directory's mode: group and others.
+/// In a directory's mode: group and others may write.
 const OTHERS_WRITE: u32 = 0o022;
 
 /// The pause after a connection could not be accepted: out of descriptors, most likely.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Whoever ignores SIGKILL this long hangs in the kernel.
+/// A process that survives SIGKILL this long hangs in the kernel.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
@@ -46,11 +46,11 @@ struct Broker {
     dir: PathBuf,
     host: Mutex<Host>,
     store: Server,
-    /// As dom0, over our own socket: the toolstack's part is done as any toolstack would.
+    /// With dom0's rights, over our own socket: the toolstack's part is done as any toolstack would.
     xenstore: Client,
     /// Domains are created and removed one at a time.
     changing: tokio::sync::Mutex<()>,
-    /// What listens for a domain.
+    /// The tasks that listen for processes, by domain.
     listeners: Mutex<HashMap<u16, JoinHandle<()>>>,
 }
 
@@ -119,8 +119,8 @@ async fn serve_here(
     remove_sockets(dir).map_err(failed)
 }
 
-/// Creates a directory for sockets unless it is there. Others who may write to it could put their own
-/// in the place of ours.
+/// Creates a directory for sockets unless it exists. Nobody else may write there, lest they replace our
+/// sockets.
 fn create_dir(dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
     let found = fs::metadata(dir)?;
@@ -131,7 +131,7 @@ fn create_dir(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// One broker a directory, for as long as the lock lives.
+/// Makes this the directory's only broker, for as long as the lock lives.
 fn lock(dir: &Path) -> Result<Flock<File>> {
     let path = dir.join("broker.lock");
     let failed = |e: io::Error| Error::io(format!("lock {}", path.display()), e);
@@ -149,7 +149,7 @@ fn lock(dir: &Path) -> Result<Flock<File>> {
     })
 }
 
-/// What a broker before us left, and what we leave.
+/// Removes the sockets that a previous broker left, or our own.
 fn remove_sockets(dir: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
@@ -167,7 +167,7 @@ fn remove_domain_dir(dir: &Path) {
     for socket in [HYPERVISOR_SOCKET, XENSTORE_SOCKET] {
         let _ = fs::remove_file(dir.join(socket));
     }
-    // Not if somebody keeps other things there.
+    // Fails if somebody keeps other things there.
     let _ = fs::remove_dir(dir);
 }
 
@@ -180,7 +180,7 @@ fn raise_file_limit() {
     }
 }
 
-/// Serves whoever connects, each in a task, until this one is aborted, and those with it.
+/// Serves each connection in a task of its own. Aborting the returned task aborts these as well.
 fn accept<F: Future<Output = ()> + 'static>(
     listener: UnixListener,
     of: String,
@@ -251,7 +251,7 @@ impl Broker {
         if domid == 0 {
             return Err("dom0 cannot be destroyed: stop the broker instead".to_owned());
         }
-        // Meanwhile its number is nobody else's.
+        // Its number goes to nobody else meanwhile.
         let _changing = self.changing.lock().await;
         let process = {
             let host = locked(&self.host);
@@ -263,7 +263,7 @@ impl Broker {
             if pid <= 1 || Some(pid) == own || Some(pid) == asker {
                 return Err(format!("process {pid} is attached to it: let it detach first"));
             }
-            // Its connection may not end with it: somebody else may have that, too.
+            // Its connection may outlive it: another process may hold that, too.
             tokio::time::timeout(KILL_TIMEOUT, pidfd::kill(process))
                 .await
                 .map_err(|_| format!("its process {pid} does not end"))?
@@ -288,8 +288,8 @@ impl Broker {
         }
     }
 
-    /// Removes the domain, and ends whoever serves a process of it. This may be one of those, so
-    /// that is the last thing done. Only while `changing` is held.
+    /// Removes the domain and aborts the tasks that serve its processes. This may run in one of those, so
+    /// that is done last. Only to be called with `changing` held.
     async fn forget(&self, domid: u16) {
         if locked(&self.host).remove(domid).is_none() {
             return;

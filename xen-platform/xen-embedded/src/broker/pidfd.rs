@@ -1,4 +1,4 @@
-//! Processes by descriptor: by the time that a number is used it may be somebody else's.
+//! Processes by descriptor: by the time a pid is used, it may be another process's.
 
 use nix::sys::socket::{getsockopt, sockopt::PeerPidfd};
 use std::io;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// The process that connected to a socket, of which `pid` is the number.
+/// The process that connected to a socket; `pid` is its number.
 pub(super) fn of_peer(socket: &impl AsFd, pid: i32) -> io::Result<OwnedFd> {
     match getsockopt(socket, PeerPidfd) {
         // Before Linux 6.5. It is the same process unless that has died since it connected.

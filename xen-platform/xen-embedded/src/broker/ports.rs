@@ -17,7 +17,7 @@ pub(super) struct Ports(BTreeMap<u32, Port>);
 pub(super) struct Port {
     /// The domain at the other end, or the one that may bind to it.
     remote: u16,
-    /// Its port, or `None` while ours is unbound.
+    /// Its port there, or `None` while ours is unbound.
     bound: Option<u32>,
     pair: Arc<[EventFd; 2]>,
     /// Which of the pair this end waits on; it notifies the other.
@@ -25,7 +25,7 @@ pub(super) struct Port {
 }
 
 impl Port {
-    /// What its holder waits on and what it notifies.
+    /// The descriptors that its holder waits on and notifies.
     pub(super) fn fds(&self) -> [BorrowedFd<'_>; 2] {
         let [a, b] = &*self.pair;
         if self.end == 0 { [a.as_fd(), b.as_fd()] } else { [b.as_fd(), a.as_fd()] }
@@ -56,8 +56,8 @@ impl Ports {
         self.open(Port { remote, bound: None, pair: Arc::new(pair), end: 0 })
     }
 
-    /// The first half of `EVTCHNOP_bind_interdomain`, on the domain that holds `port`: what the end
-    /// of `binder` shall be.
+    /// The first step of `EVTCHNOP_bind_interdomain`, on the domain that holds `port`: the end that `binder`
+    /// is to get.
     pub(super) fn offer(&self, port: u32, holder: u16, binder: u16) -> Result<Port, Refusal> {
         let offered = self.0.get(&port).ok_or(Refusal::NoPort)?;
         if offered.bound.is_some() {
@@ -70,10 +70,10 @@ impl Ports {
         Ok(Port { remote: holder, bound: Some(port), pair, end })
     }
 
-    /// The second half, on the binder's domain.
+    /// The second step, on the binder's domain.
     pub(super) fn accept(&mut self, end: Port) -> Result<u32, Refusal> {
-        // Whoever was bound there before may have left events. And, as in Xen, there is one event
-        // after binding: notifications of before may have been lost.
+        // Whoever was bound there before may have left events. And as in Xen, binding raises one event:
+        // earlier notifications may have been lost.
         if let Some(waits) = end.pair.get(end.end) {
             let _ = waits.read();
             let _ = waits.write(1);
@@ -81,14 +81,14 @@ impl Ports {
         self.open(end)
     }
 
-    /// The last half, on the domain that held the port first.
+    /// The last step, on the domain that held the port first.
     pub(super) fn connect(&mut self, port: u32, to: u32) {
         if let Some(port) = self.0.get_mut(&port) {
             port.bound = Some(to);
         }
     }
 
-    /// `EVTCHNOP_close`: which domain's port was bound to it.
+    /// `EVTCHNOP_close`. Returns the domain and the port that were bound to it, if any.
     pub(super) fn close(&mut self, port: u32) -> Option<(u16, u32)> {
         let closed = self.0.remove(&port)?;
         Some((closed.remote, closed.bound?))

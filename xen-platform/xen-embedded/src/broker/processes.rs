@@ -26,8 +26,8 @@ pub(super) fn listen(broker: Arc<Broker>, path: &Path, domid: DomId) -> Result<J
     Ok(accept(listener, format!("{domid}"), serve))
 }
 
-/// Tokio knows no `SOCK_SEQPACKET`, but accepts and reads such a socket like a stream: each read
-/// gives one packet, or nothing at the end.
+/// Tokio does not know `SOCK_SEQPACKET`, but accepts and reads such a socket like a stream: each read gives
+/// one packet, or nothing at the end.
 fn seqpacket_listener(path: &Path) -> io::Result<UnixListener> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
@@ -47,8 +47,8 @@ async fn serve(broker: Arc<Broker>, domid: u16, mut stream: UnixStream) {
     };
     let mut packet = [0; MAX_MESSAGE];
     let mut attached = false;
-    // Any error ends the connection, and with it the process's part in the domain. Descriptors that
-    // it sends are dropped by the kernel: nothing here reads them.
+    // Any error ends the connection, and with it the process's part in the domain. The kernel drops
+    // descriptors that it sends, as nothing here reads them.
     while let Ok(len @ 1..) = stream.read(&mut packet).await {
         let request = packet.get(..len).unwrap_or_default();
         let request: Request = match serde_json::from_slice(request) {
@@ -61,7 +61,7 @@ async fn serve(broker: Arc<Broker>, domid: u16, mut stream: UnixStream) {
         if !attached {
             let_go(&broker, domid).await;
         }
-        // A process waits for each reply, so there is room for it, or the process misbehaves.
+        // A process waits for each reply, so there is room for it unless the process misbehaves.
         let mut send =
             |reply: &Reply, fds: &[BorrowedFd<'_>]| protocol::send(stream.as_fd(), reply, fds);
         let mut host = locked(&broker.host);
@@ -90,8 +90,8 @@ async fn serve(broker: Arc<Broker>, domid: u16, mut stream: UnixStream) {
 /// How long the end of a process may take to be seen here.
 const LET_GO_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Waits a little for the process that is the domain to be gone: whoever restarts a process that
-/// died can be here before its end of file is.
+/// Waits a little for the process that is the domain to go: a process that replaces one that died may get
+/// here before the old one's end of file.
 async fn let_go(broker: &Broker, domid: u16) {
     let ended = {
         let host = locked(&broker.host);
@@ -99,7 +99,7 @@ async fn let_go(broker: &Broker, domid: u16) {
         host.end_of_process(domid).filter(|_| attached)
     };
     if let Some(ended) = ended {
-        // Nothing else runs between the look above and the first poll of this.
+        // Nothing else runs between the check above and the first poll of this.
         let _ = tokio::time::timeout(LET_GO_TIMEOUT, ended.notified()).await;
     }
 }

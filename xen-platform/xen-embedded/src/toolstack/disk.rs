@@ -11,7 +11,7 @@ use xenstore_glue::disk::{DiskSpec, Format};
 use xenstore_glue::vbd::{BackendKind, Directory, attach_nodes};
 use xenstore_glue::wire::{Access, Perm};
 
-/// Longest value of a peer that is shown, in characters.
+/// Most characters shown of a value that a peer wrote.
 const MAX_SHOWN: usize = 64;
 
 /// A disk that has been attached.
@@ -48,7 +48,7 @@ pub async fn attach_disk(
             if nodes.exists(libxl).await? {
                 return Ok(nodes.may_be_done());
             }
-            // Kept where neither end can change it, for taking the disk away.
+            // Kept where neither end can change it, for detaching the disk.
             nodes.write(&format!("{libxl}/frontend"), &front.path).await?;
             nodes.write(&format!("{libxl}/backend"), &back.path).await?;
             for (key, value) in &back.nodes {
@@ -69,7 +69,7 @@ async fn make(nodes: &Nodes, directory: &Directory) -> client::Result<()> {
     let Directory { path, owner, reader, nodes: entries } = directory;
     nodes.rm(path).await?;
     nodes.mkdir(path).await?;
-    // Before the entries, which inherit it.
+    // Before the entries, which inherit them.
     let perms = [Perm::new(owner.0, Access::None), Perm::new(reader.0, Access::Read)];
     nodes.set_perms(path, &perms).await?;
     for (key, value) in entries {
@@ -80,11 +80,11 @@ async fn make(nodes: &Nodes, directory: &Directory) -> client::Result<()> {
 
 /// Waits up to [`BACKEND_TIMEOUT`] for the backend to have opened the disk.
 ///
-/// libxl waits for the state to be exactly 2. A quick frontend may have led the backend on before
+/// libxl waits for the state to be exactly 2. A quick frontend may have taken the backend further before
 /// anybody looked, so 3 and 4 will do here.
 ///
 /// # Errors
-/// With the backend's own words, where it says why the disk cannot be used.
+/// When the backend does not open the disk in time, or refuses: in its own words, if it says why.
 pub async fn wait_for_backend(client: &Client, backend: &str) -> Result<()> {
     let wait = async {
         let mut watch = client.watch(backend).await?;
@@ -107,7 +107,7 @@ pub async fn wait_for_backend(client: &Client, backend: &str) -> Result<()> {
     }
 }
 
-/// What a backend wrote about why it does not serve a disk.
+/// The error of a backend that refuses a disk, with the reason it gave.
 async fn refused(client: &Client, backend: &str) -> Result<Error> {
     let mut reason = read(client, &format!("{backend}/hotplug-error")).await?;
     if reason.is_none()
@@ -119,11 +119,11 @@ async fn refused(client: &Client, backend: &str) -> Result<Error> {
     Ok(Error::Backend { backend: backend.to_owned(), reason: shown(&reason, usize::MAX) })
 }
 
-/// Takes a disk away: asks the backend to close, waits for it, removes the directories. A backend
-/// in a driver domain removes its own.
+/// Detaches a disk: asks the backend to close, waits for it, and removes the directories. A backend in a
+/// driver domain removes its own.
 ///
-/// With `force`, the frontend's directory goes first and everything goes in the end, whether or not
-/// the backend closes.
+/// With `force`, the frontend's directory is removed first, and everything in the end, whether or not the
+/// backend closes.
 ///
 /// # Errors
 /// When there is no such disk, or the backend does not close in time: then nothing is removed.
@@ -133,7 +133,7 @@ pub async fn detach_disk(client: &Client, guest: DomId, devid: u32, force: bool)
     let device = found.ok_or(Error::NotAttached { guest, devid })?;
     let asked = client.transact(async |nodes| ask_to_close(nodes, &device.backend).await).await;
     match asked {
-        // A driver domain can make it fail, by writing there all the time.
+        // A driver domain can make this fail by writing there all the time.
         Err(error) if force => warn!(backend = device.backend, %error, "cannot ask it to close"),
         asked => drop(asked?),
     }
@@ -165,14 +165,14 @@ async fn remove(client: &Client, device: &Device, force: bool) -> Result<()> {
             Ok(())
         })
         .await?;
-    // The directory itself has no value to compare: it is there or it is not.
+    // Without values, this waits until the directory is gone.
     if ours || wait_for(client, &device.backend, &[], BACKEND_TIMEOUT).await? {
         return Ok(());
     }
     Err(Error::NotRemoved { backend: device.backend.clone() })
 }
 
-/// A line of `xl block-list`. What the guest wrote is shown as it is, if it is fit to be shown.
+/// A line of `xl block-list`. What the guest wrote is shown without control characters, and shortened.
 #[derive(Clone, Debug)]
 pub struct Disk {
     /// The device number.
@@ -233,7 +233,7 @@ async fn peers(nodes: &Nodes, directory: &str, key: &str) -> client::Result<Opti
     Ok(value.map(|v| shown(&v, MAX_SHOWN)))
 }
 
-/// A peer's words without what would disturb a terminal.
+/// A peer's words, without characters that would disturb a terminal.
 fn shown(value: &str, max: usize) -> String {
     value.chars().filter(|c| !c.is_control()).take(max).collect()
 }

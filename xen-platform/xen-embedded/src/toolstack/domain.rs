@@ -17,12 +17,12 @@ pub(crate) async fn create_domain(client: &Client, info: &DomainInfo) -> Result<
     let owned = &[Perm::new(domid, Access::None)];
     client
         .transact(async |nodes| {
-            // The number may have been another domain's.
+            // The number may have been another domain's before.
             nodes.rm(root).await?;
             nodes.rm(&format!("/libxl/{domid}")).await?;
             for (paths, perms) in [
                 (&READABLE[..], &readable[..]),
-                // Where guests say what they can, how they fare and what went wrong.
+                // Where guests report their features, their state and errors.
                 (&OWNED[..], &owned[..]),
             ] {
                 for path in paths {
@@ -46,16 +46,16 @@ pub(crate) async fn create_domain(client: &Client, info: &DomainInfo) -> Result<
             Ok(())
         })
         .await?;
-    // Frame and port of the ring that this domain's xenstore connection does not have.
+    // Frame and port of a xenstore ring, which this domain's connection does not have.
     if domid != 0 {
         client.introduce(domid, 1, 1).await?;
     }
     Ok(())
 }
 
-/// Below the domain's directory, which comes first: what it may read.
+/// Nodes that it may read, below the domain's directory, which comes first.
 const READABLE: [&str; 5] = ["", "/cpu", "/memory", "/device", "/control"];
-/// And what is its own.
+/// Nodes that it owns.
 const OWNED: [&str; 7] = [
     "/control/shutdown",
     "/device/suspend/event-channel",
@@ -70,9 +70,9 @@ const OWNED: [&str; 7] = [
 /// asked to close. Returns the backends to [bury](bury_backends).
 pub(crate) async fn destroy_domain(client: &Client, domid: u16) -> Result<Vec<Device>> {
     let removed = remove_nodes(client, domid).await;
-    // Also where something is left over: the number may be another domain's next.
+    // Even if something is left over: the number may be another domain's next.
     match client.release(domid).await {
-        // Done already, when xenstore restarted before it could say so.
+        // Done already, if xenstore restarted before it could say so.
         Err(error) if !error.is_not_found() => Err(error),
         _ => removed,
     }
@@ -81,21 +81,21 @@ pub(crate) async fn destroy_domain(client: &Client, domid: u16) -> Result<Vec<De
 async fn remove_nodes(client: &Client, domid: u16) -> Result<Vec<Device>> {
     let devices = devices(client, domid).await?;
     for Device { frontend, backend, .. } in &devices {
-        // A driver domain that writes there all the time makes this fail, for its own disk.
+        // A driver domain that writes there all the time makes this fail, but only for its own disk.
         if let Err(error) = client.transact(async |nodes| ask_to_close(nodes, backend).await).await
         {
             warn!(backend, %error, "cannot ask the backend of a destroyed domain to close");
         }
         client.rm(frontend).await?;
     }
-    // Not in a transaction, which the domain and whoever it lets write there could make fail.
+    // Not in a transaction, which the domain and those it lets write there could make fail.
     client.rm(&format!("/local/domain/{domid}")).await?;
     client.rm(&format!("/libxl/{domid}")).await?;
     Ok(devices)
 }
 
-/// Waits for backends to close and removes their directories. A driver domain removes its own,
-/// unless it is too late with it.
+/// Waits for backends to close and removes their directories. A driver domain removes its own, unless it is
+/// too slow.
 pub(crate) async fn bury_backends(client: &Client, devices: Vec<Device>) {
     for Device { backend, .. } in devices {
         let state = format!("{backend}/state");
@@ -104,7 +104,7 @@ pub(crate) async fn bury_backends(client: &Client, devices: Vec<Device>) {
             warn!(backend, "the backend of a destroyed domain does not close; removed anyway");
         }
         let removed = client.transact(async |nodes| {
-            // Otherwise it is that of a new domain with the same number.
+            // Otherwise it belongs to a new domain with the same number.
             let online = nodes.read_optional(&format!("{backend}/online")).await?;
             if online.as_deref() == Some(b"0") {
                 remove_with_parents(nodes, &backend).await?;

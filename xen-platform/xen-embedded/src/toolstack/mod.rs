@@ -124,8 +124,8 @@ async fn read(nodes: &Nodes, path: &str) -> client::Result<Option<String>> {
     Ok(value.map(|v| String::from_utf8_lossy(&v).into_owned()))
 }
 
-/// Asks a backend to close for good, as `libxl__initiate_device_generic_remove` does. Whether there
-/// is a backend to ask.
+/// Asks a backend to close for good, as `libxl__initiate_device_generic_remove` does. Returns whether there
+/// is one.
 async fn ask_to_close(nodes: &Nodes, backend: &str) -> client::Result<bool> {
     let state = format!("{backend}/state");
     let Some(now) = read(nodes, &state).await? else { return Ok(false) };
@@ -136,7 +136,7 @@ async fn ask_to_close(nodes: &Nodes, backend: &str) -> client::Result<bool> {
     Ok(true)
 }
 
-/// Waits until a node is gone or has one of `values`: whether that came about in time.
+/// Waits until a node is gone or has one of `values`. Returns whether that happened in time.
 async fn wait_for(
     client: &Client,
     path: &str,
@@ -159,7 +159,7 @@ async fn wait_for(
     }
 }
 
-/// Removes a node and the parents that it leaves without children, as `libxl__xs_path_cleanup`.
+/// Removes a node and the parents that this leaves without children, like `libxl__xs_path_cleanup`.
 async fn remove_with_parents(nodes: &Nodes, path: &str) -> client::Result<()> {
     nodes.rm(path).await?;
     let mut path = path;

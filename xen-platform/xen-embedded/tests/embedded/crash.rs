@@ -1,4 +1,4 @@
-//! What becomes of a domain's things when its process, or the broker, ends.
+//! What happens to a domain's resources when its process, or the broker, ends.
 
 use super::*;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
@@ -62,7 +62,7 @@ fn a_killed_grantee_holds_nothing() {
     eventually("its uses end", || !in_use());
     pages.revoke().map_err(|(_, e)| e).unwrap();
     channel.notify().unwrap();
-    // Its policy: nobody can be that domain again.
+    // By its policy, nobody can be that domain again.
     eventually("it is destroyed", || control::find_domain(&host.dir, "victim").is_err());
     let again = EmbeddedPlatform::attach(&host.dir, &victim.0.to_string());
     assert!(matches!(again, Err(Error::Io { .. })), "{again:?}");
@@ -84,7 +84,7 @@ fn destroying_a_domain_kills_its_process() {
     assert!(control::find_domain(&host.dir, "victim").is_err());
 }
 
-/// As `victim`, but whoever it has started holds its connection, and outlives it.
+/// As `victim`, but a child of its own holds its connection and outlives it.
 #[test]
 #[ignore = "a part of other tests"]
 fn with_heir() {
@@ -146,7 +146,7 @@ fn a_killed_process_can_be_replaced_at_once() {
         child.kill().unwrap();
         child.wait().unwrap();
         let next = EmbeddedPlatform::attach(&host.dir, "victim").unwrap();
-        // Nothing of it is held any more, and its successor can take its place.
+        // The old process holds nothing any more, and its successor can take its place.
         drop(next.bind_interdomain(a.domid(), channel.port()).unwrap());
         drop(next.map(a.domid(), pages.refs(), Access::ReadWrite).unwrap());
         pages.revoke().map_err(|(_, e)| e).unwrap();

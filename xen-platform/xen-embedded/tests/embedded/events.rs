@@ -30,7 +30,7 @@ fn an_unbound_port_can_be_bound_once_and_by_its_peer_only() {
     back.unmask().unwrap();
     assert!(!back.take().unwrap() && !front.take().unwrap());
 
-    // Events merge, and stay behind the mask.
+    // Events merge, and are held back by the mask.
     front.notify().unwrap();
     front.notify().unwrap();
     assert!(back.take().unwrap());
@@ -68,7 +68,7 @@ fn closing_one_end_lets_the_same_peer_bind_again() {
 fn a_domain_has_so_many_ports_and_no_more() {
     let host = TestHost::start();
     let (a, b) = (host.guest("a"), host.guest("b"));
-    // Each is descriptors of this process.
+    // Each port takes descriptors of this process.
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
     let mut ports = Vec::new();

@@ -22,7 +22,7 @@ fn pages_are_shared_with_whom_they_were_granted_to_and_nobody_else() {
     let (a, b, c) = (host.guest("a"), host.guest("b"), host.guest("c"));
     let pages = a.grant(b.domid(), 3, Access::ReadWrite).unwrap();
     let ours = pages.memory();
-    // In an order of its own, so that the frames do not follow one another.
+    // Shuffled, so that the frames are not consecutive.
     let refs = [pages.refs()[2], pages.refs()[0], pages.refs()[1]];
 
     let mapped: Arc<dyn SharedMemory> = b.map(a.domid(), &refs, Access::ReadWrite).unwrap();
@@ -44,7 +44,8 @@ fn pages_are_shared_with_whom_they_were_granted_to_and_nobody_else() {
     b.map(a.domid(), &[gref], Access::ReadOnly).unwrap();
 }
 
-/// Who uses a grant has a descriptor of all of the other's memory: not for everybody, and for nobody of itself.
+/// Whoever uses a grant has a descriptor of all of the granting domain's memory: only driver domains may have
+/// one, and none of their own.
 #[test]
 fn only_driver_domains_use_what_others_grant() {
     let host = TestHost::start();
@@ -86,7 +87,7 @@ fn a_grant_in_use_cannot_be_taken_back() {
     assert_eq!(flags(refs[1]), 0);
     assert_eq!(refusal(&b, a.domid(), refs[1], Access::ReadOnly), GrantStatus::BadRef);
 
-    // Whoever gets the page next sees nothing of what was there.
+    // Whoever gets the pages next sees nothing of their contents.
     let pages = a.grant(b.domid(), 256, Access::ReadOnly).unwrap();
     for n in 0..256 {
         assert_eq!(read_page(&pages.memory(), n), [0; PAGE_SIZE]);

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use xen_platform::embedded::EmbeddedPlatform;
 use xen_platform::embedded::control::{self, Answer, NewDomain, OnCrash};
 
-/// How long anything may take that another process must do.
+/// How long to wait for anything that another process must do.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A broker in a directory of its own; both go when this is dropped.
@@ -50,7 +50,7 @@ impl TestHost {
             domid: None,
             memory: 1 << 20,
             vcpus: 2,
-            // Others may not use what is granted to them.
+            // Only driver domains may use what is granted to them.
             driver_domain: on_crash == OnCrash::Preserve || name == "victim",
             on_crash,
         };
@@ -65,7 +65,7 @@ impl TestHost {
         EmbeddedPlatform::attach(&self.dir, name).unwrap()
     }
 
-    /// Runs `xen-embedded` with these arguments: its success, output and complaints.
+    /// Runs `xen-embedded`. Returns its success, output and complaints.
     fn cli(&self, args: &[&str]) -> (bool, String, String) {
         let output = Command::new(env!("CARGO_BIN_EXE_xen-embedded"))
             .arg("--dir")
@@ -96,7 +96,7 @@ fn spawn_child(test: &str, dir: &Path) -> Child {
         .unwrap()
 }
 
-/// Waits for what another process is about to bring about.
+/// Waits for a condition that another process brings about.
 fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
@@ -125,7 +125,7 @@ struct Entry {
     frame: u32,
 }
 
-/// Of grant_table.h.
+/// From grant_table.h.
 const GTF_PERMIT_ACCESS: u16 = 1;
 const GTF_READING: u16 = 1 << 3;
 const GTF_WRITING: u16 = 1 << 4;

@@ -89,7 +89,7 @@ async fn a_disk_comes_and_goes() {
     wait_for(&backend, &state, Some("5")).await;
     assert_eq!(backend.read(&format!("{dir}/online")).await.unwrap(), b"0");
     backend.write(&state, "6").await.unwrap();
-    // In a driver domain the backend's side is its own to remove.
+    // A driver domain removes the backend's directory itself.
     wait_for(&frontend, "device/vbd/51712", None).await;
     backend.rm(&dir).await.unwrap();
     let detached = detach.await.unwrap();
@@ -127,7 +127,7 @@ fn keep_writing(client: Client, path: String) -> tokio::task::JoinHandle<()> {
     tokio::spawn(async move { while client.write(&path, "6").await.is_ok() {} })
 }
 
-/// Whatever is in a transaction, they could make it fail.
+/// Either end could make a transaction fail.
 #[tokio::test]
 async fn neither_end_can_veto_a_removal() {
     let host = TestHost::start();

@@ -78,7 +78,7 @@ pub(crate) async fn list(dir: &Path, guests: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Each column as wide as its widest value.
+/// Prints a table, each column as wide as its widest value.
 fn print_table<const N: usize>(rows: &[[String; N]]) {
     let mut widths = [0; N];
     for row in rows {

@@ -163,7 +163,7 @@ async fn serve(dir: &Path) -> Result<()> {
             _ = terminate.recv() => {}
         }
     };
-    // Whoever started us reads this line, and does not depend on the log's level.
+    // Whoever started us reads this line, which does not depend on the log level.
     let ready = || println!("xen-embedded is ready in {}", dir.display());
     broker::serve(dir, ready, shutdown).await?;
     Ok(())
