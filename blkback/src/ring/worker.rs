@@ -152,8 +152,8 @@ impl Worker {
         })
     }
 
-    /// Does one round. Returns whether there was anything to do. With `sleeps_next`, the thread sleeps if
-    /// there was not, and has no other ring: it then submits and waits in one system call.
+    /// Does one round. Returns whether to do another before the thread spins or sleeps. With `sleeps_next`, a
+    /// thread that has no other ring sleeps if not: it then submits and waits in one system call.
     pub(super) fn round(&mut self, sleeps_next: bool) -> Result<bool, Exit> {
         self.draining |= self.orders.stopped();
         let handled = if self.draining { 0 } else { self.take()? };

@@ -206,7 +206,7 @@ fn patiently<T, E>(
 }
 
 /// Opens the file, with O_DIRECT if that is wanted and works. Also returns the least that O_DIRECT moves, in
-/// bytes, 0 without it.
+/// bytes, or 0 without it. For a device that is 1: its sector size is the least anyway.
 fn open_file(path: &Path, is_device: bool, options: Options) -> Result<(File, u32), OpenError> {
     let open = |flags: OFlag| {
         // A device that we write to must be ours alone: O_EXCL refuses one that is mounted.

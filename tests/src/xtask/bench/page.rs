@@ -67,8 +67,9 @@ pub(super) fn conditions(options: &Options) -> Result<String> {
     let date = output(Command::new("date").args(["-u", "+%F"]))?;
     let git = |arguments: &[&str]| output(Command::new("git").args(arguments).current_dir(root()));
     let commit = git(&["rev-parse", "--short", "HEAD"])?;
-    // Figures are written into docs, which do not change the programs.
-    let changed = git(&["status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs"])?;
+    // Figures end up in documentation, which does not change the programs.
+    let changed =
+        git(&["status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs", ":!*.md"])?;
     Ok(format!(
         "{}{}, {model}, {} CPUs, Linux {}, {}; {} rounds of {} s.\n",
         commit.trim(),

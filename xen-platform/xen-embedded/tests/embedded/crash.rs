@@ -10,7 +10,7 @@ use xen_platform::{Access, CopyDirection, CopySegment, Error, GrantStatus, Local
 const CHILD_READY: &str = "child is ready";
 
 /// Run by others as a process of its own: "victim" maps what dom "a" granted to it, binds its
-/// event channel and waits to be killed. It finds both in files of the broker's directory.
+/// event channel and waits to be killed. It finds both in a file in the broker's directory.
 #[test]
 #[ignore = "a part of other tests"]
 fn victim() {
