@@ -277,7 +277,7 @@ fn a_disk_in_use_waits_for_what_the_host_lacks() -> Result<()> {
     daemon.kill()?;
 
     let mut short = host.backend_with_files(queue, &[])?;
-    short.wait_for("a disk in use cannot be served yet: ring 0: ")?;
+    short.wait_for("a disk in use cannot be served yet: ring 0: the storage queue failed")?;
     short.terminate()?;
     let _daemon = host.backend(&[])?;
     let answer = disk.responses(1)?;

@@ -420,14 +420,11 @@ impl Operations {
         submission: &mut SubmissionQueue<'_>,
         done: &mut Vec<Completion>,
     ) {
-        match self.slots[usize::from(tag)].kind.take() {
-            Some(OpKind::Flush) => {}
-            Some(_) => {
-                self.busy -= 1;
-                done.push(Completion { tag, result });
-                return;
-            }
-            None => return,
+        let Some(kind) = self.slots[usize::from(tag)].kind.take() else { return };
+        if kind != OpKind::Flush {
+            self.busy -= 1;
+            done.push(Completion { tag, result });
+            return;
         }
         // A flush cancelled because the queue closes says nothing about the disk.
         let cancelled = self.closing && result == Err(libc::ECANCELED);
