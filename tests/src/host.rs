@@ -132,14 +132,23 @@ impl Host {
         self.start_backend(self.programs.command("blkback"), DRIVER_DOMAIN, options)
     }
 
+    /// As [`Host::backend`], by a command that runs the program it is given, such as `taskset -c 1`.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn backend_by(&self, mut command: Command, options: &[&str]) -> Result<Process> {
+        command.arg(self.programs.command("blkback").get_program());
+        self.start_backend(command, DRIVER_DOMAIN, options)
+    }
+
     /// As [`Host::backend`], on one CPU.
     ///
     /// # Errors
     /// When it does not start.
     pub fn backend_on(&self, cpu: &str, options: &[&str]) -> Result<Process> {
-        let mut command = Command::new("taskset");
-        command.args(["-c", cpu]).arg(self.programs.command("blkback").get_program());
-        self.start_backend(command, DRIVER_DOMAIN, options)
+        let mut taskset = Command::new("taskset");
+        taskset.args(["-c", cpu]);
+        self.backend_by(taskset, options)
     }
 
     /// As [`Host::backend`], with no more than `most` files open.
@@ -147,10 +156,9 @@ impl Host {
     /// # Errors
     /// When it does not start.
     pub fn backend_with_files(&self, most: usize, options: &[&str]) -> Result<Process> {
-        let mut command = Command::new("prlimit");
-        let program = self.programs.command("blkback");
-        command.arg(format!("--nofile={most}")).arg(program.get_program());
-        self.start_backend(command, DRIVER_DOMAIN, options)
+        let mut prlimit = Command::new("prlimit");
+        prlimit.arg(format!("--nofile={most}"));
+        self.backend_by(prlimit, options)
     }
 
     /// As [`Host::backend`], but in dom0, to which xenstore's quotas do not apply.

@@ -43,18 +43,25 @@ impl Patience {
 /// nobody else would end what a killed harness has started. The pid is the command's own, but its standard
 /// streams must be set again.
 pub fn tied(command: &Command) -> Command {
-    let mut tied = Command::new("setpriv");
-    tied.args(["--pdeathsig", "KILL", "--"]).arg(command.get_program()).args(command.get_args());
+    let mut setpriv = Command::new("setpriv");
+    setpriv.args(["--pdeathsig", "KILL", "--"]);
+    by(setpriv, command)
+}
+
+/// The same command, started by another that runs the program it is given, such as `taskset -c 1`. Its
+/// standard streams must be set again.
+pub fn by(mut runner: Command, command: &Command) -> Command {
+    runner.arg(command.get_program()).args(command.get_args());
     for (name, value) in command.get_envs() {
         match value {
-            Some(value) => tied.env(name, value),
-            None => tied.env_remove(name),
+            Some(value) => runner.env(name, value),
+            None => runner.env_remove(name),
         };
     }
     if let Some(dir) = command.get_current_dir() {
-        tied.current_dir(dir);
+        runner.current_dir(dir);
     }
-    tied
+    runner
 }
 
 /// A child whose output goes to a file. It is killed when this is dropped, and with the thread that

@@ -9,7 +9,6 @@ use super::{limits, ours, peers};
 use crate::xtask::packages::Need;
 use anyhow::{Context, Result};
 use serde_json::Value;
-use std::process::Command;
 
 /// The CPU that every client is pinned to.
 pub(super) const CLIENT_CPU: usize = 0;
@@ -50,13 +49,6 @@ pub(super) fn all() -> Vec<Box<dyn Contender>> {
         Box::new(peers::rust_vmm::Null),
         Box::new(peers::nbdkit::Nbdkit),
     ]
-}
-
-/// A command on the backends' CPU.
-pub(super) fn on_backend_cpu(program: impl AsRef<std::ffi::OsStr>) -> Command {
-    let mut command = Command::new("taskset");
-    command.args(["-c", &BACKEND_CPU.to_string()]).arg(program);
-    command
 }
 
 /// IOPS and latencies of a report of `blkfront bench`, or of a program that reports alike.

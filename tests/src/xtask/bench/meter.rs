@@ -1,33 +1,60 @@
 //! Runs clients on a backend and counts, in a window while all of them are at work, what both ends use.
 
+use super::callgrind;
+use super::contender::BACKEND_CPU;
 use super::sample::{End, Sample};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::io::Read;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
-use xen_blk_tests::process::tied;
+use xen_blk_tests::process::{by, tied};
 
 /// How long clients work before anything is counted.
-pub(super) const RAMP: Duration = Duration::from_millis(300);
-/// From starting a client to where the window opens: connecting, and the ramp.
-const LEAD: Duration = Duration::from_millis(450);
+const RAMP: Duration = Duration::from_millis(300);
+/// From starting a client to where it has connected.
+const CONNECTED: Duration = Duration::from_millis(150);
+/// The same under callgrind.
+const CONNECTED_SLOWLY: Duration = Duration::from_secs(2);
+/// How long clients work while callgrind counts, from connecting to closing the disk: a million I/Os, beside
+/// which the rest does not show.
+const COUNTED: Duration = Duration::from_secs(4);
 /// The window closes at least this long before clients that connected at once end.
 const MARGIN: Duration = Duration::from_millis(100);
 /// The shortest [`Meter::time`].
 pub(super) const SHORTEST: Duration = Duration::from_millis(400);
 /// A client that overruns its time by this much has hung.
 const GRACE: Duration = Duration::from_secs(20);
-/// Tracepoint of every system call, and what CPUs count where the machine shows it.
-const COUNTED: &str = "raw_syscalls:sys_enter,instructions";
+/// perf's names: the tracepoint of every system call...
+pub(super) const CALLS: &str = "raw_syscalls:sys_enter";
+/// ...and what CPUs count where the machine shows it.
+pub(super) const INSTRUCTIONS: &str = "instructions";
+
+/// What to find out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Aim {
+    /// Rates and times.
+    Times,
+    /// System calls and instructions, with perf, which slows down what is counted.
+    Calls,
+    /// Instructions of one end, with callgrind, under which it is some fifty times as slow. The other end has
+    /// always done its part meanwhile, so none are spent on waiting for it.
+    Instructions(Which),
+}
+
+/// An end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Which {
+    Client,
+    Backend,
+}
 
 /// How to measure.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Meter {
     /// How long clients are counted.
     pub(super) time: Duration,
-    /// Count system calls and instructions with perf, which slows down what is counted.
-    pub(super) perf: bool,
+    aim: Aim,
 }
 
 /// Processes of one end.
@@ -49,10 +76,31 @@ struct Used {
     cpu: Duration,
     sleeps: u64,
     calls: Option<u64>,
-    instructions: Option<u64>,
+    /// Per second.
+    instructions: Option<f64>,
 }
 
 impl Meter {
+    /// For measurements of `time`, if the time counts.
+    pub(super) fn new(aim: Aim, time: Duration) -> Self {
+        Self { time: if matches!(aim, Aim::Instructions(_)) { COUNTED } else { time }, aim }
+    }
+
+    /// A command that runs the program it is given as a backend, on the backends' CPU.
+    pub(super) fn backend(&self) -> Command {
+        let mut taskset = Command::new("taskset");
+        taskset.args(["-c", &BACKEND_CPU.to_string()]);
+        if self.aim == Aim::Instructions(Which::Backend) {
+            return by(taskset, &callgrind::counting());
+        }
+        taskset
+    }
+
+    /// How long clients are to work before they count. Callgrind counts from the start.
+    pub(super) fn ramp(&self) -> Duration {
+        if matches!(self.aim, Aim::Instructions(_)) { Duration::ZERO } else { RAMP }
+    }
+
     /// Runs `clients` to their end.
     pub(super) fn observe<T>(
         &self,
@@ -60,11 +108,16 @@ impl Meter {
         backend: Pids<'_>,
         mut look: impl FnMut() -> Result<T>,
     ) -> Result<Observed<T>> {
-        let clients: Vec<Client> = clients.iter().map(Client::start).collect::<Result<_>>()?;
+        let counted = backend.first().filter(|_| self.aim == Aim::Instructions(Which::Backend));
+        counted.map_or(Ok(()), |pid| callgrind::restart(*pid))?;
+        let clients = clients.into_iter().map(|command| Client::start(&self.client(command)));
+        let clients: Vec<Client> = clients.collect::<Result<_>>()?;
         let pids: Vec<u32> = clients.iter().map(|client| client.child.id()).collect();
-        std::thread::sleep(LEAD);
-        let width = self.time.saturating_sub(LEAD - RAMP + MARGIN);
-        let perf = if self.perf {
+        let slow = matches!(self.aim, Aim::Instructions(_));
+        let connected = if slow { CONNECTED_SLOWLY } else { CONNECTED };
+        std::thread::sleep(connected + self.ramp());
+        let width = self.time.saturating_sub(connected + MARGIN);
+        let perf = if self.aim == Aim::Calls {
             Some((Perf::start(&pids, width)?, Perf::start(backend, width)?))
         } else {
             None
@@ -78,13 +131,26 @@ impl Meter {
         let mut backend = after.1?.since(before.1?);
         if let Some((ours, theirs)) = perf {
             // perf's own window is as long, and opens a little later.
-            ours.read(&mut client)?;
-            theirs.read(&mut backend)?;
+            ours.read(&mut client, width)?;
+            theirs.read(&mut backend, width)?;
         }
         let limit = self.time + GRACE;
         let reports = clients.into_iter().map(|client| client.finish(limit));
         let reports = reports.collect::<Result<_>>()?;
+        if let Aim::Instructions(which) = self.aim {
+            counted.map_or(Ok(()), |pid| callgrind::end(*pid))?;
+            let end = if which == Which::Client { &mut client } else { &mut backend };
+            end.instructions = Some(callgrind::counted()? / self.time.as_secs_f64());
+        }
         Ok(Observed { reports, window, looks: (first, second), client, backend })
+    }
+
+    /// A client's command, under callgrind if that is to count.
+    fn client(&self, command: Command) -> Command {
+        if self.aim == Aim::Instructions(Which::Client) {
+            return by(callgrind::counting(), &command);
+        }
+        command
     }
 }
 
@@ -109,7 +175,7 @@ impl Used {
             calls: self.calls.map(|calls| calls as f64 / ios),
             kicks: None,
             sleeps: Some(self.sleeps as f64 / ios),
-            instructions: self.instructions.map(|count| count as f64 / ios),
+            instructions: self.instructions.map(|rate| rate / ios),
         }
     }
 }
@@ -188,7 +254,7 @@ impl Perf {
     fn start(pids: Pids<'_>, width: Duration) -> Result<Self> {
         let pids: Vec<String> = pids.iter().map(u32::to_string).collect();
         let mut command = Command::new("perf");
-        command.args(["stat", "-x", ",", "-e", COUNTED, "-p", &pids.join(",")]);
+        command.args(["stat", "-x", ",", "-e", CALLS, "-e", INSTRUCTIONS, "-p", &pids.join(",")]);
         command.args(["--", "sleep", &width.as_secs_f64().to_string()]);
         let child = tied(&command)
             .stdin(Stdio::null())
@@ -199,17 +265,18 @@ impl Perf {
         Ok(Self(child))
     }
 
-    fn read(mut self, into: &mut Used) -> Result<()> {
+    fn read(mut self, into: &mut Used, width: Duration) -> Result<()> {
         let mut text = String::new();
         self.0.stderr.take().context("stderr")?.read_to_string(&mut text)?;
         self.0.wait()?;
         // COUNT,UNIT,EVENT,...: words stand for a missing count.
-        let count = |event: &str| {
+        let count = |event: &str| -> Option<u64> {
             let line = text.lines().find(|line| line.contains(event))?;
             line.split(',').next()?.parse().ok()
         };
-        into.calls = count("raw_syscalls:sys_enter");
-        into.instructions = count("instructions");
+        into.calls = count(CALLS);
+        let instructions = count(INSTRUCTIONS);
+        into.instructions = instructions.map(|count| count as f64 / width.as_secs_f64());
         Ok(())
     }
 }

@@ -3,6 +3,7 @@
 //! Backends have CPU 1 to themselves and clients CPU 0. Everything is measured once per round, so that
 //! figures to compare are close in time; medians of the rounds are shown, with the extremes.
 
+mod callgrind;
 mod case;
 mod contender;
 mod goals;
@@ -21,12 +22,14 @@ use super::{packages, target};
 use anyhow::{Context, Result, ensure};
 use case::Case;
 use contender::Contender;
-use meter::Meter;
+use meter::{Aim, CALLS, INSTRUCTIONS, Meter, Which};
 use place::Place;
 use profiles::Profile;
 use report::Results;
 use std::fs::File;
+use std::process::Command;
 use std::time::Duration;
+use xen_blk_tests::process::run as output;
 
 /// Options of `cargo xtask bench`.
 #[derive(clap::Args)]
@@ -46,9 +49,9 @@ pub(crate) struct Options {
     /// Cases whose description has all of these in it, such as `null,depth 1,`
     #[arg(long, value_delimiter = ';', value_name = "TEXT")]
     cases: Vec<String>,
-    /// Leave out the round in which perf counts system calls and instructions
+    /// Leave out the round that counts system calls and instructions
     #[arg(long)]
-    no_perf: bool,
+    no_count: bool,
     /// Put tables and plots into docs/performance.md, or for other profiles than goals into docs/performance
     #[arg(long)]
     write: bool,
@@ -83,20 +86,21 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let conditions = options.write.then(|| page::conditions(options)).transpose()?;
     let place = Place::new()?;
     let mut results = Results::default();
-    let perf = !options.no_perf && perf_counts();
-    let rounds = (0..options.rounds).map(|_| false).chain(perf.then_some(true));
-    for (n, perf) in rounds.enumerate() {
-        let what =
-            if perf { "count".to_owned() } else { format!("{} of {}", n + 1, options.rounds) };
+    let rounds = (1..=options.rounds).map(|n| (format!("{n} of {}", options.rounds), Aim::Times));
+    let (counts, notes) = counts(options);
+    for (what, aim) in rounds.chain(counts) {
         eprintln!("==> round {what}");
-        let meter = Meter { time, perf };
+        let meter = Meter::new(aim, time);
         for (contender, case) in &plan {
             let contender = &contenders[*contender];
+            let row = results.row(contender.name(), *case);
+            if !row.wants(aim) {
+                continue;
+            }
             let name = format!("{}: {}: {}: {case}", case.disk, case.job, contender.name());
             let sample = contender.measure(case, &meter, &place).context(name.clone())?;
             eprintln!("    {name}: {}", report::rate(sample.iops));
-            let row = results.row(contender.name(), *case);
-            if perf { row.counted = Some(sample) } else { row.samples.push(sample) }
+            row.take(aim, sample);
         }
     }
     if idle {
@@ -109,10 +113,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         text += &format!("### Goals\n\n{}\n", goals::table(&goals));
     }
     text += &report::tables(&results);
-    if !perf {
-        text += "Calls are the programs' own counts: perf was not there, or not wanted.\n";
-    }
-    for line in left_out {
+    for line in notes.into_iter().chain(left_out) {
         text += &format!("{line}\n");
     }
     println!("\n{text}");
@@ -181,9 +182,40 @@ fn wants_idle(options: &Options) -> bool {
     all && options.profile.iter().any(|profile| profiles.contains(profile))
 }
 
-/// Whether perf is there and may count system calls.
-fn perf_counts() -> bool {
-    let mut command = std::process::Command::new("perf");
-    command.args(["stat", "-e", "raw_syscalls:sys_enter", "true"]);
-    xen_blk_tests::process::output(&mut command).is_ok()
+/// The rounds that count what slows down or cannot be timed, by name, and a line for whatever is to be said
+/// of their counts.
+fn counts(options: &Options) -> (Vec<(String, Aim)>, Vec<String>) {
+    let (mut rounds, mut notes) = (Vec::new(), Vec::new());
+    let mut round = |name: &str, aim| rounds.push((name.to_owned(), aim));
+    let calls = !options.no_count && perf_counts(CALLS);
+    if calls {
+        round("that counts system calls", Aim::Calls);
+    } else {
+        notes.push("Calls are the programs' own counts: perf has none, or was not wanted.".into());
+    }
+    if options.no_count || calls && perf_counts(INSTRUCTIONS) {
+        return (rounds, notes);
+    }
+    match packages::install(callgrind::NEEDS) {
+        Ok(()) => {
+            round("that counts clients' instructions", Aim::Instructions(Which::Client));
+            round("that counts backends' instructions", Aim::Instructions(Which::Backend));
+            notes.push("Instructions: those in user space, as callgrind counts them.".into());
+        }
+        Err(error) => notes.push(format!("Instructions are not counted: {error:#}")),
+    }
+    (rounds, notes)
+}
+
+/// Whether perf is there and may count an event.
+fn perf_counts(event: &str) -> bool {
+    let mut command = Command::new("perf");
+    command.args(["stat", "-x", ",", "-o", "/dev/stdout", "-e", event, "true"]);
+    // Words stand for a count that is missing.
+    let counted = |text: String| {
+        let counts =
+            |line: &str| line.contains(event) && line.starts_with(|c: char| c.is_ascii_digit());
+        text.lines().any(counts)
+    };
+    output(&mut command).is_ok_and(counted)
 }

@@ -1,8 +1,8 @@
 //! The pair itself, on the embedded platform: as it ships, with every check on.
 
 use super::case::{Case, Data, Disk, Layout};
-use super::contender::{BACKEND_CPU, CLIENT_CPU, Contender, read_report};
-use super::meter::{Meter, RAMP};
+use super::contender::{CLIENT_CPU, Contender, read_report};
+use super::meter::Meter;
 use super::place::{BYTES, Place};
 use super::sample::{End, Sample};
 use crate::xtask::{cargo, step, target};
@@ -35,7 +35,7 @@ impl Contender for Ours {
 
     fn measure(&self, case: &Case, meter: &Meter, place: &Place) -> Result<Sample> {
         let host = Host::start(Programs::in_dir(target().join("release")))?;
-        let backend = host.backend_on(&BACKEND_CPU.to_string(), &backend_options(case))?;
+        let backend = host.backend_by(meter.backend(), &backend_options(case))?;
         let path = place.path(case.disk)?;
         let target = path.map_or_else(|| "null:64G".to_owned(), |path| path.display().to_string());
         let line = format!("vdev=xvda,backendtype=tap,backend={DRIVER_DOMAIN},target={target}");
@@ -97,7 +97,8 @@ fn client(host: &Host, guest: &str, case: &Case, meter: &Meter) -> Command {
     // All jobs share the used part of a file; a null disk has room for each.
     let size = BYTES / u64::from(case.rings);
     command.args(["--queues", &number(case.rings), "--size", &size.to_string()]);
-    command.args(["--runtime", &millis(meter.time), "--time_based", "--ramp_time", &millis(RAMP)]);
+    command.args(["--runtime", &millis(meter.time), "--time_based"]);
+    command.args(["--ramp_time", &millis(meter.ramp())]);
     command.args(["--wait", case.client.option(), "--cpus", &CLIENT_CPU.to_string(), "--json"]);
     if case.depth > ONE_PAGE {
         command.args(["--ring-order", LARGE_ORDER]);

@@ -2,6 +2,7 @@
 
 use super::case::Case;
 use super::idle::Idle;
+use super::meter::{Aim, Which};
 use super::sample::{End, Sample, Spread};
 use serde::Serialize;
 use std::fmt::Write;
@@ -21,7 +22,7 @@ pub(super) struct Row {
     pub(super) case: Case,
     /// One per round.
     pub(super) samples: Vec<Sample>,
-    /// From a round of its own, with perf counting.
+    /// From rounds of their own.
     pub(super) counted: Option<Sample>,
 }
 
@@ -41,6 +42,28 @@ impl Results {
 }
 
 impl Row {
+    /// Whether a round with this aim measures it.
+    pub(super) fn wants(&self, aim: Aim) -> bool {
+        // A limit has a rate and no ends.
+        let has_ends = || self.samples.iter().any(|sample| sample.backend.cpu_us.is_some());
+        !matches!(aim, Aim::Instructions(_)) || self.case.is_countable() && has_ends()
+    }
+
+    /// Adds what a round has measured.
+    pub(super) fn take(&mut self, aim: Aim, sample: Sample) {
+        let counted = &mut self.counted;
+        match aim {
+            Aim::Times => self.samples.push(sample),
+            Aim::Calls => *counted = Some(sample),
+            Aim::Instructions(Which::Client) => {
+                counted.get_or_insert_default().client.instructions = sample.client.instructions;
+            }
+            Aim::Instructions(Which::Backend) => {
+                counted.get_or_insert_default().backend.instructions = sample.backend.instructions;
+            }
+        }
+    }
+
     /// Median and extremes of a figure.
     pub(super) fn spread(&self, value: impl Fn(&Sample) -> Option<f64>) -> Option<Spread> {
         Spread::of(self.samples.iter().filter_map(value))
@@ -54,16 +77,27 @@ impl Row {
         self.median(|sample| Some(sample.iops))
     }
 
-    /// perf's count of an end's figure if there is one, or else the end's own.
+    /// The count of an end's figure if there is one, or else the end's own.
     pub(super) fn counted(&self, value: impl Fn(&Sample) -> Option<f64>) -> Option<f64> {
         self.counted.as_ref().and_then(&value).or_else(|| self.median(value))
     }
 }
 
-const HEAD: &str = "| contender | conditions | IOPS, median (lowest–highest) | p50 µs | p99 µs | p99.9 µs \
-    | CPU µs | calls | kicks | sleeps | instructions |\n|---|---|---|---|---|---|---|---|---|---|---|\n";
+const COLUMNS: [&str; 11] = [
+    "contender",
+    "conditions",
+    "IOPS, median (lowest–highest)",
+    "p50 µs",
+    "p99 µs",
+    "p99.9 µs",
+    "CPU µs",
+    "calls",
+    "kicks",
+    "sleeps",
+    "instructions",
+];
 
-/// A table for each disk and job.
+/// A table for each disk and job, without columns that are empty.
 pub(super) fn tables(results: &Results) -> String {
     let mut out = String::new();
     let mut titles: Vec<_> = Vec::new();
@@ -74,17 +108,25 @@ pub(super) fn tables(results: &Results) -> String {
         }
     }
     for title in titles {
+        let rows = results.rows.iter().filter(|row| (row.case.disk, row.case.job) == title);
+        let lines: Vec<_> = rows.map(cells).collect();
+        let filled = |column: &usize| lines.iter().any(|line| line[*column] != NONE);
+        let filled: Vec<usize> = (0..COLUMNS.len()).filter(filled).collect();
         // Writing to a string does not fail.
-        let _ = write!(out, "### {}: {}\n\n{HEAD}", title.0, title.1);
-        for row in results.rows.iter().filter(|row| (row.case.disk, row.case.job) == title) {
-            let _ = writeln!(out, "{}", line(row));
+        let _ = writeln!(out, "### {}: {}\n", title.0, title.1);
+        let head = [COLUMNS, ["---"; COLUMNS.len()]].map(|line| line.map(str::to_owned));
+        for line in head.iter().chain(&lines) {
+            for &column in &filled {
+                let _ = write!(out, "| {} ", line[column]);
+            }
+            out.push_str("|\n");
         }
         out.push('\n');
     }
     out
 }
 
-fn line(row: &Row) -> String {
+fn cells(row: &Row) -> [String; COLUMNS.len()] {
     let iops = row.spread(|sample| Some(sample.iops));
     let iops = iops.map_or_else(none, |iops| {
         format!("{} ({}–{})", rate(iops.median), rate(iops.lowest), rate(iops.highest))
@@ -106,10 +148,10 @@ fn line(row: &Row) -> String {
     let unfair = row.median(Sample::unfairness);
     let unfair =
         unfair.map_or_else(String::new, |share| format!(", spread {:.0} %", share * 100.0));
-    format!(
-        "| {} | {}{unfair} | {iops} | {} | {} | {} | {} | {} | {} | {} | {} |",
-        row.contender,
-        row.case,
+    [
+        row.contender.to_owned(),
+        format!("{}{unfair}", row.case),
+        iops,
         micros(|sample| sample.p50_us),
         micros(|sample| sample.p99_us),
         micros(|sample| sample.p99_9_us),
@@ -118,7 +160,7 @@ fn line(row: &Row) -> String {
         both(|end| end.kicks, false),
         both(|end| end.sleeps, false),
         both(|end| end.instructions, true),
-    )
+    ]
 }
 
 const NONE: &str = "–";

@@ -13,7 +13,7 @@ pub(super) struct End {
     pub(super) kicks: Option<f64>,
     /// Times a thread gave up its CPU to wait.
     pub(super) sleeps: Option<f64>,
-    /// Instructions, in user space and in the kernel.
+    /// Instructions: in user space and in the kernel if perf counts them, in user space if callgrind does.
     pub(super) instructions: Option<f64>,
 }
 

@@ -2,7 +2,7 @@
 
 use crate::xtask::bench::case::{Case, Disk, Wait};
 use crate::xtask::bench::contender::{CLIENT_CPU, Contender};
-use crate::xtask::bench::meter::{Meter, RAMP};
+use crate::xtask::bench::meter::Meter;
 use crate::xtask::bench::place::{BYTES, Place};
 use crate::xtask::bench::sample::Sample;
 use crate::xtask::packages::Need;
@@ -25,7 +25,7 @@ pub(crate) fn fio(case: &Case, meter: &Meter) -> Command {
     command.arg("--invalidate=0");
     command.arg(format!("--iodepth={}", case.depth)).arg(format!("--size={BYTES}"));
     command.arg(format!("--runtime={}ms", meter.time.as_millis()));
-    command.arg(format!("--ramp_time={}ms", RAMP.as_millis()));
+    command.arg(format!("--ramp_time={}ms", meter.ramp().as_millis()));
     command.arg(format!("--cpus_allowed={CLIENT_CPU}"));
     command
 }

@@ -6,7 +6,7 @@ pub(super) mod rust_vmm;
 
 use super::case::{Case, Job, Wait};
 use super::contender::{CLIENT_CPU, read_report};
-use super::meter::{Meter, RAMP};
+use super::meter::Meter;
 use super::place::{BYTES, Place};
 use super::sample::Sample;
 use crate::xtask::{cargo, root, step, target};
@@ -58,7 +58,7 @@ fn drive(case: &Case, meter: &Meter, socket: &Path, server: &Process) -> Result<
     command.arg(socket).args(["--rw", rw, "--bs", bs, "--iodepth", &case.depth.to_string()]);
     command.args(["--size", &BYTES.to_string(), "--cpu", &CLIENT_CPU.to_string()]);
     command.args(["--runtime", &meter.time.as_secs_f64().to_string()]);
-    command.args(["--ramp", &RAMP.as_secs_f64().to_string()]);
+    command.args(["--ramp", &meter.ramp().as_secs_f64().to_string()]);
     if case.client == Wait::Poll {
         command.arg("--poll");
     }

@@ -2,7 +2,7 @@
 
 use super::serve;
 use crate::xtask::bench::case::{Case, Disk, Wait};
-use crate::xtask::bench::contender::{Contender, on_backend_cpu};
+use crate::xtask::bench::contender::Contender;
 use crate::xtask::bench::limits::fio::{fio, read_fio};
 use crate::xtask::bench::meter::Meter;
 use crate::xtask::bench::place::Place;
@@ -29,8 +29,8 @@ impl Contender for Nbdkit {
 
     fn measure(&self, case: &Case, meter: &Meter, place: &Place) -> Result<Sample> {
         let socket = place.dir().join("nbdkit.sock");
-        let mut command = on_backend_cpu("nbdkit");
-        command.args(["--foreground", "--unix"]).arg(&socket).args(["null", "64G"]);
+        let mut command = meter.backend();
+        command.arg("nbdkit").args(["--foreground", "--unix"]).arg(&socket).args(["null", "64G"]);
         let server = serve("nbdkit", place, &socket, &mut command)?;
         let mut client = fio(case, meter);
         client.arg("--ioengine=nbd");

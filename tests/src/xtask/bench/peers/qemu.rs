@@ -3,7 +3,7 @@
 
 use super::{build, drive, serve, vhost_takes};
 use crate::xtask::bench::case::{Case, Disk, Wait};
-use crate::xtask::bench::contender::{Contender, on_backend_cpu};
+use crate::xtask::bench::contender::Contender;
 use crate::xtask::bench::meter::Meter;
 use crate::xtask::bench::place::Place;
 use crate::xtask::bench::sample::Sample;
@@ -51,7 +51,8 @@ impl Contender for StorageDaemon {
              num-queues=1,iothread=io",
             socket.display()
         );
-        let mut command = on_backend_cpu("qemu-storage-daemon");
+        let mut command = meter.backend();
+        command.arg("qemu-storage-daemon");
         // A poll that may last a second does not end while there is work.
         let poll = if case.backend == Wait::Poll { ",poll-max-ns=1000000000" } else { "" };
         command.args(["--object", &format!("iothread,id=io{poll}")]);

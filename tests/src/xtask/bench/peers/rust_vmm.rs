@@ -2,7 +2,7 @@
 
 use super::{build, drive, program, serve, vhost_takes};
 use crate::xtask::bench::case::{Case, Disk, Wait};
-use crate::xtask::bench::contender::{Contender, on_backend_cpu};
+use crate::xtask::bench::contender::Contender;
 use crate::xtask::bench::meter::Meter;
 use crate::xtask::bench::place::Place;
 use crate::xtask::bench::sample::Sample;
@@ -29,8 +29,8 @@ impl Contender for Null {
     fn measure(&self, case: &Case, meter: &Meter, place: &Place) -> Result<Sample> {
         let socket = place.dir().join("rust-vmm.sock");
         let mode = if case.backend == Wait::Event { "epoll" } else { "spin" };
-        let mut command = on_backend_cpu(program("rust-vmm-null"));
-        command.arg(&socket).arg(mode);
+        let mut command = meter.backend();
+        command.arg(program("rust-vmm-null")).arg(&socket).arg(mode);
         let server = serve("rust-vmm-null", place, &socket, &mut command)?;
         drive(case, meter, &socket, &server)
     }
