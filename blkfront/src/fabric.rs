@@ -12,7 +12,7 @@ use crate::stats::{Counters, Stats};
 use crate::{Cause, Config, map_vcpus};
 use ring_proto::DomId;
 use ring_proto::abi::PAGE_SIZE;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use tokio::sync::mpsc::UnboundedSender;
@@ -70,7 +70,8 @@ impl Fabric {
             _ => None,
         });
         let mailboxes = vcpus.iter().cloned().chain(owners).collect();
-        let link = Arc::new(Link { sectors: AtomicU64::new(0), mailboxes, control });
+        let (sectors, connection) = (AtomicU64::new(0), AtomicU32::new(0));
+        let link = Arc::new(Link { sectors, connection, mailboxes, control });
         let counters = |n| (0..n).map(|_| Arc::<Counters>::default()).collect::<Vec<_>>();
         let fabric = Self {
             ring_counters: counters(holders.len()),
@@ -130,6 +131,7 @@ impl Fabric {
 
     /// Hands the rings of a new connection to their owners.
     pub(crate) fn connect(&self, connection: u32, limits: Limits, rings: Vec<Ring>) {
+        self.link.connection.store(connection, Ordering::Relaxed);
         let mut own: Vec<Option<Box<Ring>>> = Vec::new();
         own.resize_with(self.vcpus.len(), || None);
         let mut idle = Vec::new();
@@ -198,7 +200,9 @@ impl Fabric {
             grants.map(Pool::new).map_err(|source| Cause::Platform { ring, source })
         };
         let (pool, lists) = (grant(pool_pages)?, grant(list_pages(config))?);
-        // Last, so that this can be retried if granting fails.
+        let waker = Queue::waker(mailbox);
+        let waker = waker.map_err(|source| Cause::System { doing: "make an epoll", source })?;
+        // Last, so that this can be retried after a failure.
         let Some(path) = locked(&self.seats).get_mut(n).and_then(Option::take) else {
             return Ok(None);
         };
@@ -216,11 +220,11 @@ impl Fabric {
             path,
             link: self.link.clone(),
             mailbox: mailbox.clone(),
+            waker,
             counters: counters.clone(),
             ring_counters: self.ring_counters.get(ring as usize).cloned().unwrap_or_default(),
         };
-        let queue = Queue::new(parts);
-        queue.map(Some).map_err(|source| Cause::System { doing: "make an epoll", source })
+        Ok(Some(Queue::new(parts)))
     }
 
     /// Ends the threads of shared rings.

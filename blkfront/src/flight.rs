@@ -100,11 +100,13 @@ impl Flight {
         !self.waiting.is_empty()
     }
 
-    /// Takes an I/O that was checked against the limits, while there is room. An I/O that needs no request
-    /// completes at once.
+    /// Takes an I/O that was checked against the limits, while there is room. A flush that needs no request
+    /// completes at once if the limits are `current`. If they are not, another queue may have written to a
+    /// new backend that has a cache: then the flush waits for the new limits.
     pub(crate) fn admit(
         &mut self,
         io: Io,
+        current: bool,
         pool: &Pool,
         counters: &Counters,
         done: &mut Vec<Completed>,
@@ -136,7 +138,7 @@ impl Flight {
         let first = self.first(range);
         let key = self.table.admit((cookie, buffer), (fua, flush_after), first);
         let Some(key) = key else { return };
-        if op == Op::Flush && flush == FlushMode::None {
+        if op == Op::Flush && flush == FlushMode::None && current {
             return self.land(key, done);
         }
         self.line_up(key, first, counters);
@@ -308,16 +310,31 @@ impl Flight {
             // Linux completes it here, although nothing was written.
             (Status::NotSupported, Some(Kind::Barrier)) => {
                 self.limits.flush = FlushMode::None;
-                return self.reassemble(key, pool, counters);
+                return self.reassemble(key, pool, counters, done);
             }
             (Status::NotSupported, Some(kind)) => {
-                if matches!(kind, Kind::Discard { .. }) {
-                    self.limits.discard = false;
+                match kind {
+                    Kind::Discard { secure: true } => self.limits.secure_discard = false,
+                    Kind::Discard { secure: false } => self.limits.discard = false,
+                    _ => {}
                 }
                 Err(IoError::NotSupported)
             }
             (Status::Error, _) => Err(IoError::Backend),
         };
+        self.end(key, result, pool, counters, done);
+    }
+
+    /// Takes a request out, and completes the I/Os that have nothing left to do.
+    #[inline]
+    fn end(
+        &mut self,
+        key: u32,
+        result: Result<(), IoError>,
+        pool: &Pool,
+        counters: &Counters,
+        done: &mut Vec<Completed>,
+    ) {
         self.drop_list(key);
         let mut next = key;
         while next != NONE {
@@ -361,20 +378,33 @@ impl Flight {
         limits: Limits,
         pool: &Pool,
         counters: &Counters,
+        done: &mut Vec<Completed>,
     ) {
         self.limits = limits;
         let waiting = std::mem::take(&mut self.waiting);
         self.waiting.reserve(waiting.capacity());
         for &key in unanswered.iter().chain(&waiting) {
-            self.reassemble(key, pool, counters);
+            self.reassemble(key, pool, counters, done);
         }
     }
 
-    fn reassemble(&mut self, key: u32, pool: &Pool, counters: &Counters) {
+    fn reassemble(
+        &mut self,
+        key: u32,
+        pool: &Pool,
+        counters: &Counters,
+        done: &mut Vec<Completed>,
+    ) {
         let Some(request) = self.table.get(key).map(|first| first.request) else { return };
+        let flushes = self.limits.flush != FlushMode::None;
         // There may be no barriers any more, or only smaller ones, or flushes may be needed now.
         let (kind, flush) = match request.kind {
-            Kind::Barrier | Kind::Write => (Kind::Write, self.limits.flush != FlushMode::None),
+            Kind::Barrier | Kind::Write => (Kind::Write, flushes),
+            Kind::Flush if !flushes => return self.end(key, Ok(()), pool, counters, done),
+            // A backend may ignore what it does not know, and carry out a plain discard.
+            Kind::Discard { secure } if !self.limits.may_discard(secure) => {
+                return self.end(key, Err(IoError::NotSupported), pool, counters, done);
+            }
             kind => (kind, false),
         };
         self.drop_list(key);

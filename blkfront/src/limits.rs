@@ -66,10 +66,14 @@ impl Limits {
         u32::from(self.direct.max(self.indirect)).max(1)
     }
 
+    pub(crate) fn may_discard(&self, secure: bool) -> bool {
+        self.discard && (!secure || self.secure_discard)
+    }
+
     /// Whether `op`, not a flush, on `len` bytes from `offset` may go to a device of `size` bytes.
     pub(crate) fn check(&self, op: Op, offset: u64, len: u64, size: u64) -> Result<(), Refusal> {
         if let Op::Discard { secure, .. } = op
-            && (!self.discard || (secure && !self.secure_discard))
+            && !self.may_discard(secure)
         {
             return Err(Refusal::NotSupported);
         }

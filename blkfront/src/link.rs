@@ -139,6 +139,8 @@ pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(crate) struct Link {
     /// Size in 512-byte sectors.
     pub(crate) sectors: AtomicU64,
+    /// The latest connection's number. Set before anybody gets a notice of it.
+    pub(crate) connection: AtomicU32,
     /// Of all threads that get notices.
     pub(crate) mailboxes: Vec<Arc<Mailbox>>,
     /// To the control thread.

@@ -92,14 +92,20 @@ pub(crate) struct Parts {
     pub(crate) path: Path,
     pub(crate) link: Arc<Link>,
     pub(crate) mailbox: Arc<Mailbox>,
+    pub(crate) waker: Epoll,
     pub(crate) counters: Arc<Counters>,
     pub(crate) ring_counters: Arc<Counters>,
 }
 
 impl Queue {
-    pub(crate) fn new(parts: Parts) -> io::Result<Self> {
+    /// What a queue with this mailbox is woken by, as yet without its ring.
+    pub(crate) fn waker(mailbox: &Mailbox) -> io::Result<Epoll> {
         let waker = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        waker.add(&parts.mailbox.bell, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+        waker.add(&mailbox.bell, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+        Ok(waker)
+    }
+
+    pub(crate) fn new(parts: Parts) -> Self {
         let Parts { depth, pool_pages, limits, .. } = parts;
         let mut queue = Self {
             vcpu: parts.vcpu,
@@ -121,12 +127,12 @@ impl Queue {
             done: Vec::with_capacity(depth),
             spin: Spin::new(parts.waiting),
             slept: false,
-            waker,
+            waker: parts.waker,
             counters: parts.counters,
             ring_counters: parts.ring_counters,
         };
         queue.read_mail();
-        Ok(queue)
+        queue
     }
 
     /// A buffer of `len` bytes, or `None` while too few pages of the pool are free. It contains whatever
@@ -153,11 +159,20 @@ impl Queue {
             return Err(Refused { reason, io });
         }
         self.counters.ios.add(1);
-        self.flight.admit(io, &self.pool, &self.counters, &mut self.done);
+        let current = io.op != Op::Flush || self.is_current();
+        self.flight.admit(io, current, &self.pool, &self.counters, &mut self.done);
         if !self.plugged {
             self.issue();
         }
         Ok(())
+    }
+
+    /// Whether the limits are those of the latest connection.
+    fn is_current(&self) -> bool {
+        // Relaxed: who has a completion of a new backend, and tells us of it, took a notice that was posted
+        // after the number was stored.
+        let latest = self.link.connection.load(Ordering::Relaxed);
+        self.next_limits.is_none() && self.connection == latest
     }
 
     fn check(&self, io: &Io) -> Result<(), Refusal> {
@@ -165,18 +180,24 @@ impl Queue {
         if self.in_flight() >= self.flight.depth() {
             return Err(Refusal::WouldBlock);
         }
-        if self.is_gone() {
-            return Err(Refusal::Gone);
-        }
         let len = match (io.op, &io.buffer) {
             (Op::Read | Op::Write { .. }, Some(buffer)) if self.pool.owns(buffer) => {
                 buffer.len() as u64
             }
             (Op::Read | Op::Write { .. }, _) => return Err(Refusal::ForeignBuffer),
             (Op::Discard { len, .. }, _) => len,
-            (Op::Flush, _) => return Ok(()),
+            (Op::Flush, _) => 0,
         };
-        self.flight.limits.check(io.op, io.offset, len, self.size())
+        self.allows(io.op, io.offset, len)
+    }
+
+    /// Whether the device can be asked for this now.
+    pub(crate) fn allows(&self, op: Op, offset: u64, len: u64) -> Result<(), Refusal> {
+        match op {
+            _ if self.is_gone() => Err(Refusal::Gone),
+            Op::Flush => Ok(()),
+            _ => self.flight.limits.check(op, offset, len, self.size()),
+        }
     }
 
     /// Holds I/O back, so that neighbours can be merged and are sent together.
@@ -365,7 +386,8 @@ impl Queue {
             return;
         }
         if let Some(limits) = self.next_limits.take() {
-            self.flight.reissue(&self.unanswered, limits, &self.pool, &self.counters);
+            let Self { flight, unanswered, pool, counters, done, .. } = self;
+            flight.reissue(unanswered, limits, pool, counters, done);
             self.unanswered.clear();
             if !self.plugged {
                 self.issue();

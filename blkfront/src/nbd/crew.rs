@@ -32,7 +32,6 @@ impl<'a> Crew<'a> {
         options.check(disk.vcpus() as usize)?;
         let name: Arc<str> = options.export.as_str().into();
         let places = options.max_connections.div_ceil(disk.vcpus() as usize);
-        let Export { min_block, read_only, .. } = export(disk, &options);
         let mut workers = Vec::new();
         for vcpu in 0..disk.vcpus() {
             let bell =
@@ -42,8 +41,8 @@ impl<'a> Crew<'a> {
             let (sender, inbox) = channel();
             let depth = places * MAX_REQUESTS;
             let queue = disk.queue(vcpu)?;
-            let requests =
-                Requests::new(queue, depth, min_block, read_only).ok_or(Error::Pool { vcpu })?;
+            let requests = Requests::new(queue, depth, options.read_only);
+            let requests = requests.ok_or(Error::Pool { vcpu })?;
             let worker = Worker {
                 requests,
                 inbox,

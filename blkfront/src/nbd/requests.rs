@@ -53,7 +53,7 @@ struct Request {
 pub(super) struct Requests {
     queue: Queue,
     requests: Slab<Request>,
-    sector_size: u32,
+    /// Nothing may be written, whatever the device allows.
     read_only: bool,
     /// The zeroes, unless they are being written.
     zeroes: Option<IoBuffer>,
@@ -68,18 +68,12 @@ impl Requests {
     }
 
     /// For up to `depth` requests at a time. `None` when the queue's pool has no room for the zeroes.
-    pub(super) fn new(
-        mut queue: Queue,
-        depth: usize,
-        sector_size: u32,
-        read_only: bool,
-    ) -> Option<Self> {
+    pub(super) fn new(mut queue: Queue, depth: usize, read_only: bool) -> Option<Self> {
         let mut zeroes = queue.alloc(ZERO_BYTES)?;
         zeroes.write(0, &vec![0; ZERO_BYTES]);
         Some(Self {
             queue,
             requests: Slab::new(depth),
-            sector_size,
             read_only,
             zeroes: Some(zeroes),
             zeroing: VecDeque::with_capacity(depth),
@@ -99,22 +93,15 @@ impl Requests {
         if matches!(command, Command::Flush | Command::Disconnect) {
             return Ok(());
         }
-        if self.queue.is_gone() {
-            return Err(Refusal::Gone.into());
-        }
-        if self.read_only && command != Command::Read {
+        let reads = command == Command::Read;
+        if self.read_only && !reads {
             return Err(Errno::Perm);
         }
-        let sector_mask = u64::from(self.sector_size) - 1;
-        if len == 0 || (offset | u64::from(len)) & sector_mask != 0 {
-            return Err(Errno::Inval);
-        }
-        let fits = offset.checked_add(len.into()).is_some_and(|end| end <= self.queue.size());
-        match command {
-            _ if fits => Ok(()),
-            Command::Read => Err(Errno::Inval),
-            _ => Err(Errno::NoSpc),
-        }
+        let op = if reads { Op::Read } else { Op::Write { fua: false } };
+        self.queue.allows(op, offset, len.into()).map_err(|refusal| match refusal {
+            Refusal::PastEnd { .. } if reads => Errno::Inval,
+            refusal => refusal.into(),
+        })
     }
 
     /// Starts a request that passed [`Requests::check`]. Returns it if it is over at once.

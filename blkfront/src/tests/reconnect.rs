@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::link::Notice;
-use crate::{Io, Refusal};
+use crate::{Io, Op, Refusal};
 use std::time::{Duration, Instant};
 
 /// Bytes of each of the writes: 24 pages, an indirect request.
@@ -125,6 +125,55 @@ fn a_durable_write_is_flushed_where_only_the_new_backend_has_a_cache() {
     queue.wait(&mut done, None);
     assert_eq!(done[0].result, Ok(()));
     assert_eq!(rig.storage().log, [(WRITE, 1), (FLUSH_DISKCACHE, 0)]);
+}
+
+#[test]
+fn a_flush_reaches_a_new_backend_with_a_cache_that_its_queue_has_not_heard_of() {
+    use ring_proto::abi::op::{FLUSH_DISKCACHE, WRITE};
+    // Each with a ring of its own, and both on one.
+    for rings in [2, 1] {
+        let mut rig = Rig::new(small(2), rings);
+        let none = Rig::limits(UNION, 0, FlushMode::None);
+        let backend = rig.connect(UNION, none, Conduct::Good);
+        let (mut idle, mut busy) = (rig.queue(0), rig.queue(1));
+        idle.flush().unwrap();
+        assert!(rig.storage().log.is_empty(), "nothing to flush");
+        drop(backend);
+        rig.fabric.post(|| Notice::Down);
+        let _backend = rig.connect(UNION, Rig::limits(UNION, 0, FlushMode::Cache), Conduct::Good);
+        busy.write_at(0, &[7; 512]).unwrap();
+        idle.flush().unwrap();
+        assert_eq!(rig.storage().log, [(WRITE, 1), (FLUSH_DISKCACHE, 0)]);
+    }
+}
+
+#[test]
+fn what_a_new_backend_has_no_request_for_is_not_sent() {
+    let mut rig = Rig::new(small(1), 1);
+    let cache = Limits { secure_discard: true, ..Rig::limits(UNION, 0, FlushMode::Cache) };
+    let backend = rig.connect(UNION, cache, Conduct::FallsSilent(0));
+    let mut queue = rig.queue(0);
+    queue.submit(Io::flush(0)).unwrap();
+    let discard = |cookie, secure| {
+        let op = Op::Discard { len: 4096, secure };
+        Io { cookie, op, offset: 0, buffer: None }
+    };
+    queue.submit(discard(1, true)).unwrap();
+    queue.submit(discard(2, false)).unwrap();
+    while rig.storage().log.len() < 3 {
+        std::thread::yield_now();
+    }
+    drop(backend);
+    rig.storage().log.clear();
+    let _backend = rig.connect(UNION, Rig::limits(UNION, 0, FlushMode::None), Conduct::Good);
+    let mut done = Vec::new();
+    while queue.in_flight() > 0 {
+        queue.wait(&mut done, None);
+    }
+    done.sort_by_key(|completed| completed.cookie);
+    let results: Vec<_> = done.iter().map(|completed| completed.result).collect();
+    assert_eq!(results, [Ok(()), Err(crate::IoError::NotSupported), Ok(())]);
+    assert_eq!(rig.storage().log, [(ring_proto::abi::op::DISCARD, 8)]);
 }
 
 #[test]
