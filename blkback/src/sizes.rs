@@ -22,6 +22,8 @@ struct Disk {
     /// Gone when the device is.
     storage: Weak<dyn Storage>,
     resized: Arc<Notify>,
+    /// In 512-byte sectors, as last reported. The storage may have been looked at by others meanwhile.
+    sectors: u64,
     /// The device's span, for the log.
     span: Span,
     /// The last check failed, and was logged.
@@ -41,8 +43,10 @@ impl Sizes {
 
     /// From now on checks `storage` as long as it lives, and notifies `resized` when its size changes.
     pub(crate) fn watch(&self, storage: &Arc<dyn Storage>, resized: &Arc<Notify>) {
+        let sectors = storage.geometry().sectors;
         let (storage, resized) = (Arc::downgrade(storage), resized.clone());
-        self.send(Message::Watch(Disk { storage, resized, span: Span::current(), failed: false }));
+        let (span, failed) = (Span::current(), false);
+        self.send(Message::Watch(Disk { storage, resized, sectors, span, failed }));
     }
 
     /// Checks now.
@@ -84,11 +88,13 @@ impl Disk {
     /// Checks the size; `false` once the storage is gone.
     fn look(&mut self) -> bool {
         let Some(storage) = self.storage.upgrade() else { return false };
-        let before = storage.geometry().sectors;
         let outcome = storage.refresh();
         let failed = outcome.is_err();
         match outcome {
-            Ok(now) if now.sectors != before => self.resized.notify_one(),
+            Ok(now) if now.sectors != self.sectors => {
+                self.sectors = now.sectors;
+                self.resized.notify_one();
+            }
             Err(error) if !self.failed => {
                 self.span.in_scope(|| warn!(%error, "cannot look at the size of the disk"));
             }

@@ -12,6 +12,7 @@ use std::process::Command;
 use std::time::Duration;
 use xen_blk_tests::host::{DRIVER_DOMAIN, Host, Programs};
 use xen_blk_tests::process::{Process, run, wait_until};
+use xenstore_glue::wire::{Access, Perm};
 
 const PLAIN: Transport =
     Transport { layout: RingLayout::Union(Abi::X86_64), order: 0, persistent: false };
@@ -162,12 +163,14 @@ fn the_directory_stays_for_who_runs_the_script() -> Result<()> {
 #[test]
 fn what_another_script_has_found_is_the_disk() -> Result<()> {
     let host = Host::start(Programs::beside_us()?)?;
-    let mut daemon = host.backend(&["--script-timeout-s", "3600"])?;
+    let options = ["--script-timeout-s", "3600", "--resize-interval-s", "1"];
+    let mut daemon = host.backend(&options)?;
     let guest = Guest::create(&host, "guest")?;
     let admin = Store::connect(&host.platform_dir().join("xenstored.sock"))?;
     let image = host.dir().join("found.raw");
     File::create(&image)?.set_len(3 << 20)?;
-    let device = guest.attach(&host, "vdev=xvda,script=block-test,target=resource")?;
+    // No target of ours, and no path.
+    let device = guest.attach(&host, "vdev=xvda,script=block-test,target=drbd:resource")?;
     device.begin(&guest)?;
     let link = Link::new(&guest, PLAIN)?;
     device.offer(&guest, &link.keys())?;
@@ -181,8 +184,33 @@ fn what_another_script_has_found_is_the_disk() -> Result<()> {
     let mut used = WellBehaved::on(&guest, link)?;
     used.round_trip(0)?;
     daemon.kill()?;
+    let _daemon = host.backend(&options)?;
+    used.round_trip(0)?;
+    File::options().write(true).open(&image)?.set_len(4 << 20)?;
+    wait_until("the disk is resized", || {
+        Ok(device.property(&guest, "sectors")?.as_deref() == Some("8192"))
+    })
+}
+
+/// libxl attaches the guest's disks to it as well.
+#[test]
+fn a_stub_domain_shares_its_guest_s_disk() -> Result<()> {
+    let host = Host::start(Programs::beside_us()?)?;
     let _daemon = host.backend(&[])?;
-    used.round_trip(0)
+    let admin = Store::connect(&host.platform_dir().join("xenstored.sock"))?;
+    let image = host.dir().join("disk.raw");
+    File::create(&image)?.set_len(1 << 20)?;
+    let (guest, stub) = (Guest::create(&host, "guest")?, Guest::create(&host, "guest-dm")?);
+    let target = format!("/local/domain/{}/target", stub.domid.0);
+    admin.write(&target, guest.domid.0.to_string())?;
+    // As dom0 could anyway.
+    let perms = [Perm::new(0, Access::None), Perm::new(guest.backend.0, Access::Read)];
+    admin.set_perms(&target, &perms)?;
+    let line = format!("vdev=xvda,target={}", image.display());
+    let device = guest.attach(&host, &line)?;
+    WellBehaved::connect(&guest, &device, PLAIN)?.round_trip(0)?;
+    let device = stub.attach(&host, &line)?;
+    WellBehaved::connect(&stub, &device, PLAIN)?.round_trip(0)
 }
 
 /// Debian's xenstore tools and the script that we ship, on a disk of a driver domain.

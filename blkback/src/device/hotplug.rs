@@ -30,6 +30,8 @@ pub(super) enum Script {
     None,
     /// It has yet to say that the disk may be used. With a deadline if it is not certain to run.
     Awaited(Option<Instant>),
+    /// It has said no: the toolstack removes the device.
+    Refused,
     /// It has said so.
     Ran,
 }
@@ -48,14 +50,14 @@ impl Script {
     pub(super) fn deadline(self) -> Option<Instant> {
         match self {
             Self::Awaited(deadline) => deadline,
-            Self::None | Self::Ran => None,
+            Self::None | Self::Refused | Self::Ran => None,
         }
     }
 
     /// How long to leave the directory of a closed device for others to remove.
     fn grace(self) -> Duration {
         match self {
-            Self::Ran => SCRIPT_GRACE,
+            Self::Refused | Self::Ran => SCRIPT_GRACE,
             Self::None | Self::Awaited(_) => RETIRE_GRACE,
         }
     }
@@ -104,6 +106,7 @@ impl Device {
     async fn open(&mut self) -> Result<(), Abandoned> {
         let (description, direct) = (self.description.clone(), self.context.tuning.direct);
         let found = self.found().await?;
+        let was_found = found.is_some();
         let mut open = tokio::task::spawn_blocking(move || description.open(found, direct));
         let opened = loop {
             // That may take long, or for ever: hanging storage must not block another disk in this place.
@@ -128,7 +131,8 @@ impl Device {
                     read_only = geometry.read_only,
                     "disk opened"
                 );
-                if self.description.can_resize() {
+                // What a script has found is a file or a device, whatever its target is called.
+                if was_found || self.description.can_resize() {
                     self.context.sizes.watch(&storage, &self.resized);
                 }
                 self.storage = Some(storage);
@@ -193,14 +197,13 @@ impl Device {
 
     /// Reads the script's result, if one is awaited.
     pub(super) async fn look_for_script(&mut self) -> Result<(), Abandoned> {
-        if !matches!(self.script, Script::Awaited(_)) {
+        if !matches!(self.script, Script::Awaited(_) | Script::Refused) {
             return Ok(());
         }
         match self.hotplug_status().await?.as_deref() {
             None => {}
             Some(b"connected") => self.connectable(Script::Ran).await?,
-            // The toolstack removes the device.
-            Some(_) => self.script = Script::Awaited(None),
+            Some(_) => self.script = Script::Refused,
         }
         Ok(())
     }

@@ -24,7 +24,7 @@ pub(super) struct Description {
     /// `xvda` and the like.
     pub(super) name: String,
     pub(super) read_only: bool,
-    /// `mode` is `w!`: the image may be in use elsewhere.
+    /// The image may be in use elsewhere: `mode` is `w!`, or the frontend is a guest's stub domain.
     pub(super) shared: bool,
     pub(super) cdrom: bool,
     pub(super) removable: bool,
@@ -81,6 +81,10 @@ impl Description {
             });
         }
         let mode = text("mode").await?.unwrap_or_default();
+        // Written by the toolstack for a stub domain: the guest that it emulates devices for, whose disks
+        // it has as well. So Xen's scripts let it use what that guest uses (`same_vm`).
+        let emulates = format!("/local/domain/{}/target", paths.frontend_domain.0);
+        let is_stub = super::read_frontend(client, &emulates).await?.is_some();
         let script = text("script").await?.unwrap_or_default();
         let name = script.rsplit('/').next().unwrap_or_default();
         Ok(Self {
@@ -89,7 +93,7 @@ impl Description {
             params: text("params").await?.ok_or(DescriptionError::Missing("params"))?,
             name: text("dev").await?.unwrap_or_else(|| format!("vbd-{}", paths.device)),
             read_only: !mode.starts_with('w'),
-            shared: mode.ends_with('!'),
+            shared: mode.ends_with('!') || is_stub,
             cdrom: is(text("device-type").await?, "cdrom"),
             removable: is(text("removable").await?, "1"),
             discard: !is(text("discard-enable").await?, "0"),
@@ -124,7 +128,7 @@ impl Description {
         Ok(storage::open(&target, options)?)
     }
 
-    /// Whether the size may change under us, as that of a file or a block device may.
+    /// Whether the target's size may change under us, as that of a file or a block device may.
     pub(super) fn can_resize(&self) -> bool {
         self.params.parse().is_ok_and(|target: Target| matches!(target.store, Store::Path(_)))
     }

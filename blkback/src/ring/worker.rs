@@ -155,7 +155,9 @@ impl Worker {
     /// Does one round. Returns whether to do another before the thread spins or sleeps. With `sleeps_next`, a
     /// thread that has no other ring sleeps if not: it then submits and waits in one system call.
     pub(super) fn round(&mut self, sleeps_next: bool) -> Result<bool, Exit> {
-        self.draining |= self.orders.stopped();
+        if self.orders.stopped() {
+            self.stop();
+        }
         let handled = if self.draining { 0 } else { self.take()? };
         if !self.ready.is_empty() {
             self.start();
@@ -178,7 +180,9 @@ impl Worker {
 
     /// Takes no more requests.
     pub(super) fn stop(&mut self) {
-        self.draining = true;
+        if !std::mem::replace(&mut self.draining, true) {
+            self.queue.hurry();
+        }
     }
 
     /// Ends the service. Returns what it has mapped of the frontend's data, for the caller to unmap.

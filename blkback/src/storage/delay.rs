@@ -87,6 +87,10 @@ impl Queue for DelayQueue {
         self.inner.share(shared)
     }
 
+    fn hurry(&mut self) {
+        self.inner.hurry();
+    }
+
     fn due(&mut self) -> Option<Instant> {
         earliest(&self.held, self.inner.due())
     }

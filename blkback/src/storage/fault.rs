@@ -109,6 +109,10 @@ impl Queue for FaultyQueue {
         self.inner.share(shared)
     }
 
+    fn hurry(&mut self) {
+        self.inner.hurry();
+    }
+
     fn due(&mut self) -> Option<Instant> {
         self.inner.due()
     }

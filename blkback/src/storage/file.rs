@@ -1,5 +1,6 @@
 //! Raw files and block devices.
 
+use super::claim::Claim;
 use super::device::{self, AtOnce, Device};
 use super::uring::UringQueue;
 use super::{Direct, Discard, Geometry, OpenError, Options, Queue, QueueSetup, Storage};
@@ -39,6 +40,8 @@ pub(super) struct Backing {
     pub(super) cached: bool,
     lost: AtomicBool,
     geometry: Mutex<Geometry>,
+    /// Given up once the file is closed.
+    _claim: Option<Claim>,
 }
 
 impl FileDisk {
@@ -53,6 +56,9 @@ impl FileDisk {
             return Err(OpenError::Kind { path: path.into(), kind });
         }
 
+        let claim = (is_device && !options.shared)
+            .then(|| claim(metadata.rdev(), path, options))
+            .transpose()?;
         let (file, unit) = open_file(path, is_device, options)?;
         if !is_device && !options.shared {
             lock(&file, path, options)?;
@@ -98,6 +104,7 @@ impl FileDisk {
             cached: !direct,
             lost: AtomicBool::new(false),
             geometry: Mutex::new(geometry),
+            _claim: claim,
         })))
     }
 }
@@ -171,7 +178,14 @@ impl Backing {
     }
 }
 
-/// Locks the image: exclusively, or shared with other readers. A device has O_EXCL for that.
+/// Claims a device among the disks of this process. One that was just detached may still be closing it.
+fn claim(device: u64, path: &Path, options: Options) -> Result<Claim, OpenError> {
+    let read_only = options.read_only;
+    let claim = || Claim::new(device, read_only).ok_or(());
+    patiently(claim, |()| true).map_err(|()| OpenError::Busy { path: path.into(), read_only })
+}
+
+/// Locks the image: exclusively, or shared with other readers. A device has O_EXCL and [`Claim`] for that.
 ///
 /// Both belong to the open file, which requests in the kernel hold too: a predecessor that was killed keeps
 /// the image until its last write has landed, so that none can land on top of ours.

@@ -7,6 +7,7 @@
 //! queue holds an operation, the device may be writing to them.
 
 mod buffer;
+mod claim;
 mod delay;
 mod device;
 mod fault;
@@ -195,6 +196,9 @@ pub trait Queue {
     /// # Errors
     /// When the switch fails.
     fn share(&mut self, shared: bool) -> io::Result<Option<BorrowedFd<'_>>>;
+
+    /// Holds no operation back any longer to spread the load: the ring ends, and somebody waits for that.
+    fn hurry(&mut self) {}
 
     /// When to [poll](Queue::poll) a shared queue again even if it has not been signalled.
     fn due(&mut self) -> Option<Instant> {

@@ -74,9 +74,8 @@ pub enum OpenError {
     },
     /// Somebody else holds the device.
     #[error(
-        "{path:?} is in use ({}): release it{}",
+        "{path:?} is in use ({}): release it",
         if *.read_only { "a disk or program that may write to it holds it" } else { "mounted, or held by another disk or program" },
-        if *.read_only { "" } else { " or make the disk read-only" }
     )]
     Busy {
         /// As configured.

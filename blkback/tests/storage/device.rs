@@ -248,20 +248,27 @@ fn a_device_that_is_about_to_be_free_is_waited_for() {
 }
 
 #[test]
-fn a_device_has_one_writer() {
+fn a_device_is_one_writers_or_many_readers() {
     let Some(device) = Loop::new(1 << 20, "512") else { return };
     let mut first = Rig::new(&device.target(), Options::default());
     first.write(0, &[7; SECTOR]).expect("write");
-    assert!(matches!(
-        open(&device.target(), Options::default()),
-        Err(OpenError::Busy { path, .. }) if path == device.device
-    ));
+    let refused = |options| {
+        let outcome = open(&device.target(), options);
+        matches!(outcome, Err(OpenError::Busy { path, .. }) if path == device.device)
+    };
     let read_only = Options { read_only: true, ..Options::default() };
-    let mut reader = Rig::new(&device.target(), read_only);
-    assert_eq!(reader.read(0, SECTOR).expect("read"), [7; SECTOR]);
-    let refused = reader.write(0, &[8; SECTOR]).expect_err("it is read-only");
-    assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
+    assert!(refused(Options::default()), "written by two");
+    assert!(refused(read_only), "read while it is written");
+    let shared = Options { shared: true, ..read_only };
+    drop(open(&device.target(), shared).expect("shared on purpose"));
     // With the last user gone it is free at once.
     drop(first);
+    let mut reader = Rig::new(&device.target(), read_only);
+    assert_eq!(reader.read(0, SECTOR).expect("read"), [7; SECTOR]);
+    let error = reader.write(0, &[8; SECTOR]).expect_err("it is read-only");
+    assert_eq!(error.raw_os_error(), Some(libc::EROFS));
+    drop(open(&device.target(), read_only).expect("read twice"));
+    assert!(refused(Options::default()), "written while it is read");
+    drop(reader);
     open(&device.target(), Options::default()).expect("open again");
 }

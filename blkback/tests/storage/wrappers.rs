@@ -1,6 +1,6 @@
 //! Disks that are slow, limited and broken on purpose.
 
-use crate::rig::{DEPTH, HUNG, Rig, SECTOR, TestFile, parse};
+use crate::rig::{AREA, DEPTH, HUNG, Rig, SECTOR, TestFile, parse};
 use blkback::storage::{OpKind, Options, open};
 use std::time::{Duration, Instant};
 
@@ -93,6 +93,30 @@ fn a_limit_is_shared_by_the_queues_of_a_disk() {
         assert!(taken >= Duration::from_millis(185), "2000 at 10000 a second took {taken:?}");
         assert!(taken < Duration::from_secs(5), "2000 at 10000 a second took {taken:?}");
     }
+}
+
+#[test]
+fn a_ring_that_ends_does_not_wait_for_a_limit_but_the_disk_pays_for_it() {
+    // 100 s for each operation.
+    let target = parse("error:0%,delay:1ms,limit:10k/s,null:16M");
+    let storage = open(&target, Options::default()).expect("open");
+    let fill = |rig: &mut Rig| {
+        for tag in 0..DEPTH as u16 {
+            let piece = rig.piece(tag, 0, AREA);
+            rig.submit(tag, OpKind::Read, 0, vec![piece]);
+        }
+    };
+    let mut ending = Rig::on(storage.clone(), true);
+    fill(&mut ending);
+    ending.queue().hurry();
+    assert_eq!(ending.finish().len(), DEPTH);
+    // What an operation on its way leads to, such as the write that follows a flush.
+    fill(&mut ending);
+    assert_eq!(ending.finish().len(), DEPTH);
+    let mut next = Rig::on(storage, true);
+    fill(&mut next);
+    let due = next.queue().due().expect("it is held back");
+    assert!(due > Instant::now() + Duration::from_secs(60), "the limit was forgotten");
 }
 
 /// Without persistent grants, a frontend's data would be left where it is, with nothing to count.
