@@ -1,10 +1,13 @@
 //! Data written with any mix of plugs, sizes, layouts and rings is on the disk, and reads back.
 
 use super::*;
+use crate::link::Notice;
 use crate::{Completed, Io, Op, Stats};
 use ring_proto::abi::op;
 use std::collections::HashMap;
 use std::ops::Range;
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// I/Os of a run.
 const IOS: u64 = 2000;
@@ -131,32 +134,44 @@ fn what_has_no_data_leaves_a_buffer_alone() {
     assert_eq!(log, [op::FLUSH_DISKCACHE, op::DISCARD]);
 }
 
-fn run(config: Config, rings: u32, layout: RingLayout, limits: Limits) -> (Rig, Stats) {
-    let vcpus = config.vcpus;
-    let mut rig = Rig::new(config, rings);
-    let _backend = rig.connect(layout, limits, Conduct::Good);
+/// The work of each vCPU, and what it returns.
+type Models = Vec<JoinHandle<(Stats, Range<u64>, Vec<u8>)>>;
+
+/// Has each vCPU do its work on a part of the disk, in a thread.
+fn start(rig: &Rig) -> Models {
+    let vcpus = rig.config.vcpus;
     let share = DISK as u64 / 512 / u64::from(vcpus);
-    let threads: Vec<_> = (0..vcpus)
-        .map(|vcpu| {
-            let start = u64::from(vcpu) * share;
-            let model = Model {
-                queue: rig.queue(vcpu),
-                random: Random(0x9e37_79b9 + u64::from(vcpu)),
-                part: start..start + share,
-                content: vec![0; share as usize * 512],
-                flying: HashMap::new(),
-                done: Vec::new(),
-            };
-            std::thread::spawn(move || model.run())
-        })
-        .collect();
+    let start = |vcpu| {
+        let start = u64::from(vcpu) * share;
+        let model = Model {
+            queue: rig.queue(vcpu),
+            random: Random(0x9e37_79b9 + u64::from(vcpu)),
+            part: start..start + share,
+            content: vec![0; share as usize * 512],
+            flying: HashMap::new(),
+            done: Vec::new(),
+        };
+        std::thread::spawn(move || model.run())
+    };
+    (0..vcpus).map(start).collect()
+}
+
+/// Waits for the work to be done, and checks the disk.
+fn finish(rig: &Rig, models: Models) -> Stats {
     let mut stats = Stats::default();
-    for thread in threads {
+    for thread in models {
         let (of_vcpu, part, content) = thread.join().unwrap();
         stats += of_vcpu;
         let bytes = part.start as usize * 512..part.end as usize * 512;
         assert!(rig.storage().data[bytes] == content, "the disk differs");
     }
+    stats
+}
+
+fn run(config: Config, rings: u32, layout: RingLayout, limits: Limits) -> (Rig, Stats) {
+    let mut rig = Rig::new(config, rings);
+    let _backend = rig.connect(layout, limits, Conduct::Good);
+    let stats = finish(&rig, start(&rig));
     for ring in 0..rig.fabric.rings() {
         let of_ring = rig.fabric.stats(ring);
         assert_eq!(of_ring.requests, of_ring.responses);
@@ -172,6 +187,40 @@ fn one_ring_a_vcpu() {
         let (_, stats) = run(small(2), 2, layout, Rig::limits(layout, indirect, FlushMode::Cache));
         assert!(stats.merges > 0 && stats.splits > 0, "{stats:?}");
         assert_eq!(stats.wakeups, 0, "no other thread is between a vCPU and its own ring");
+    }
+}
+
+/// They die, fall silent or go in good order, and each offers something else.
+#[test]
+fn any_number_of_backends_come_and_go() {
+    for (vcpus, rings) in [(2, 2), (3, 1), (5, 2)] {
+        let mut rig = Rig::new(small(vcpus), rings);
+        let models = start(&rig);
+        let mut random = Random(0x9e37_79b9);
+        let mut backends = 0;
+        while backends == 0 || !models.iter().all(JoinHandle::is_finished) {
+            let layout = if random.below(2) == 0 { UNION } else { RingLayout::Split };
+            let indirect = [0, 12, 32, 256][random.below(4) as usize];
+            let flush = [FlushMode::None, FlushMode::Cache, FlushMode::Barrier];
+            let flush = flush[random.below(3) as usize];
+            let conduct = match random.below(3) {
+                0 => Conduct::Good,
+                1 => Conduct::AnswersLast,
+                _ => Conduct::FallsSilent(random.below(60) as u32),
+            };
+            let backend = rig.connect(layout, Rig::limits(layout, indirect, flush), conduct);
+            backends += 1;
+            std::thread::sleep(Duration::from_micros(random.below(3000)));
+            if random.below(2) == 0 {
+                rig.fabric.post(|| Notice::Hold);
+            }
+            drop(backend);
+            if random.below(2) == 0 {
+                rig.fabric.post(|| Notice::Down);
+            }
+        }
+        let stats = finish(&rig, models);
+        assert!(backends > 3 && stats.merges > 0 && stats.splits > 0, "{backends}: {stats:?}");
     }
 }
 
