@@ -42,6 +42,12 @@ pub(super) enum Aim {
     Instructions(Which),
 }
 
+impl Aim {
+    fn is_slow(self) -> bool {
+        matches!(self, Self::Instructions(_))
+    }
+}
+
 /// An end.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Which {
@@ -83,7 +89,7 @@ struct Used {
 impl Meter {
     /// For measurements of `time`, if the time counts.
     pub(super) fn new(aim: Aim, time: Duration) -> Self {
-        Self { time: if matches!(aim, Aim::Instructions(_)) { COUNTED } else { time }, aim }
+        Self { time: if aim.is_slow() { COUNTED } else { time }, aim }
     }
 
     /// A command that runs the program it is given as a backend, on the backends' CPU.
@@ -98,7 +104,7 @@ impl Meter {
 
     /// How long clients are to work before they count. Callgrind counts from the start.
     pub(super) fn ramp(&self) -> Duration {
-        if matches!(self.aim, Aim::Instructions(_)) { Duration::ZERO } else { RAMP }
+        if self.aim.is_slow() { Duration::ZERO } else { RAMP }
     }
 
     /// Runs `clients` to their end.
@@ -113,8 +119,7 @@ impl Meter {
         let clients = clients.into_iter().map(|command| Client::start(&self.client(command)));
         let clients: Vec<Client> = clients.collect::<Result<_>>()?;
         let pids: Vec<u32> = clients.iter().map(|client| client.child.id()).collect();
-        let slow = matches!(self.aim, Aim::Instructions(_));
-        let connected = if slow { CONNECTED_SLOWLY } else { CONNECTED };
+        let connected = if self.aim.is_slow() { CONNECTED_SLOWLY } else { CONNECTED };
         std::thread::sleep(connected + self.ramp());
         let width = self.time.saturating_sub(connected + MARGIN);
         let perf = if self.aim == Aim::Calls {

@@ -87,7 +87,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let place = Place::new()?;
     let mut results = Results::default();
     let rounds = (1..=options.rounds).map(|n| (format!("{n} of {}", options.rounds), Aim::Times));
-    let (counts, notes) = counts(options);
+    let (counts, notes) = counts(options, &plan);
     for (what, aim) in rounds.chain(counts) {
         eprintln!("==> round {what}");
         let meter = Meter::new(aim, time);
@@ -182,9 +182,8 @@ fn wants_idle(options: &Options) -> bool {
     all && options.profile.iter().any(|profile| profiles.contains(profile))
 }
 
-/// The rounds that count what slows down or cannot be timed, by name, and a line for whatever is to be said
-/// of their counts.
-fn counts(options: &Options) -> (Vec<(String, Aim)>, Vec<String>) {
+/// The rounds that count instead of timing, by name, and a line for whatever is to be said of their counts.
+fn counts(options: &Options, plan: &Plan) -> (Vec<(String, Aim)>, Vec<String>) {
     let (mut rounds, mut notes) = (Vec::new(), Vec::new());
     let mut round = |name: &str, aim| rounds.push((name.to_owned(), aim));
     let calls = !options.no_count && perf_counts(CALLS);
@@ -193,7 +192,8 @@ fn counts(options: &Options) -> (Vec<(String, Aim)>, Vec<String>) {
     } else {
         notes.push("Calls are the programs' own counts: perf has none, or was not wanted.".into());
     }
-    if options.no_count || calls && perf_counts(INSTRUCTIONS) {
+    let countable = plan.iter().any(|(_, case)| case.is_countable());
+    if options.no_count || !countable || calls && perf_counts(INSTRUCTIONS) {
         return (rounds, notes);
     }
     match packages::install(callgrind::NEEDS) {
