@@ -187,8 +187,8 @@ fn claim(device: u64, path: &Path, options: Options) -> Result<Claim, OpenError>
 
 /// Locks the image: exclusively, or shared with other readers. A device has O_EXCL and [`Claim`] for that.
 ///
-/// Both belong to the open file, which requests in the kernel hold too: a predecessor that was killed keeps
-/// the image until its last write has landed, so that none can land on top of ours.
+/// The lock and O_EXCL belong to the open file, which requests in the kernel hold too: a predecessor that was
+/// killed keeps the image until its last write has landed, so that none can land on top of ours.
 fn lock(file: &File, path: &Path, options: Options) -> Result<(), OpenError> {
     let lock = || if options.read_only { file.try_lock_shared() } else { file.try_lock() };
     patiently(lock, |error| matches!(error, TryLockError::WouldBlock)).map_err(
