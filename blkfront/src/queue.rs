@@ -180,24 +180,23 @@ impl Queue {
         if self.in_flight() >= self.flight.depth() {
             return Err(Refusal::WouldBlock);
         }
+        if self.is_gone() {
+            return Err(Refusal::Gone);
+        }
         let len = match (io.op, &io.buffer) {
             (Op::Read | Op::Write { .. }, Some(buffer)) if self.pool.owns(buffer) => {
                 buffer.len() as u64
             }
             (Op::Read | Op::Write { .. }, _) => return Err(Refusal::ForeignBuffer),
             (Op::Discard { len, .. }, _) => len,
-            (Op::Flush, _) => 0,
+            (Op::Flush, _) => return Ok(()),
         };
         self.allows(io.op, io.offset, len)
     }
 
-    /// Whether the device can be asked for this now.
+    /// Whether the device as it is now can be asked for `op`, not a flush.
     pub(crate) fn allows(&self, op: Op, offset: u64, len: u64) -> Result<(), Refusal> {
-        match op {
-            _ if self.is_gone() => Err(Refusal::Gone),
-            Op::Flush => Ok(()),
-            _ => self.flight.limits.check(op, offset, len, self.size()),
-        }
+        self.flight.limits.check(op, offset, len, self.size())
     }
 
     /// Holds I/O back, so that neighbours can be merged and are sent together.

@@ -93,6 +93,9 @@ impl Requests {
         if matches!(command, Command::Flush | Command::Disconnect) {
             return Ok(());
         }
+        if self.queue.is_gone() {
+            return Err(Refusal::Gone.into());
+        }
         let reads = command == Command::Read;
         if self.read_only && !reads {
             return Err(Errno::Perm);
