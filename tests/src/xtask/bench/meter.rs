@@ -82,7 +82,6 @@ struct Used {
     cpu: Duration,
     sleeps: u64,
     calls: Option<u64>,
-    /// Per second.
     instructions: Option<f64>,
 }
 
@@ -136,8 +135,8 @@ impl Meter {
         let mut backend = after.1?.since(before.1?);
         if let Some((ours, theirs)) = perf {
             // perf's own window is as long, and opens a little later.
-            ours.read(&mut client, width)?;
-            theirs.read(&mut backend, width)?;
+            ours.read(&mut client)?;
+            theirs.read(&mut backend)?;
         }
         let limit = self.time + GRACE;
         let reports = clients.into_iter().map(|client| client.finish(limit));
@@ -145,7 +144,9 @@ impl Meter {
         if let Aim::Instructions(which) = self.aim {
             counted.map_or(Ok(()), |pid| callgrind::end(*pid))?;
             let end = if which == Which::Client { &mut client } else { &mut backend };
-            end.instructions = Some(callgrind::counted()? / self.time.as_secs_f64());
+            // Of the whole time, of which the window is a part.
+            let share = window.as_secs_f64() / self.time.as_secs_f64();
+            end.instructions = Some(callgrind::counted()? * share);
         }
         Ok(Observed { reports, window, looks: (first, second), client, backend })
     }
@@ -180,7 +181,7 @@ impl Used {
             calls: self.calls.map(|calls| calls as f64 / ios),
             kicks: None,
             sleeps: Some(self.sleeps as f64 / ios),
-            instructions: self.instructions.map(|rate| rate / ios),
+            instructions: self.instructions.map(|count| count / ios),
         }
     }
 }
@@ -270,7 +271,7 @@ impl Perf {
         Ok(Self(child))
     }
 
-    fn read(mut self, into: &mut Used, width: Duration) -> Result<()> {
+    fn read(mut self, into: &mut Used) -> Result<()> {
         let mut text = String::new();
         self.0.stderr.take().context("stderr")?.read_to_string(&mut text)?;
         self.0.wait()?;
@@ -280,8 +281,7 @@ impl Perf {
             line.split(',').next()?.parse().ok()
         };
         into.calls = count(CALLS);
-        let instructions = count(INSTRUCTIONS);
-        into.instructions = instructions.map(|count| count as f64 / width.as_secs_f64());
+        into.instructions = count(INSTRUCTIONS).map(|count| count as f64);
         Ok(())
     }
 }
