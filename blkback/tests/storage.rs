@@ -14,12 +14,12 @@ mod wrappers;
 use blkback::storage::{Direct, OpKind, OpenError, Options, open};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use rig::{DEPTH, HUNG, Rig, SECTOR, TestFile, parse, skip};
-use std::fs::File;
+use std::fs::{File, FileTimes};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use xen_platform::EventFile;
 use xenstore_glue::disk::{Store, Target};
 
@@ -54,6 +54,23 @@ fn an_image_is_one_writers_or_many_readers() {
         drop(predecessor);
         assert!(successor.join().expect("join"), "the image is free again");
     });
+}
+
+/// Each queue of a disk in the page cache that may be written to opens the image anew.
+#[test]
+fn reads_leave_the_access_time_as_it_is() {
+    let file = TestFile::on_disk(MIB as u64);
+    let image = File::options().write(true).open(&file.0).expect("open");
+    // So old that any read would update it, also with `relatime`.
+    let old = SystemTime::UNIX_EPOCH + Duration::from_secs(1);
+    image.set_times(FileTimes::new().set_accessed(old)).expect("set the time");
+    for options in [buffered(), Options { read_only: true, ..buffered() }, Options::default()] {
+        let mut rig = Rig::new(&file.target(), options);
+        let piece = rig.piece(1, 0, SECTOR);
+        rig.run(OpKind::Read, 0, vec![piece]).expect("read");
+        let accessed = image.metadata().and_then(|metadata| metadata.accessed());
+        assert_eq!(accessed.expect("the time"), old, "{options:?}");
+    }
 }
 
 #[test]

@@ -8,8 +8,10 @@ use crate::xtask::bench::place::Place;
 use crate::xtask::bench::sample::Sample;
 use anyhow::{Context, Result};
 use io_uring::{IoUring, opcode, types};
+use nix::fcntl::OFlag;
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -44,7 +46,8 @@ impl Contender for PlainUring {
 
 /// Reads 4 KiB at random, `depth` at a time, submitted and reaped in batches.
 fn random_read(path: &Path, depth: u32, time: Duration) -> Result<Sample> {
-    let file = File::open(path)?;
+    // As blkback and fio open it.
+    let file = File::options().read(true).custom_flags(OFlag::O_NOATIME.bits()).open(path)?;
     let blocks = file.metadata()?.len() / BLOCK as u64;
     let mut ring: IoUring = IoUring::builder()
         .setup_single_issuer()
