@@ -12,10 +12,11 @@ use crate::pool::{IoBuffer, Pool};
 use crate::slab::NONE;
 use crate::stats::Counters;
 use crate::{Completed, Io, IoError, Op};
-use ring_proto::abi::{MAX_INDIRECT_PAGES, MAX_INDIRECT_SEGMENTS, SECTOR_SIZE, SECTORS_PER_PAGE};
+use ring_proto::abi::{MAX_INDIRECT_PAGES, MAX_INDIRECT_SEGMENTS, SECTORS_PER_PAGE};
 use ring_proto::{Body, GrantRef, Segment, Segments, Status, Transfer, encode_segment};
 use std::collections::VecDeque;
-use table::{Kind, Piece, Range, Request, Table};
+pub(crate) use table::{Kind, Range};
+use table::{Piece, Request, Table};
 
 /// How many of the last waiting requests a new piece is tried against. A sequential stream hits the last
 /// one; interleaved streams hit the others, one each.
@@ -53,6 +54,8 @@ impl Edges {
 #[derive(Debug)]
 pub(crate) struct Flight {
     pub(crate) limits: Limits,
+    /// Sectors of the longest request with data.
+    longest: u64,
     merge: bool,
     table: Table,
     /// By request: its page of segments, while the backend has it.
@@ -71,6 +74,7 @@ impl Flight {
     pub(crate) fn new(depth: usize, pages: usize, merge: bool, limits: Limits) -> Self {
         Self {
             limits,
+            longest: longest(limits),
             merge,
             table: Table::new(depth, pages),
             indirect: (0..Self::max_requests(depth, pages)).map(|_| None).collect(),
@@ -100,51 +104,46 @@ impl Flight {
         !self.waiting.is_empty()
     }
 
-    /// Takes an I/O that was checked against the limits, while there is room. A flush that needs no request
-    /// completes at once if the limits are `current`. If they are not, another queue may have written to a
-    /// new backend that has a cache: then the flush waits for the new limits.
+    /// Takes an I/O about `range`, which was checked against the limits, while there is room. A flush that needs
+    /// no request completes at once if the limits are `current`. If they are not, another queue may have written
+    /// to a new backend that has a cache: then the flush waits for the new limits.
+    #[inline(always)]
     pub(crate) fn admit(
         &mut self,
         io: Io,
+        mut range: Range,
         current: bool,
         pool: &Pool,
         counters: &Counters,
         done: &mut Vec<Completed>,
     ) {
-        let Io { cookie, op, offset, buffer } = io;
-        let (sector, flush) = (offset / SECTOR_SIZE as u64, self.limits.flush);
-        // An I/O without data may have a buffer all the same, which stays as it is.
-        let has_data = matches!(op, Op::Read | Op::Write { .. });
-        let data = buffer.as_ref().filter(|_| has_data);
-        let data = data.map(|b| (b.page_at(0), (b.len() / SECTOR_SIZE) as u64));
-        let (page, sectors) = data.unwrap_or((NONE, 0));
-        let whole = |kind, sectors| Range { kind, sector, sectors, page };
-        let (range, flush_after) = match op {
-            Op::Read => (whole(Kind::Read, sectors), false),
-            Op::Write { fua } => {
-                let barrier = fua
-                    && flush == FlushMode::Barrier
-                    && whole(Kind::Barrier, sectors).segments() <= u32::from(self.limits.direct);
-                let kind = if barrier { Kind::Barrier } else { Kind::Write };
-                (whole(kind, sectors), fua && !barrier && flush != FlushMode::None)
-            }
-            Op::Flush => (whole(Kind::Flush, 0), false),
-            Op::Discard { len, secure } => {
-                (whole(Kind::Discard { secure }, len / SECTOR_SIZE as u64), false)
-            }
-        };
+        let Io { cookie, op, buffer, .. } = io;
         let fua = op == Op::Write { fua: true };
+        let flush_after = fua && !self.becomes_durable(&mut range);
         // Together with its first piece, so that its entry is written once.
         let first = self.first(range);
         let key = self.table.admit((cookie, buffer), (fua, flush_after), first);
         let Some(key) = key else { return };
-        if op == Op::Flush && flush == FlushMode::None && current {
-            return self.land(key, done);
+        if op == Op::Flush && self.limits.flush == FlushMode::None && current {
+            return self.table.land(key, done);
         }
         self.line_up(key, first, counters);
         if first.sectors < range.sectors {
             counters.splits.add(1);
             self.assemble(key, behind(range, first, pool), pool, counters);
+        }
+    }
+
+    /// Makes a write that is to be durable a barrier, if it may be one. Returns whether no flush has to follow.
+    fn becomes_durable(&self, range: &mut Range) -> bool {
+        let fits = range.segments() <= u32::from(self.limits.direct);
+        match self.limits.flush {
+            FlushMode::None => true,
+            FlushMode::Barrier if fits => {
+                range.kind = Kind::Barrier;
+                true
+            }
+            FlushMode::Barrier | FlushMode::Cache => false,
         }
     }
 
@@ -165,17 +164,12 @@ impl Flight {
     /// As much of the start of a range as fits a request.
     #[inline]
     fn first(&self, range: Range) -> Range {
-        match range.kind {
-            Kind::Read | Kind::Write | Kind::Barrier => {
-                let most = u64::from(self.limits.segments()) * PAGE_SECTORS;
-                Range { sectors: range.sectors.min(most), ..range }
-            }
-            Kind::Flush | Kind::Discard { .. } => range,
-        }
+        let most = if range.page == NONE { u64::MAX } else { self.longest };
+        Range { sectors: range.sectors.min(most), ..range }
     }
 
     /// Merges the piece `key`, a request by itself, with a waiting request, or queues it.
-    #[inline]
+    #[inline(always)]
     fn line_up(&mut self, key: u32, piece: Range, counters: &Counters) {
         if self.merge && piece.kind.merges() && self.join(key, piece) {
             counters.merges.add(1);
@@ -268,9 +262,13 @@ impl Flight {
         let sector = request.sector;
         if request.segments <= u32::from(self.limits.direct) {
             self.segments.clear();
-            each_segment(&self.table, first, pool, |segment| {
-                self.segments.push(segment);
-            });
+            if request.segments == 1 {
+                self.segments.push(segment(pool, first.page, first.sectors));
+            } else {
+                each_segment(&self.table, first, pool, |segment| {
+                    self.segments.push(segment);
+                });
+            }
             return Some(Body::Direct { transfer, sector, segments: &self.segments });
         }
         let mut list = lists.alloc(SEGMENT_LIST_BYTES)?;
@@ -291,6 +289,7 @@ impl Flight {
     }
 
     /// A response came.
+    #[inline(always)]
     pub(crate) fn complete(
         &mut self,
         key: u32,
@@ -299,20 +298,35 @@ impl Flight {
         counters: &Counters,
         done: &mut Vec<Completed>,
     ) {
-        let result = match (status, self.table.get(key).map(|first| first.request.kind)) {
-            (Status::Okay, _) => Ok(()),
-            (_, None) => return,
+        if status == Status::Okay {
+            self.end(key, Ok(()), pool, counters, done);
+        } else {
+            self.failed(key, status, pool, counters, done);
+        }
+    }
+
+    #[cold]
+    fn failed(
+        &mut self,
+        key: u32,
+        status: Status,
+        pool: &Pool,
+        counters: &Counters,
+        done: &mut Vec<Completed>,
+    ) {
+        let Some(kind) = self.table.get(key).map(|first| first.request.kind) else { return };
+        let result = match (status, kind) {
             // As in Linux: there is nothing to flush then.
-            (Status::NotSupported, Some(Kind::Flush)) => {
+            (Status::NotSupported, Kind::Flush) => {
                 self.limits.flush = FlushMode::None;
                 Ok(())
             }
             // Linux completes it here, although nothing was written.
-            (Status::NotSupported, Some(Kind::Barrier)) => {
+            (Status::NotSupported, Kind::Barrier) => {
                 self.limits.flush = FlushMode::None;
                 return self.reassemble(key, pool, counters, done);
             }
-            (Status::NotSupported, Some(kind)) => {
+            (Status::NotSupported, kind) => {
                 match kind {
                     Kind::Discard { secure: true } => self.limits.secure_discard = false,
                     Kind::Discard { secure: false } => self.limits.discard = false,
@@ -320,13 +334,13 @@ impl Flight {
                 }
                 Err(IoError::NotSupported)
             }
-            (Status::Error, _) => Err(IoError::Backend),
+            (Status::Error | Status::Okay, _) => Err(IoError::Backend),
         };
         self.end(key, result, pool, counters, done);
     }
 
     /// Takes a request out, and completes the I/Os that have nothing left to do.
-    #[inline]
+    #[inline(always)]
     fn end(
         &mut self,
         key: u32,
@@ -340,33 +354,25 @@ impl Flight {
         while next != NONE {
             let Some((piece, flying)) = self.table.take(next) else { return };
             next = piece.next;
-            let outcome = &mut flying.completed.result;
-            if result.is_err() && outcome.is_ok() {
-                *outcome = result;
+            if result.is_err() && flying.result.is_ok() {
+                flying.result = result;
             }
             if flying.left > 0 {
                 continue;
             }
-            let flush = std::mem::take(&mut flying.flush_after) && flying.completed.result.is_ok();
+            let flush = std::mem::take(&mut flying.flush_after) && flying.result.is_ok();
             if flush && self.limits.flush != FlushMode::None {
-                let flush = Range { kind: Kind::Flush, sector: 0, sectors: 0, page: NONE };
-                self.assemble(piece.io, flush, pool, counters);
+                self.assemble(piece.io, Range::FLUSH, pool, counters);
             } else {
-                self.land(piece.io, done);
+                self.table.land(piece.io, done);
             }
         }
     }
 
     /// The backend is done with a request's page of segments, if it has one.
     fn drop_list(&mut self, key: u32) {
-        if let Some(list) = self.indirect.get_mut(key as usize) {
+        if let Some(list @ Some(_)) = self.indirect.get_mut(key as usize) {
             *list = None;
-        }
-    }
-
-    fn land(&mut self, key: u32, done: &mut Vec<Completed>) {
-        if let Some(completed) = self.table.land(key) {
-            done.push(completed);
         }
     }
 
@@ -380,7 +386,7 @@ impl Flight {
         counters: &Counters,
         done: &mut Vec<Completed>,
     ) {
-        self.limits = limits;
+        (self.limits, self.longest) = (limits, longest(limits));
         let waiting = std::mem::take(&mut self.waiting);
         self.waiting.reserve(waiting.capacity());
         for &key in unanswered.iter().chain(&waiting) {
@@ -422,14 +428,22 @@ impl Flight {
     pub(crate) fn abandon(&mut self, done: &mut Vec<Completed>) {
         self.waiting.clear();
         self.indirect.fill_with(|| None);
-        let gone = |io| Completed { result: Err(IoError::Gone), buffer: None, ..io };
-        done.extend(self.table.drain().map(gone));
+        let kept = done.len();
+        self.table.drain(done);
+        for completed in done.iter_mut().skip(kept) {
+            completed.result = Err(IoError::Gone);
+            completed.buffer = None;
+        }
     }
 }
 
 /// Bytes of the longest list of segments; it fits in one page.
 const SEGMENT_LIST_BYTES: usize = MAX_INDIRECT_SEGMENTS * size_of::<Segment>();
 const _: () = assert!(SEGMENT_LIST_BYTES <= ring_proto::abi::PAGE_SIZE);
+
+fn longest(limits: Limits) -> u64 {
+    u64::from(limits.segments()) * PAGE_SECTORS
+}
 
 /// What follows `part`, the first part of a range.
 fn behind(range: Range, part: Range, pool: &Pool) -> Range {
@@ -438,13 +452,18 @@ fn behind(range: Range, part: Range, pool: &Pool) -> Range {
     Range { kind: range.kind, sector, sectors, page }
 }
 
+/// The first `sectors` of a page.
+fn segment(pool: &Pool, page: u32, sectors: u64) -> Segment {
+    Segment::new(pool.gref(page), 0, (sectors - 1) as u8)
+}
+
 fn each_segment(table: &Table, first: &Piece, pool: &Pool, mut to: impl FnMut(Segment)) {
     let mut piece = first;
     loop {
         let (mut page, mut sectors) = (piece.page, piece.sectors);
         while sectors > 0 {
             let part = sectors.min(PAGE_SECTORS);
-            to(Segment::new(pool.gref(page), 0, (part - 1) as u8));
+            to(segment(pool, page, part));
             sectors -= part;
             if sectors > 0 {
                 page = pool.next(page);

@@ -133,16 +133,12 @@ impl HwQueue {
         true
     }
 
-    /// Publishes what was pushed once it is enough, so that the backend works, or wakes up, meanwhile.
-    pub(crate) fn publish_some(&mut self) -> Result<(), Failure> {
-        if self.ring.producer.unpublished() < self.share() { Ok(()) } else { self.publish() }
-    }
-
-    /// How many are enough: with few in flight half of them, so that the backend has some to work on while
-    /// we make the others.
-    fn share(&self) -> u32 {
+    /// Whether so much was pushed that it should be published, for the backend to work, or wake up, while we make
+    /// more. With few in flight half of them are enough.
+    #[inline]
+    pub(crate) fn has_enough(&self) -> bool {
         let in_flight = (self.tags.len() - self.free.len()) as u32;
-        (in_flight / 2).min(PUBLISH_EVERY)
+        self.ring.producer.unpublished() >= (in_flight / 2).min(PUBLISH_EVERY)
     }
 
     /// Publishes what was pushed, and wakes the backend if it sleeps.

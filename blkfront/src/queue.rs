@@ -1,11 +1,12 @@
 //! A vCPU's queue.
 
-use crate::flight::Flight;
+use crate::flight::{Flight, Kind, Range};
 use crate::hw::{Failure, HwQueue, Owner};
 use crate::limits::Limits;
 use crate::link::{Link, Mailbox, Notice};
 use crate::owner::{Staged, Staging};
 use crate::pool::Pool;
+use crate::slab::NONE;
 use crate::stats::Counters;
 use crate::wait::{Deadline, sleep};
 use crate::{Completed, Io, IoBuffer, Op, Refusal, Refused, Stats, Waiting};
@@ -155,12 +156,13 @@ impl Queue {
     /// # Errors
     /// Gives the I/O back. [`Refusal::WouldBlock`] when [`crate::Config::depth`] are inside.
     pub fn submit(&mut self, io: Io) -> Result<(), Refused> {
-        if let Err(reason) = self.check(&io) {
-            return Err(Refused { reason, io });
-        }
+        let range = match self.check(&io) {
+            Ok(range) => range,
+            Err(reason) => return Err(Refused { reason, io }),
+        };
         self.counters.ios.add(1);
         let current = io.op != Op::Flush || self.is_current();
-        self.flight.admit(io, current, &self.pool, &self.counters, &mut self.done);
+        self.flight.admit(io, range, current, &self.pool, &self.counters, &mut self.done);
         if !self.plugged {
             self.issue();
         }
@@ -175,7 +177,9 @@ impl Queue {
         self.next_limits.is_none() && self.connection == latest
     }
 
-    fn check(&self, io: &Io) -> Result<(), Refusal> {
+    /// What an I/O is about, if it may be taken.
+    #[inline(always)]
+    fn check(&self, io: &Io) -> Result<Range, Refusal> {
         // A completed I/O counts until it is taken: there is no room for more.
         if self.in_flight() >= self.flight.depth() {
             return Err(Refusal::WouldBlock);
@@ -183,15 +187,23 @@ impl Queue {
         if self.is_gone() {
             return Err(Refusal::Gone);
         }
-        let len = match (io.op, &io.buffer) {
-            (Op::Read | Op::Write { .. }, Some(buffer)) if self.pool.owns(buffer) => {
-                buffer.len() as u64
-            }
-            (Op::Read | Op::Write { .. }, _) => return Err(Refusal::ForeignBuffer),
-            (Op::Discard { len, .. }, _) => len,
-            (Op::Flush, _) => return Ok(()),
+        let (kind, len) = match io.op {
+            Op::Read => (Kind::Read, None),
+            Op::Write { .. } => (Kind::Write, None),
+            Op::Discard { len, secure } => (Kind::Discard { secure }, Some(len)),
+            Op::Flush => return Ok(Range::FLUSH),
         };
-        self.allows(io.op, io.offset, len)
+        let (page, len) = match (len, &io.buffer) {
+            // An I/O without data may have a buffer all the same, which stays as it is.
+            (Some(len), _) => (NONE, len),
+            (None, Some(buffer)) if self.pool.owns(buffer) => {
+                (buffer.page_at(0), buffer.len() as u64)
+            }
+            (None, _) => return Err(Refusal::ForeignBuffer),
+        };
+        self.allows(io.op, io.offset, len)?;
+        let sector_size = SECTOR_SIZE as u64;
+        Ok(Range { kind, sector: io.offset / sector_size, sectors: len / sector_size, page })
     }
 
     /// Whether the device as it is now can be asked for `op`, not a flush.
@@ -217,42 +229,34 @@ impl Queue {
         }
         let mut pushed = false;
         while let Some(request) = self.flight.front() {
-            let has_room = match &self.path {
-                Path::Own(hw) => hw.as_ref().is_some_and(|hw| !hw.is_full()),
-                Path::Shared(staging) => !staging.requests.is_full(),
+            let Self { flight, pool, lists, .. } = self;
+            let (issued, enough) = match &mut self.path {
+                Path::Own(Some(hw)) if !hw.is_full() => {
+                    let owner = Owner { user: self.vcpu, request };
+                    let body = flight.body(request, pool, lists);
+                    (body.is_some_and(|body| hw.push(owner, body)), hw.has_enough())
+                }
+                Path::Shared(staging) if !staging.requests.is_full() => {
+                    let body = flight.body(request, pool, lists).map(|body| body.to_owned());
+                    let issued = body.is_some_and(|body| {
+                        let staged = Staged { connection: self.connection, request, body };
+                        staging.requests.push(staged).is_ok()
+                    });
+                    self.on_the_way += usize::from(issued);
+                    (issued, false)
+                }
+                Path::Own(_) | Path::Shared(_) => (false, false),
             };
-            let body = if has_room {
-                self.flight.body(request, &self.pool, &mut self.lists)
-            } else {
-                None
-            };
-            let Some(body) = body else {
+            if !issued {
                 if self.flight.blocked() {
                     self.counters.requeues.add(1);
                 }
                 break;
-            };
-            let outcome = match &mut self.path {
-                Path::Own(None) => break,
-                Path::Own(Some(hw)) => {
-                    if !hw.push(Owner { user: self.vcpu, request }, body) {
-                        break;
-                    }
-                    hw.publish_some()
-                }
-                Path::Shared(staging) => {
-                    let (connection, body) = (self.connection, body.to_owned());
-                    if staging.requests.push(Staged { connection, request, body }).is_err() {
-                        break;
-                    }
-                    self.on_the_way += 1;
-                    Ok(())
-                }
-            };
+            }
             self.flight.issued();
             pushed = true;
-            if let Err(failure) = outcome {
-                return self.fail(failure);
+            if enough {
+                self.publish();
             }
         }
         if pushed {

@@ -1,7 +1,7 @@
 //! Encodes and decodes requests and responses in the words of a slot.
 
 use crate::abi::{Segment, op};
-use crate::layout::{Abi, Fields, SPLIT, X86_32, X86_64};
+use crate::layout::{Abi, Fields, SPLIT, SPLIT_RESPONSE_WORDS, X86_32, X86_64};
 use crate::request::{Body, RawRequest, Request, Response, Status};
 use crate::shared::Word;
 use crate::{GrantRef, RingLayout, indirect_pages};
@@ -29,6 +29,8 @@ macro_rules! each_layout {
     }};
 }
 
+/// Words of a response, which is as long in both ABIs.
+const UNION_RESPONSE_WORDS: usize = 3;
 const UNION_64: RingLayout = RingLayout::Union(Abi::X86_64);
 const UNION_32: RingLayout = RingLayout::Union(Abi::X86_32);
 
@@ -144,7 +146,7 @@ fn decode_fields(load: impl Fn(usize) -> u32, fields: &Fields, raw: &mut RawRequ
 }
 
 /// Writes a request into its slot.
-#[inline]
+#[inline(always)]
 pub(crate) fn encode_request<S: Deref<Target = [Segment]>>(
     slot: &[Word],
     layout: RingLayout,
@@ -203,10 +205,12 @@ pub(crate) fn encode_response(slot: &[Word], layout: RingLayout, response: &Resp
     let tail = u32::from_le_bytes([response.operation, 0, low, high]);
     match layout {
         RingLayout::Union(_) => {
+            let slot: &[_; UNION_RESPONSE_WORDS] = whole(slot);
             store_wide(slot, 0, response.id);
             store(slot, 2, tail);
         }
         RingLayout::Split => {
+            let slot: &[_; SPLIT_RESPONSE_WORDS] = whole(slot);
             store(slot, 0, response.id as u32);
             store(slot, 1, tail);
         }
@@ -217,8 +221,14 @@ pub(crate) fn encode_response(slot: &[Word], layout: RingLayout, response: &Resp
 #[inline]
 pub(crate) fn decode_response(slot: &[Word], layout: RingLayout) -> Response {
     let (id, tail) = match layout {
-        RingLayout::Union(_) => (load_wide(slot, 0), load(slot, 2)),
-        RingLayout::Split => (u64::from(load(slot, 0)), load(slot, 1)),
+        RingLayout::Union(_) => {
+            let slot: &[_; UNION_RESPONSE_WORDS] = whole(slot);
+            (load_wide(slot, 0), load(slot, 2))
+        }
+        RingLayout::Split => {
+            let slot: &[_; SPLIT_RESPONSE_WORDS] = whole(slot);
+            (u64::from(load(slot, 0)), load(slot, 1))
+        }
     };
     let [operation, _, low, high] = tail.to_le_bytes();
     Response { id, operation, status: Status::from_wire(i16::from_le_bytes([low, high])) }

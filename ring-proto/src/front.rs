@@ -86,7 +86,7 @@ impl RequestProducer {
     ///
     /// # Errors
     /// [`RingFull`] when no slot is free.
-    #[inline]
+    #[inline(always)]
     pub fn push<S: Deref<Target = [Segment]>>(
         &mut self,
         request: &Request<S>,

@@ -284,6 +284,7 @@ impl Worker {
         Ok(Some(block.len))
     }
 
+    #[inline(always)]
     fn submit(
         &mut self,
         n: usize,
@@ -293,11 +294,11 @@ impl Worker {
         now: u64,
     ) -> anyhow::Result<()> {
         let slot = self.slots.get_mut(n).context("no such slot")?;
-        let op = if write { Op::Write { fua: false } } else { Op::Read };
-        let buffer = slot.buffer.take().or_else(|| self.queue.alloc(len as usize));
-        let mut io = Io { cookie: n as u64, op, offset, buffer };
+        if slot.buffer.is_none() {
+            slot.buffer = self.queue.alloc(len as usize);
+        }
         // The pool has pages for the whole depth, as long as the disk exists.
-        let Some(buffer) = &mut io.buffer else { bail!("the device is gone") };
+        let Some(buffer) = &mut slot.buffer else { bail!("the device is gone") };
         if buffer.len() != len as usize {
             buffer.set_len(len as usize);
         }
@@ -305,8 +306,9 @@ impl Worker {
             buffer.write(0, ledger.fill(offset, len as usize));
         }
         (slot.write, slot.offset, slot.len, slot.since) = (write, offset, len, now);
+        let op = if write { Op::Write { fua: false } } else { Op::Read };
         self.queue
-            .submit(io)
+            .submit(Io { cookie: n as u64, op, offset, buffer: slot.buffer.take() })
             .map_err(|refused| anyhow!("{len} bytes at offset {offset}: {}", refused.reason))
     }
 
@@ -318,8 +320,9 @@ impl Worker {
             let n = cookie as usize;
             let Some(slot) = self.slots.get_mut(n) else { continue };
             self.idle.push(n);
+            slot.buffer = buffer;
             let outcome = &mut self.outcome;
-            match (result, &mut self.ledger, &buffer) {
+            match (result, &mut self.ledger, &slot.buffer) {
                 (Err(error), ..) => failed(outcome, slot, error),
                 (Ok(()), Some(ledger), Some(buffer)) if !slot.write => {
                     check(ledger, slot, buffer, &mut outcome.faults);
@@ -337,11 +340,9 @@ impl Worker {
                 }
                 count += 1;
             }
-            if self.keep {
-                slot.buffer = buffer;
-            } else {
+            if !self.keep {
                 // It overlaps nothing until it is used again.
-                slot.len = 0;
+                (slot.buffer, slot.len) = (None, 0);
             }
         }
         self.outcome.record(alike, count, now);
