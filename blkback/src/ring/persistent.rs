@@ -119,7 +119,7 @@ impl PersistentGrants {
     }
 
     /// The pages of `segments`, or of the first of them as far as they are contiguous, if they are mapped.
-    #[inline]
+    #[inline(always)]
     pub(super) fn known(&mut self, segments: &[Segment]) -> Option<(Found, Pin)> {
         let &Place { run: place, page } = self.places.get(&segments.first()?.gref)?;
         let run = self.runs.get_mut(place as usize)?.as_mut()?;

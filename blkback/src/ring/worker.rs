@@ -344,6 +344,7 @@ impl Worker {
         Ok(())
     }
 
+    #[inline(always)]
     fn memory(
         &mut self,
         tag: u16,
@@ -377,8 +378,8 @@ impl Worker {
     /// Sends what was prepared to the device.
     fn start(&mut self) {
         self.data.copy();
-        let mut ready = std::mem::take(&mut self.ready);
-        for tag in ready.drain(..) {
+        for n in 0..self.ready.len() {
+            let tag = self.ready[n];
             if self.data.refused(tag) {
                 self.stats.grant_errors.add(1);
                 self.end(tag, Status::Error);
@@ -386,7 +387,7 @@ impl Worker {
                 self.submit(tag);
             }
         }
-        self.ready = ready;
+        self.ready.clear();
     }
 
     fn submit(&mut self, tag: u16) {
@@ -412,12 +413,11 @@ impl Worker {
             self.publish();
             return 0;
         }
-        let mut ended = std::mem::take(&mut self.ended);
         let device_done = std::mem::take(&mut self.is_timed).then(|| self.clock.now());
         self.data.copy();
         let mut budget = Budget::new(self.moves_data);
         let (mut count, mut timed) = (0, 0);
-        for &tag in &ended {
+        while let Some(&tag) = self.ended.get(count) {
             if budget.is_spent() {
                 // The clock is to be read again for the rest.
                 self.is_timed = device_done.is_some();
@@ -442,8 +442,7 @@ impl Worker {
                 self.publish();
             }
         }
-        ended.drain(..count);
-        self.ended = ended;
+        self.ended.drain(..count);
         self.freed = true;
         if self.in_flight == 0 {
             self.barrier = false;
@@ -496,6 +495,7 @@ impl Worker {
         self.ended.push(tag);
     }
 
+    #[inline(always)]
     fn answer(&mut self, tag: u16, id: u64, operation: u8, status: Status) {
         self.inflight.answer(tag, self.responses.index());
         let pushed = self.responses.push(&Response { id, operation, status });

@@ -207,6 +207,7 @@ impl Data {
     /// `buffers`, which must be empty.
     ///
     /// For a write, the memory holds the data only after [`Data::copy`].
+    #[inline(always)]
     pub(super) fn prepare(
         &mut self,
         tag: u16,

@@ -4,7 +4,7 @@ use super::mapped::Maps;
 use super::{Unreachable, list};
 use crate::ring::budget::Budget;
 use crate::ring::persistent::{Found, Hold, PersistentGrants, Pin};
-use crate::storage::IoVecs;
+use crate::storage::{IoVec, IoVecs};
 use ring_proto::abi::Segment;
 use std::sync::Arc;
 use xen_platform::MappedGrants;
@@ -30,6 +30,7 @@ impl Persistent {
         self.maps.into_mappings().chain(self.grants.into_pages()).collect()
     }
 
+    #[inline(always)]
     pub(super) fn prepare(
         &mut self,
         tag: u16,
@@ -38,6 +39,27 @@ impl Persistent {
         budget: &mut Budget,
     ) -> Result<(), Unreachable> {
         self.maps.check(segments.len())?;
+        // Most requests: a page that is known.
+        if let [segment] = segments
+            && let Some((Found { base, .. }, pin)) = self.grants.known(segments)
+        {
+            self.pins[usize::from(tag)].push(pin);
+            let data = base.wrapping_add(segment.offset());
+            // SAFETY: as in `prepare_runs`.
+            pages.push(unsafe { IoVec::new(data, segment.bytes()) });
+            return Ok(());
+        }
+        self.prepare_runs(tag, segments, pages, budget)
+    }
+
+    #[inline(never)]
+    fn prepare_runs(
+        &mut self,
+        tag: u16,
+        segments: &[Segment],
+        pages: &mut IoVecs,
+        budget: &mut Budget,
+    ) -> Result<(), Unreachable> {
         let mut rest = segments;
         while !rest.is_empty() {
             let Found { count, base } = if let Some((found, pin)) = self.grants.known(rest) {
