@@ -36,6 +36,9 @@ struct Args {
     /// Seconds before them
     #[arg(long, default_value_t = 0.3)]
     ramp: f64,
+    /// Of the places that are read or written
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
     /// Spin for completions; otherwise sleep on the queue's descriptor
     #[arg(long)]
     poll: bool,
@@ -148,7 +151,7 @@ fn main() -> Result<()> {
         queue: queues.pop().context("no queue")?,
         buffers: region.addr,
         since: vec![Instant::now(); args.iodepth],
-        random: 0x9e37_79b9_7f4a_7c15,
+        random: args.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
         position: 0,
     };
     let Outcome { latency, elapsed } = job.run()?;

@@ -103,12 +103,11 @@ impl Case {
         Self { client: wait, backend: wait, ..self }
     }
 
-    /// Whether all that it costs is in user space, and spent on one ring: more is nothing for callgrind.
+    /// Whether what it costs is mostly in user space, and spent on one ring: more is nothing for callgrind.
     pub(super) fn is_countable(&self) -> bool {
         (self.disk, self.job) == (Disk::Null, Job::RandomRead)
             && (self.rings, self.devices) == (1, 1)
             && self.client == Wait::Poll
-            && self.backend != Wait::Event
     }
 
     /// Whether it is one plain device, with nothing that only our rings have.

@@ -64,7 +64,8 @@ pub(super) fn measure() -> Result<Idle> {
         let line = format!("vdev=xvda,backendtype=tap,target={}", file.display());
         host.attach(&guest, &line).with_context(|| backend.log())?;
         let mut command = host.frontend(&guest, "nbd");
-        command.arg("xvda").arg("--socket").arg(host.dir().join(&guest));
+        command.arg("xvda").args(["--in-flight", "8m"]);
+        command.arg("--socket").arg(host.dir().join(&guest));
         frontends.push(Process::start(&guest, host.dir(), &command)?);
     }
     for frontend in &mut frontends {

@@ -19,6 +19,9 @@ const CONNECTED_SLOWLY: Duration = Duration::from_secs(2);
 /// How long clients work while callgrind counts, from connecting to closing the disk: a million I/Os, beside
 /// which the rest does not show.
 const COUNTED: Duration = Duration::from_secs(4);
+/// The same while perf counts. It slows down what it counts, and IOPS are of the whole time: the window should be
+/// most of it.
+const PERF: Duration = Duration::from_secs(3);
 /// The window closes at least this long before clients that connected at once end.
 const MARGIN: Duration = Duration::from_millis(100);
 /// The shortest [`Meter::time`].
@@ -88,7 +91,12 @@ struct Used {
 impl Meter {
     /// For measurements of `time`, if the time counts.
     pub(super) fn new(aim: Aim, time: Duration) -> Self {
-        Self { time: if aim.is_slow() { COUNTED } else { time }, aim }
+        let time = match aim {
+            Aim::Times => time,
+            Aim::Calls => time.max(PERF),
+            Aim::Instructions(_) => COUNTED,
+        };
+        Self { time, aim }
     }
 
     /// A command that runs the program it is given as a backend, on the backends' CPU.

@@ -1,7 +1,7 @@
 //! The pair itself, on the embedded platform: as it ships, with every check on.
 
 use super::case::{Case, Data, Disk, Layout};
-use super::contender::{CLIENT_CPU, Contender, read_report};
+use super::contender::{CLIENT_CPU, Contender, read_report, seed};
 use super::meter::Meter;
 use super::place::{BYTES, Place};
 use super::sample::{End, Sample};
@@ -61,7 +61,6 @@ impl Contender for Ours {
             worst(&mut sample.p99_us, one.p99_us);
             worst(&mut sample.p99_9_us, one.p99_9_us);
         }
-        observed.share(&mut sample);
         let requests = Counts::between(&observed.looks)?;
         if case.devices > 1 {
             let seconds = observed.window.as_secs_f64();
@@ -69,6 +68,7 @@ impl Contender for Ours {
             // Clients do not start and end together: the window is the same for all.
             sample.iops = sample.devices.iter().sum();
         }
+        observed.share(&mut sample);
         requests.backend(&mut sample.backend);
         client_counts(&observed.reports, &mut sample)?;
         Ok(sample)
@@ -98,7 +98,7 @@ fn client(host: &Host, guest: &str, case: &Case, meter: &Meter) -> Command {
     let size = BYTES / u64::from(case.rings);
     command.args(["--queues", &number(case.rings), "--size", &size.to_string()]);
     command.args(["--runtime", &millis(meter.time), "--time_based"]);
-    command.args(["--ramp_time", &millis(meter.ramp())]);
+    command.args(["--ramp_time", &millis(meter.ramp()), "--randseed", &seed().to_string()]);
     command.args(["--wait", case.client.option(), "--cpus", &CLIENT_CPU.to_string(), "--json"]);
     if case.depth > ONE_PAGE {
         command.args(["--ring-order", LARGE_ORDER]);

@@ -2,7 +2,7 @@
 
 use super::on_client_cpu;
 use crate::xtask::bench::case::{Case, Disk, Job, Wait};
-use crate::xtask::bench::contender::Contender;
+use crate::xtask::bench::contender::{Contender, seed};
 use crate::xtask::bench::meter::Meter;
 use crate::xtask::bench::place::Place;
 use crate::xtask::bench::sample::Sample;
@@ -57,7 +57,7 @@ fn random_read(path: &Path, depth: u32, time: Duration) -> Result<Sample> {
     ring.submitter().register_files(&[file.as_raw_fd()])?;
     let mut buffers = vec![Page([0; BLOCK]); depth as usize];
     let mut idle: Vec<usize> = (0..buffers.len()).collect();
-    let (mut done, mut calls, mut random) = (0u64, 0u64, 0x9e37_79b9_7f4a_7c15u64);
+    let (mut done, mut calls, mut random) = (0u64, 0u64, seed() | 1);
     let from = Instant::now();
     loop {
         // Checked once per round: between two checks the time could end, with nothing in flight to wait

@@ -5,7 +5,7 @@ pub(super) mod qemu;
 pub(super) mod rust_vmm;
 
 use super::case::{Case, Job, Wait};
-use super::contender::{CLIENT_CPU, read_report};
+use super::contender::{CLIENT_CPU, read_report, seed};
 use super::meter::Meter;
 use super::place::{BYTES, Place};
 use super::sample::Sample;
@@ -59,6 +59,7 @@ fn drive(case: &Case, meter: &Meter, socket: &Path, server: &Process) -> Result<
     command.args(["--size", &BYTES.to_string(), "--cpu", &CLIENT_CPU.to_string()]);
     command.args(["--runtime", &meter.time.as_secs_f64().to_string()]);
     command.args(["--ramp", &meter.ramp().as_secs_f64().to_string()]);
+    command.args(["--seed", &seed().to_string()]);
     if case.client == Wait::Poll {
         command.arg("--poll");
     }

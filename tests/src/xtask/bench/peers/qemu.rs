@@ -1,5 +1,5 @@
-//! qemu-storage-daemon: its vhost-user-blk export, with an I/O thread that polls as long as that pays, or
-//! always if the case's backend does.
+//! qemu-storage-daemon: its vhost-user-blk export with an I/O thread. The export has the thread wait for a
+//! descriptor that it cannot poll, and then the thread never polls, whatever its `poll-max-ns`.
 
 use super::{build, drive, serve, vhost_takes};
 use crate::xtask::bench::case::{Case, Disk, Wait};
@@ -27,8 +27,7 @@ impl Contender for StorageDaemon {
     }
 
     fn takes(&self, case: &Case) -> Option<Case> {
-        let backend = if case.backend == Wait::Poll { Wait::Poll } else { Wait::Adaptive };
-        vhost_takes(case).then_some(Case { backend, ..*case })
+        vhost_takes(case).then_some(Case { backend: Wait::Event, ..*case })
     }
 
     fn measure(&self, case: &Case, meter: &Meter, place: &Place) -> Result<Sample> {
@@ -53,9 +52,7 @@ impl Contender for StorageDaemon {
         );
         let mut command = meter.backend();
         command.arg("qemu-storage-daemon");
-        // A poll that may last a second does not end while there is work.
-        let poll = if case.backend == Wait::Poll { ",poll-max-ns=1000000000" } else { "" };
-        command.args(["--object", &format!("iothread,id=io{poll}")]);
+        command.args(["--object", "iothread,id=io"]);
         command.arg("--blockdev").arg(format!("{storage},node-name=disk"));
         command.arg("--export").arg(export);
         let server = serve("qemu-storage-daemon", place, &socket, &mut command)?;
