@@ -41,18 +41,13 @@ impl AtOnce {
 
 impl Device {
     pub(super) fn probe(file: &File) -> io::Result<Self> {
-        let (mut logical, mut physical) = (0, 0);
-        // SAFETY: BLKSSZGET writes one int.
-        unsafe { ioctl::blksszget(file.as_raw_fd(), &mut logical) }?;
+        let mut physical = 0;
         // SAFETY: BLKPBSZGET writes one unsigned int.
         unsafe { ioctl::blkpbszget(file.as_raw_fd(), &mut physical) }?;
         let mut sectors: libc::c_ushort = 0;
         // SAFETY: BLKSECTGET writes one unsigned short.
         unsafe { ioctl::blksectget(file.as_raw_fd(), &mut sectors) }?;
-        let sector_size = u32::try_from(logical).unwrap_or(0);
-        if !sector_size.is_power_of_two() || sector_size < SECTOR_SIZE as u32 {
-            return Err(io::Error::other(format!("the device claims sectors of {logical} bytes")));
-        }
+        let sector_size = sector_size(file)?;
         let sysfs = Sysfs::of(file.metadata()?.rdev());
         Ok(Self {
             sector_size,
@@ -61,6 +56,17 @@ impl Device {
             at_once: sysfs.at_once(sectors),
         })
     }
+}
+
+/// Size of a logical sector in bytes.
+pub(super) fn sector_size(file: &File) -> io::Result<u32> {
+    let mut logical = 0;
+    // SAFETY: BLKSSZGET writes one int.
+    unsafe { ioctl::blksszget(file.as_raw_fd(), &mut logical) }?;
+    u32::try_from(logical)
+        .ok()
+        .filter(|size| size.is_power_of_two() && *size >= SECTOR_SIZE as u32)
+        .ok_or_else(|| io::Error::other(format!("the device claims sectors of {logical} bytes")))
 }
 
 /// Size in bytes.

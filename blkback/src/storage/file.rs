@@ -3,7 +3,9 @@
 use super::claim::Claim;
 use super::device::{self, AtOnce, Device};
 use super::uring::UringQueue;
-use super::{Direct, Discard, Geometry, OpenError, Options, Queue, QueueSetup, Storage};
+use super::{
+    Direct, Discard, Geometry, Op, OpKind, OpenError, Options, Queue, QueueSetup, Storage,
+};
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 use nix::unistd::{Whence, lseek};
 use ring_proto::abi::{PAGE_SIZE, SECTOR_SIZE};
@@ -34,6 +36,8 @@ pub(super) struct Backing {
     /// Current size of the disk in bytes. Queues check every operation against it.
     bytes: AtomicU64,
     is_device: bool,
+    /// What a discard must be aligned to, in bytes.
+    discard_unit: u64,
     /// The most to ask of the device at a time.
     pub(super) at_once: AtOnce,
     /// Reads and writes go through the page cache.
@@ -65,7 +69,7 @@ impl FileDisk {
         }
         let bytes = size_of(&file, is_device).map_err(failed)?;
         let device = is_device.then(|| Device::probe(&file)).transpose().map_err(failed)?;
-        let sector_size = device.as_ref().map_or(SECTOR_SIZE as u32, |d| d.sector_size).max(unit);
+        let sector_size = unit.max(SECTOR_SIZE as u32);
         if bytes == 0 {
             return Err(OpenError::Empty { path: path.into() });
         }
@@ -100,6 +104,7 @@ impl FileDisk {
             file,
             bytes: AtomicU64::new(bytes),
             is_device,
+            discard_unit: device.as_ref().map_or(1, |device| device.sector_size.into()),
             at_once: device.filter(|_| direct).map_or(AtOnce::ANY, |device| device.at_once),
             cached: !direct,
             lost: AtomicBool::new(false),
@@ -138,6 +143,17 @@ impl Backing {
             File::options().read(true).write(true).open(path).inspect(leave_access_time).ok()
         };
         (self.cached && !self.geometry().read_only).then(open).flatten()
+    }
+
+    /// As much of a discard as the device takes, which may have larger sectors than the disk. The rest stays as it
+    /// is: a guest may expect nothing of what it has discarded.
+    pub(super) fn whole_sectors<'a>(&self, mut op: Op<'a>) -> Op<'a> {
+        if let OpKind::Discard { bytes, .. } = &mut op.kind {
+            let end = op.offset.saturating_add(*bytes) / self.discard_unit * self.discard_unit;
+            op.offset = op.offset.next_multiple_of(self.discard_unit);
+            *bytes = end.saturating_sub(op.offset);
+        }
+        op
     }
 
     pub(super) fn bytes(&self) -> u64 {
@@ -220,7 +236,7 @@ fn patiently<T, E>(
 }
 
 /// Opens the file, with O_DIRECT if that is wanted and works. Also returns the least that O_DIRECT moves, in
-/// bytes, or 0 without it. For a device that is 1: its sector size is the least anyway.
+/// bytes, or 0 without it: the page cache takes sectors of 512 bytes whatever those of the device.
 fn open_file(path: &Path, is_device: bool, options: Options) -> Result<(File, u32), OpenError> {
     let open = |flags: OFlag| {
         // A device that we write to must be ours alone: O_EXCL refuses one that is mounted.
@@ -236,9 +252,7 @@ fn open_file(path: &Path, is_device: bool, options: Options) -> Result<(File, u3
         return Ok((open(OFlag::empty()).map_err(failed)?, 0));
     }
     let refused = match open(OFlag::O_DIRECT) {
-        // A device reports its sector size.
-        Ok(file) if is_device => return Ok((file, 1)),
-        Ok(file) => match direct_unit(&file) {
+        Ok(file) => match direct_unit(&file, is_device) {
             Ok(unit) if unit == SECTOR_SIZE as u32 || options.direct == Direct::On => {
                 return Ok((file, unit));
             }
@@ -262,9 +276,12 @@ fn leave_access_time(file: &File) {
     let _ = flags.and_then(|flags| fcntl(file, FcntlArg::F_SETFL(flags | OFlag::O_NOATIME)));
 }
 
-/// The least that O_DIRECT moves, in bytes, found by reading: statx knows it for some file systems only, and
-/// wrongly for some of those. Data must be read: a hole tells nothing.
-fn direct_unit(file: &File) -> io::Result<u32> {
+/// The least that O_DIRECT moves, in bytes. A device reports it. For a file it is found by reading: statx knows
+/// it for some file systems only, and wrongly for some of those. Data must be read: a hole tells nothing.
+pub(super) fn direct_unit(file: &File, is_device: bool) -> io::Result<u32> {
+    if is_device {
+        return device::sector_size(file);
+    }
     let (data, least) = match lseek(file, 0, Whence::SeekData) {
         Ok(data) => (data as u64, 0),
         Err(_) => (0, device::sector_size_below(file)),
@@ -326,7 +343,6 @@ fn open_error(path: &Path, read_only: bool, source: io::Error) -> OpenError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::{Op, OpKind};
     use std::time::Duration;
 
     /// The kernel may report the loss of one ring's writes to another ring's flush.

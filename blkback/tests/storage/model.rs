@@ -11,6 +11,11 @@ const BATCHES: usize = 150;
 const LONGEST: usize = 64 * SECTOR;
 
 pub(crate) fn check(storage: Arc<dyn Storage>, register: bool, seed: u64) {
+    check_above(1, storage, register, seed);
+}
+
+/// As [`check`], where only whole sectors of `sector` bytes can be discarded.
+pub(crate) fn check_above(sector: usize, storage: Arc<dyn Storage>, register: bool, seed: u64) {
     let geometry = storage.geometry();
     assert_eq!(geometry.sectors as usize * SECTOR, DISK);
     let unit = geometry.sector_size as usize;
@@ -18,14 +23,21 @@ pub(crate) fn check(storage: Arc<dyn Storage>, register: bool, seed: u64) {
     let mut random = Random(seed);
     let mut model = vec![0; DISK];
     for _ in 0..BATCHES {
-        batch(&mut rig, &mut random, &mut model, unit, geometry.discard.is_some());
+        let discard = geometry.discard.is_some().then_some(sector);
+        batch(&mut rig, &mut random, &mut model, unit, discard);
     }
     let now = rig.read(0, DISK).expect("read all");
     assert!(now == model, "the disk differs from the model, seed {seed}");
 }
 
 /// Operations that are in flight together touch different sectors, as their order is undefined.
-fn batch(rig: &mut Rig, random: &mut Random, model: &mut [u8], unit: usize, discard: bool) {
+fn batch(
+    rig: &mut Rig,
+    random: &mut Random,
+    model: &mut [u8],
+    unit: usize,
+    discard: Option<usize>,
+) {
     let mut taken: Vec<Range<usize>> = Vec::new();
     let mut expected = vec![None; DEPTH];
     for tag in 0..DEPTH as u16 {
@@ -48,8 +60,11 @@ fn batch(rig: &mut Rig, random: &mut Random, model: &mut [u8], unit: usize, disc
                 model[range].copy_from_slice(&data);
                 rig.submit(tag, OpKind::Write, start as u64, buffers);
             }
-            8 if discard => {
-                model[range].fill(0);
+            8 if discard.is_some() => {
+                let sector = discard.unwrap_or_default();
+                let end = range.end / sector * sector;
+                let from = range.start.next_multiple_of(sector).min(end);
+                model[from..end].fill(0);
                 let kind = OpKind::Discard { bytes: len as u64, secure: false };
                 rig.submit(tag, kind, start as u64, Vec::new());
             }

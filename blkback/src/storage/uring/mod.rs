@@ -344,6 +344,8 @@ impl Operations {
     ) {
         let tag = op.tag;
         let checked = op.check(self.backing.bytes(), self.read_only);
+        // An offset near the end of the numbers was refused above.
+        let op = &if checked.is_ok() { self.backing.whole_sectors(*op) } else { *op };
         let idle = match op.kind {
             OpKind::Read | OpKind::Write => op.transfer() == 0,
             OpKind::Flush => self.read_only,
