@@ -83,7 +83,7 @@ pub enum DataPath {
 pub enum PinGrants {
     /// Where a daemon that is killed over it does no harm ([`xen_platform::Platform::may_pin`]).
     Auto,
-    /// Everywhere.
+    /// Everywhere, except for disks that others may have open.
     On,
     /// Nowhere.
     Off,

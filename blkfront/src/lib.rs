@@ -41,10 +41,10 @@
 //! a backend untrusted (XSA-403) asks for no more.
 //!
 //! # Memory
-//! A disk takes, for each ring, its pages (1 to 17) and 32 bytes a slot, and for each vCPU
+//! A disk takes, for each ring, its pages (1 to 16; 2 to 19 if it is split) and 32 bytes a slot, and for each vCPU
 //! [`Config::pool_bytes`] of data pages, a page for each indirect request that so much data can be
-//! split into, and some 200 bytes for each of [`Config::depth`] I/Os. All of it is allocated
-//! when the disk is opened: an I/O allocates nothing.
+//! split into, and some 200 bytes for each of [`Config::depth`] I/Os. Rings are
+//! allocated when the disk is opened, the rest when a vCPU's queue is taken: an I/O allocates nothing.
 
 mod blocking;
 mod config;

@@ -21,6 +21,8 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Show a disk's backend, size, features, and which vCPU uses which ring
+    ///
+    /// Connects to the disk and closes it again: not while it is in use.
     Info(cli::info::Args),
     /// Load a disk as fio would, with fio's own options, from within this process
     ///

@@ -23,7 +23,7 @@ pub const SEGMENTS_PER_INDIRECT_PAGE: usize = PAGE_SIZE / core::mem::size_of::<S
 /// (`MAX_INDIRECT_SEGMENTS` in drivers/block/xen-blkback/common.h). The wire format would allow 4096,
 /// but then one guest could tie up 16 MiB per slot (XSA-300).
 pub const MAX_INDIRECT_SEGMENTS: usize = 256;
-/// The largest ring we agree to: 16 pages, 512 slots (`XENBUS_MAX_RING_GRANT_ORDER` in Linux).
+/// The largest ring we agree to: 16 pages of requests, 512 slots, or 1024 if it is split (`XENBUS_MAX_RING_GRANT_ORDER` in Linux).
 pub const MAX_RING_PAGE_ORDER: u8 = 4;
 
 /// `operation` values of blkif.h.

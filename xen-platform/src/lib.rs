@@ -42,6 +42,9 @@ pub trait Platform: Send + Sync + Debug {
 
     /// Claims one of this domain's virtual devices until the descriptor is closed; `None` if somebody else
     /// in the domain has it. Xenstore cannot tell: there, a live frontend looks like one that was killed.
+    ///
+    /// # Errors
+    /// When the lock file cannot be made, or the hypervisor's broker does not answer.
     fn claim(&self, device: u32) -> Result<Option<OwnedFd>>;
 
     /// Maps pages that `peer` granted to us, contiguously in our address space.
@@ -58,16 +61,28 @@ pub trait Platform: Send + Sync + Debug {
     fn may_pin(&self) -> bool;
 
     /// A handle for grant copies from and to `peer`. Each thread that copies takes its own.
+    ///
+    /// # Errors
+    /// When the device for it cannot be opened.
     fn copier(&self, peer: DomId) -> Result<Box<dyn GrantCopier>>;
 
     /// Allocates `pages` zeroed pages and grants each to `peer` (XSA-396: never grant what was somebody
     /// else's).
+    ///
+    /// # Errors
+    /// When the domain has no more memory or grant references to give.
     fn grant(&self, peer: DomId, pages: usize, access: Access) -> Result<Box<dyn GrantedPages>>;
 
     /// An event channel that waits for `peer` to bind the other end.
+    ///
+    /// # Errors
+    /// When there are no more ports or descriptors.
     fn alloc_unbound(&self, peer: DomId) -> Result<Box<dyn EventChannel>>;
 
     /// Binds our end of the channel whose other end is `peer`'s `port`.
+    ///
+    /// # Errors
+    /// When `peer` has no such port that waits for us, or there are no more ports or descriptors.
     fn bind_interdomain(&self, peer: DomId, port: Port) -> Result<Box<dyn EventChannel>>;
 }
 
@@ -88,7 +103,8 @@ pub trait GrantedPages: Send + Sync + Debug {
     /// lets go of them: such a page is never handed out again before that (XSA-396, XSA-403).
     ///
     /// # Errors
-    /// [`Error::StillMapped`] gives the value back unchanged when the peer holds any page.
+    /// [`Error::StillMapped`] gives the value back unchanged when the peer holds any page, where the platform can
+    /// tell. On Xen it cannot: there this is as dropping.
     fn revoke(self: Box<Self>) -> std::result::Result<(), (Box<dyn GrantedPages>, Error)>;
 }
 
@@ -160,10 +176,16 @@ pub trait EventChannel: Send + AsFd + Debug {
     fn port(&self) -> Port;
 
     /// Raises an event at the other end. Nothing happens if nobody is bound there.
+    ///
+    /// # Errors
+    /// When the channel as a whole is broken.
     fn notify(&self) -> Result<()>;
 
     /// Takes a pending event, without blocking; returns whether there was one. The channel is then masked
     /// until [`EventChannel::unmask`].
+    ///
+    /// # Errors
+    /// As [`EventChannel::notify`].
     fn take(&mut self) -> Result<bool>;
 
     /// The file behind the channel, for a thread that takes events by reading that itself, as it can do
@@ -176,6 +198,9 @@ pub trait EventChannel: Send + AsFd + Debug {
     /// Lets the next event through. To be called when the work that the last one asked for is done, so that
     /// a peer cannot make us run faster than we work (XSA-332, XSA-391). Returns whether that took a
     /// system call, for statistics.
+    ///
+    /// # Errors
+    /// As [`EventChannel::notify`].
     fn unmask(&mut self) -> Result<bool>;
 }
 

@@ -27,7 +27,9 @@ const PREDECESSOR_LOOK: Duration = Duration::from_millis(10);
 /// Why the rings of a frontend could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum LinkError {
-    #[error("the disk has {0}-byte sectors and the frontend did not set feature-large-sector-size")]
+    #[error(
+        "the disk has {0}-byte sectors and the frontend did not set feature-large-sector-size: set direct = \"auto\", which makes them 512 bytes"
+    )]
     SectorSize(u32),
     #[error("ring {ring}: {source}")]
     Platform { ring: usize, source: xen_platform::Error },

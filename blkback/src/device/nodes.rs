@@ -9,8 +9,8 @@ use xenstore_glue::vbd::DevicePaths;
 
 /// Our hotplug script, which passes on what we report about a disk.
 const OWN_SCRIPT: &str = "block-blkback";
-/// Scripts that leave a target as it is: ours, and Xen's for devices and for tapdisk. Any other script
-/// turns the target into a disk by itself (xl-disk-configuration(5), script=).
+/// Scripts that leave a target as it is: ours, Xen's for devices, and that for tapdisks of long ago. Any other
+/// script, `block-tap` of today too, turns the target into a disk by itself (xl-disk-configuration(5), script=).
 const PLAIN_SCRIPTS: [&str; 3] = [OWN_SCRIPT, "block", "blktap"];
 
 /// A device's backend directory, as libxl fills it.

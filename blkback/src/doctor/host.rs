@@ -2,9 +2,9 @@
 
 use super::Finding;
 use blkback::config;
+use blkback::storage::direct_sectors;
 use nix::sys::resource::{Resource, getrlimit};
-use std::fs::OpenOptions;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 /// What one ring keeps pinned if the disk is a file and data is copied: 64 buffers of a page.
@@ -114,8 +114,15 @@ pub(super) fn direct_io(path: &Path) -> Finding {
         }
         Err(error) => return Finding::fail(about, error.to_string(), "correct the path"),
     }
-    match OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path) {
-        Ok(_) => Finding::ok(about, "O_DIRECT works"),
+    match direct_sectors(path) {
+        Ok(512) => Finding::ok(about, "O_DIRECT works"),
+        Ok(sector) => {
+            let found =
+                format!("O_DIRECT needs sectors of {sector} bytes: the page cache will be used");
+            let remedy = "fine; or set direct = \"on\" if the guest's frontend can do with such sectors \
+                          (Linux's cannot)";
+            Finding::warn(about, found, remedy)
+        }
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
             let found = "its file system has no O_DIRECT: the page cache will be used";
             let remedy = "fine for trying things out; else use a block device, or a file on ext4 \

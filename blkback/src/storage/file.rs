@@ -183,7 +183,7 @@ impl Backing {
         if error.kind() != io::ErrorKind::Unsupported && !self.lost.swap(true, Ordering::AcqRel) {
             tracing::error!(
                 %error,
-                "a flush failed: writes since the last one may be lost, and writes and flushes fail until the disk is attached again"
+                "a flush failed: writes since the last one may be lost, and writes and flushes fail from now on: stop the guest, mend the disk and attach it again"
             );
         }
         outcome
@@ -276,9 +276,20 @@ fn leave_access_time(file: &File) {
     let _ = flags.and_then(|flags| fcntl(file, FcntlArg::F_SETFL(flags | OFlag::O_NOATIME)));
 }
 
+/// The least that O_DIRECT moves on a file or device, in bytes.
+///
+/// # Errors
+/// Where it does not work (`EINVAL`), or the file cannot be opened or read.
+pub fn direct_sectors(path: &Path) -> io::Result<u32> {
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path)?;
+    let is_device = file.metadata()?.file_type().is_block_device();
+    leave_access_time(&file);
+    direct_unit(&file, is_device)
+}
+
 /// The least that O_DIRECT moves, in bytes. A device reports it. For a file it is found by reading: statx knows
 /// it for some file systems only, and wrongly for some of those. Data must be read: a hole tells nothing.
-pub(super) fn direct_unit(file: &File, is_device: bool) -> io::Result<u32> {
+fn direct_unit(file: &File, is_device: bool) -> io::Result<u32> {
     if is_device {
         return device::sector_size(file);
     }

@@ -20,6 +20,7 @@ mod open;
 mod uring;
 
 pub use buffer::{IoVec, IoVecs};
+pub use file::direct_sectors;
 pub use open::{Direct, OpenError, Options, open};
 pub use xenstore_glue::vbd::Discard;
 
@@ -71,6 +72,9 @@ pub trait Storage: Send + Sync {
     fn refresh(&self) -> io::Result<Geometry>;
 
     /// Opens a queue. Called on the thread that will use it.
+    ///
+    /// # Errors
+    /// When the kernel has none of what it takes (files, memory, io_uring).
     fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn Queue>>;
 }
 
@@ -187,6 +191,9 @@ pub trait Queue {
 
     /// Sends held-back operations, and sleeps until an operation completes, the bell is readable, an event
     /// comes or the time is up.
+    ///
+    /// # Errors
+    /// As [`Queue::poll`].
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Woken>;
 
     /// Tells the queue whether its thread now sleeps elsewhere, for other queues as well. While it does,

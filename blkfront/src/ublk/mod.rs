@@ -45,7 +45,7 @@ use std::time::Duration;
 /// Requests a queue holds, unless [`Options::depth`] says otherwise: as many as a ring of one page.
 pub const DEFAULT_DEPTH: u16 = 32;
 /// Bytes of the longest request, unless [`Options::max_io`] says otherwise: with [`DEFAULT_DEPTH`], two
-/// mebibytes a vCPU, which xen-gntalloc grants without being told to (1024 pages).
+/// mebibytes a vCPU. xen-gntalloc grants as much for one vCPU without being told to (1024 pages in all).
 pub const DEFAULT_MAX_IO: usize = 64 << 10;
 
 /// How long a backend may take for what is in flight when the device is removed.

@@ -58,6 +58,9 @@ impl BackendOffer {
     /// Reads a backend's offer. Missing keys mean one queue, one page, no features. Offers above what
     /// this crate can use are cut to that. `max-ring-pages`, the older key, is read if
     /// `max-ring-page-order` is missing, and rounded down to a power of two.
+    ///
+    /// # Errors
+    /// The first key that is no number.
     pub fn from_keys(keys: &Keys<'_>) -> Result<Self, Refusal> {
         let queues = number32(keys, "multi-queue-max-queues")?.unwrap_or(1);
         let order = match number32(keys, "max-ring-page-order")? {

@@ -89,6 +89,9 @@ impl DevicePaths {
     }
 
     /// Reads the path of a backend directory itself, not of anything below or above it.
+    ///
+    /// # Errors
+    /// If it is none.
     pub fn parse_backend(path: &str) -> Result<Self, PathError> {
         Self::parse_below(path)
             .and_then(|(paths, below)| below.is_empty().then_some(paths))
@@ -111,6 +114,9 @@ impl DevicePaths {
     }
 
     /// Reads the path of a frontend directory.
+    ///
+    /// # Errors
+    /// If it is none.
     pub fn parse_frontend(path: &str) -> Result<(DomId, u32), PathError> {
         let parse = || {
             let (id, device) = path.strip_prefix("/local/domain/")?.split_once("/device/vbd/")?;

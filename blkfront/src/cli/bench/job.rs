@@ -84,7 +84,7 @@ pub(crate) struct JobArgs {
     /// Where on the disk the first job's part begins
     #[arg(long, value_name = "SIZE", value_parser = units::size::<u64>, default_value = "0")]
     offset: u64,
-    /// The longest a job runs [default: 10 s where there is no size either]
+    /// The longest a job runs [default: 10 s where there is neither a size nor anything to verify]
     #[arg(long, value_name = "TIME", value_parser = units::time)]
     runtime: Option<Duration>,
     /// Go on until the runtime is over, again from the start if need be
