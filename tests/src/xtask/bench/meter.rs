@@ -99,6 +99,11 @@ impl Meter {
         Self { time, aim }
     }
 
+    /// The same, for a longer time if this is shorter.
+    pub(super) fn at_least(self, time: Duration) -> Self {
+        Self { time: self.time.max(time), ..self }
+    }
+
     /// A command that runs the program it is given as a backend, on the backends' CPU.
     pub(super) fn backend(&self) -> Command {
         let mut taskset = Command::new("taskset");
