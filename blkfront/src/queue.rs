@@ -155,6 +155,8 @@ impl Queue {
     ///
     /// # Errors
     /// Gives the I/O back. [`Refusal::WouldBlock`] when [`crate::Config::depth`] are inside.
+    // Inlined, so that an I/O is not made in memory only to be read from there.
+    #[inline(always)]
     pub fn submit(&mut self, io: Io) -> Result<(), Refused> {
         let range = match self.check(&io) {
             Ok(range) => range,

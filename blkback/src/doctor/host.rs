@@ -117,9 +117,10 @@ pub(super) fn direct_io(path: &Path) -> Finding {
     match direct_sectors(path) {
         Ok(512) => Finding::ok(about, "O_DIRECT works"),
         Ok(sector) => {
-            let found =
-                format!("O_DIRECT needs sectors of {sector} bytes: the page cache will be used");
-            let remedy = "fine; or set direct = \"on\" if the guest's frontend can do with such sectors \
+            let found = format!(
+                "O_DIRECT needs sectors of {sector} bytes: with direct = \"auto\", the page cache is used"
+            );
+            let remedy = "fine; or direct = \"on\", if the guest's frontend can do with such sectors \
                           (Linux's cannot)";
             Finding::warn(about, found, remedy)
         }

@@ -253,7 +253,12 @@ fn open_file(path: &Path, is_device: bool, options: Options) -> Result<(File, u3
     }
     let refused = match open(OFlag::O_DIRECT) {
         Ok(file) => match direct_unit(&file, is_device) {
-            Ok(unit) if unit == SECTOR_SIZE as u32 || options.direct == Direct::On => {
+            Ok(unit)
+                if unit == SECTOR_SIZE as u32
+                    || options.direct == Direct::On
+                    // Another host may write to it, and would not see our page cache, nor we its writes.
+                    || is_device && options.shared =>
+            {
                 return Ok((file, unit));
             }
             Ok(unit) => io::Error::other(format!("it needs {unit}-byte sectors")),
@@ -299,16 +304,17 @@ fn direct_unit(file: &File, is_device: bool) -> io::Result<u32> {
     };
     let mut memory = vec![0; 3 * PAGE_SIZE];
     let aligned = memory.as_ptr().align_offset(PAGE_SIZE);
-    let mut outcome = Ok(0);
+    // If the device below has larger sectors than any of these.
+    let mut refused = io::Error::from_raw_os_error(libc::EINVAL);
     for unit in DIRECT_UNITS.into_iter().filter(|unit| *unit >= least) {
         let length = unit as usize;
         // Aligned to the unit and no more, as buffers will be.
-        outcome = file.read_at(&mut memory[aligned + length..][..length], data);
-        if outcome.is_ok() {
-            return Ok(unit);
+        match file.read_at(&mut memory[aligned + length..][..length], data) {
+            Ok(_) => return Ok(unit),
+            Err(error) => refused = error,
         }
     }
-    outcome.map(|_| 0)
+    Err(refused)
 }
 
 /// The limits of discard, if holes can be punched into the file.

@@ -37,9 +37,9 @@ impl Default for Options {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Direct {
-    /// Where it works with 512-byte sectors, or the device's own; the log says where it does not.
+    /// Where it works with 512-byte sectors, and on devices that others may write to (w!); the log says where not.
     Auto,
-    /// Or the disk is refused; a file takes the sector size that O_DIRECT needs there.
+    /// Or the disk is refused; it has the sector size that O_DIRECT needs there.
     On,
     /// Never.
     Off,

@@ -95,6 +95,9 @@ fn sectors_of_4096_bytes() {
         clear(&storage);
         model::check_above(4096, storage, true, seed);
     }
+    // Another host would not see what is in our page cache.
+    let shared = open(&device.target(), Options { shared: true, ..Options::default() });
+    assert_eq!(shared.expect("open").geometry().sector_size, 4096);
 }
 
 /// A mounted file system, unmounted when this is dropped.

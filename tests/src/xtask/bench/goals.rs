@@ -175,7 +175,7 @@ impl Goals<'_> {
         self.against(row, &[event], 3.0, &StorageDaemon, event);
         self.against(row, &[event], 3.0, &rust_vmm::Null, event);
         let one = at_depth(event, 1);
-        // Two round trips for each I/O.
+        // The goal allows two round trips for an I/O, which needs one.
         self.against("null, depth 1, event-driven", &[one], 0.5, &RoundTrip, one);
         if let Some(ours) = self.iops(&Ours, &at_depth(SLEEPING_CLIENT, 1)) {
             let row = "null, depth 1, client event-driven, backend adaptive";

@@ -16,7 +16,7 @@ use xen_blk_tests::host::{DRIVER_DOMAIN, Host, Programs};
 const ONE_PAGE: u32 = 32;
 /// Clients that share a CPU take turns of some milliseconds: in a second, eight have forty each, and one more or less is
 /// a difference between them that says nothing.
-const MANY_SLICES: Duration = Duration::from_secs(3);
+pub(super) const MANY_SLICES: Duration = Duration::from_secs(3);
 /// log2 of the pages of a ring for greater depths.
 const LARGE_ORDER: &str = "2";
 

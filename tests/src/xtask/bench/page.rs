@@ -3,6 +3,7 @@
 
 use super::Options;
 use super::case::Case;
+use super::ours::MANY_SLICES;
 use super::report::{Results, Row};
 use crate::xtask::plot::{self, Series};
 use crate::xtask::root;
@@ -71,7 +72,7 @@ pub(super) fn conditions(options: &Options) -> Result<String> {
     let changed =
         git(&["status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs", ":!*.md"])?;
     Ok(format!(
-        "{}{}, {model}, {} CPUs, Linux {}, {}; {} rounds of {} s.\n",
+        "{}{}, {model}, {} CPUs, Linux {}, {}; {} rounds of {} s, with several rings or devices of {} s.\n",
         commit.trim(),
         if changed.is_empty() { "" } else { "-dirty" },
         std::thread::available_parallelism()?,
@@ -79,6 +80,7 @@ pub(super) fn conditions(options: &Options) -> Result<String> {
         date.trim(),
         options.rounds,
         options.seconds,
+        options.seconds.max(MANY_SLICES.as_secs_f64()),
     ))
 }
 
