@@ -64,7 +64,7 @@ pub(super) fn measure() -> Result<Idle> {
         let line = format!("vdev=xvda,backendtype=tap,target={}", file.display());
         host.attach(&guest, &line).with_context(|| backend.log())?;
         let mut command = host.frontend(&guest, "nbd");
-        command.arg("xvda").args(["--in-flight", "8m"]);
+        command.arg("xvda").args(["--in-flight", "8m", "--max-connections", "1"]);
         command.arg("--socket").arg(host.dir().join(&guest));
         frontends.push(Process::start(&guest, host.dir(), &command)?);
     }
